@@ -1919,7 +1919,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
     What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
-    through an anonymous file: nobody else can write it, no directory of ours has to be
+    through an anonymous file: no other user can write it, no directory has to be
     writable, and there is no cache to check.  Returns where the program was imported,
     and where the system cannot do this; then all stays as it is.
     """
@@ -5200,7 +5200,7 @@ def _start_shell(
     return shell.pid
 
 
-def _account_name(user_id: int) -> str:
+def account_name(user_id: int) -> str:
     import pwd
 
     try:
@@ -5217,7 +5217,7 @@ class Survivor(Value):
     user_id: int
 
     def __str__(self) -> str:
-        user = _account_name(self.user_id)
+        user = account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
 
 
@@ -7449,7 +7449,17 @@ TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "runtime_versions": ("runtimeVersions", _versions),
     "gpus": ("gpus", _gpu_list),
     "providers": ("providers", _provider_list),
+    "hostname": ("hostname", _label),
+    "system": ("system", _label),
+    "user": ("user", _label),
+    "virtual": ("virtual", _label),
 }
+
+
+def _share_used(total: int | None, available: int | None) -> float | None:
+    if not total or available is None:
+        return None
+    return 100 * (total - available) / total
 
 
 class Telemetry(Value):
@@ -7469,6 +7479,10 @@ class Telemetry(Value):
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+    hostname: str | None = None  # here and below: see Host
+    system: str | None = None
+    user: str | None = None
+    virtual: str | None = None
 
     @classmethod
     def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
@@ -7513,6 +7527,11 @@ class Telemetry(Value):
         `stale`: the node is offline, or has not reported lately.
         """
         return {**self.replace(providers=None).to_json(), "stale": stale}
+
+    def shares_used(self) -> tuple[float | None, float | None, float | None]:
+        """Return the usage of CPU, memory and disk, from 0 to 100."""
+        memory = _share_used(self.mem_total, self.mem_available)
+        return self.cpu_usage, memory, _share_used(self.disk_total, self.disk_available)
 
 
 # -- the operating system ------------------------------------------------------
@@ -7848,9 +7867,58 @@ def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
 # -- what is installed ---------------------------------------------------------
 
 
+class Host(Value):
+    """What a machine is; "" where it does not say."""
+
+    hostname: str = ""
+    system: str = ""  # name and release, as in "Debian GNU/Linux 12 (bookworm)"
+    user: str = ""  # whom commands run as
+    virtual: str = ""  # "container", the maker of a virtual machine, or "no"
+
+
+_PRETTY_NAME = r"""(?m)^PRETTY_NAME=["']?([^"'\n]+)"""
+_PLIST_STRING = r"<key>%s</key>\s*<string>([^<]+)</string>"
+MACOS_VERSION = "System/Library/CoreServices/SystemVersion.plist"
+# What containers leave behind, by the programs that start them: docker, podman, and
+# systemd-nspawn, LXC and others, which follow systemd's Container Interface.
+CONTAINER_MARKS = (".dockerenv", "run/.containerenv", "run/systemd/container")
+
+
+def _system_name(root: Path) -> str:
+    found = re.search(_PRETTY_NAME, _read_text(root / "etc/os-release"))
+    if found:
+        return found[1]
+    version = _read_text(root / MACOS_VERSION)
+    keys = ("ProductName", "ProductVersion")
+    values = [re.search(_PLIST_STRING % key, version) for key in keys]
+    return " ".join(value[1] for value in values if value)
+
+
+def _virtual(root: Path) -> str:
+    if any((root / mark).exists() for mark in CONTAINER_MARKS):
+        return "container"
+    if "microsoft" in _read_text(root / "proc/version").lower():
+        return "WSL"
+    # CPUs show it to a guest of x86; the device tree, to one of ARM.
+    cpu = re.search(
+        r"(?m)^flags\s*:.*\bhypervisor\b", _read_text(root / "proc/cpuinfo")
+    )
+    if cpu or (root / "proc/device-tree/hypervisor").exists():
+        maker = _read_text(root / "sys/class/dmi/id/sys_vendor").strip()
+        return maker or "virtual machine"
+    return "no" if (root / "proc/cpuinfo").exists() else ""
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    """Return what this machine is, from its files alone."""
+    user = account_name(os.geteuid())
+    return Host(socket.gethostname(), _system_name(root), user, _virtual(root))
+
+
 class Equipment(Value):
     """What is installed on a machine."""
 
+    host: Host = Host()
     runtimes: tuple[str, ...] = ()
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
@@ -7925,6 +7993,7 @@ class Inventory:
                 self._cancel.pause(self._interval)
 
     def _take(self) -> None:
+        host = read_host()
         found = {name: self._programs.find(name) for name in RUNTIMES}
         paths = {
             name: path
@@ -7934,11 +8003,12 @@ class Inventory:
         keys = providers_with_keys(self._environ)
         if self._equipment == Equipment():
             # Names are quick to find; the first report does not wait for versions.
-            self._publish(Equipment(tuple(paths), providers=keys))
+            self._publish(Equipment(host, tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
         runtimes, versions = self._ask_versions(paths)
-        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
+        gpus = self._ask_gpus()
+        self._publish(Equipment(host, runtimes, versions, gpus, providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -8023,7 +8093,9 @@ class TelemetrySource:
     def read(self) -> Telemetry:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
-        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        equipment = self._inventory.equipment
+        claims = {**vars(vitals), **vars(equipment), **vars(equipment.host)}
+        claims = {name: value for name, value in claims.items() if value != ""}
         claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
@@ -8883,7 +8955,7 @@ class GatewayLink:
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Fail open calls; take no more from the logs, which the next link resumes."""
+        """Fail open calls and stop reading the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -10585,7 +10657,7 @@ class Database:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
-                    # SQLite starts the WAL again only while nobody writes.  After a
+                    # SQLite restarts the WAL only when there is no writer.  After a
                     # second pass little is left for which writers have to wait.
                     db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
@@ -11989,7 +12061,7 @@ MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
-CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
+HISTORY_READINGS = 60  # of each machine, half an hour; the oldest is dropped
 ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to answer
 REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
@@ -12095,6 +12167,29 @@ def _some(names: Sequence[str]) -> str:
     return f"{listed} and {more:,} more" if more > 0 else listed
 
 
+class History:
+    """Usage of CPU, memory and disk of one machine over the last half hour or so."""
+
+    # 11 bytes a reading: a list of numbers takes a hundred, with thousands of machines.
+    _READING = struct.Struct("<d3B")  # ms since 1970, percents
+    _UNKNOWN = 255
+
+    def __init__(self) -> None:
+        self._readings = bytearray()
+
+    def add(self, at_ms: int, shares: Iterable[float | None]) -> None:
+        percents = [self._UNKNOWN if s is None else round(s) for s in shares]
+        self._readings += self._READING.pack(at_ms, *percents)
+        del self._readings[: -HISTORY_READINGS * self._READING.size]
+
+    def rows(self) -> list[list[int | None]]:
+        """Return time (ms), CPU, memory, disk (percent or None) of each reading."""
+        return [
+            [int(at), *(None if p == self._UNKNOWN else p for p in percents)]
+            for at, *percents in self._READING.iter_unpack(self._readings)
+        ]
+
+
 class Fleet:
     """The machines this gateway can use, connected or not."""
 
@@ -12110,7 +12205,7 @@ class Fleet:
         self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
-        self._cpu: dict[str, collections.deque[tuple[int, float]]] = {}
+        self._histories: dict[str, History] = {}
 
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
@@ -12190,10 +12285,11 @@ class Fleet:
     def report_local(self, telemetry: Telemetry) -> None:
         self._announce_telemetry(LOCAL_ID, telemetry)
 
-    def cpu_history(self, node_id: str) -> list[tuple[int, float]]:
-        """Return pairs of time (ms) and percent, of the last half hour or so."""
+    def history(self, node_id: str) -> list[list[int | None]]:
+        """Return time (ms), CPU, memory, disk (percent) of the last half hour or so."""
         with self._lock:
-            return list(self._cpu.get(node_id, ()))
+            known = self._histories.get(node_id)
+            return known.rows() if known else []
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """Return id and name of the machine that `reference` means.
@@ -12339,11 +12435,8 @@ class Fleet:
     def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
         with self._lock:
             self._telemetry[node_id] = (telemetry, time.monotonic())
-            if telemetry.cpu_usage is not None:
-                points = self._cpu.setdefault(
-                    node_id, collections.deque(maxlen=CPU_HISTORY)
-                )
-                points.append((now_ms(), telemetry.cpu_usage))
+            history = self._histories.setdefault(node_id, History())
+            history.add(now_ms(), telemetry.shares_used())
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
@@ -13280,7 +13373,7 @@ class Jobs:
                 if known:
                     job.sent_over, job.away_since = link, None
                 elif job.record.is_final:
-                    job.log.skip_to(job.end)  # the node has no more of it
+                    job.log.skip_to(job.end)  # the node has discarded the rest
                 elif job.was_sent and job.record.sent_to != link.instance:
                     self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
@@ -13922,7 +14015,7 @@ class Approvals:
                 return answer.result(self._timeout)
         except FutureTimeout:
             if not self._close(job_id):
-                return answer.result()  # it came in this very moment
+                return answer.result()  # answered just before the close
             waited = format_duration(self._timeout)
             return Verdict(False, "nobody", f"nobody answered within {waited}")
         finally:
@@ -15243,7 +15336,7 @@ class TurnQueue:
             return self._current is not None or bool(self._waiting)
 
     def check(self) -> None:
-        """Raises RpcError if it takes no more turns."""
+        """Raises RpcError if the queue is closed."""
         with self._lock:
             if self._closed:
                 raise RpcError("UNAVAILABLE", "the session ends", retryable=True)
@@ -15287,7 +15380,7 @@ class TurnQueue:
         return current, waiting
 
     def close(self) -> None:
-        """Take no more turns, and wait until the current one has ended."""
+        """Refuse further turns, and wait until the current one has ended."""
         with self._lock:
             self._closed = True
         self.abort()
@@ -15659,7 +15752,7 @@ class Chats:
         for key, queue in queues.items():
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
-        # Turns first: they start no more of them.
+        # Turns first: an ended turn starts no further jobs.
         for job in self._jobs.open_of(key_id):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by)
@@ -16378,7 +16471,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # SQLite and the timeouts of threads take no more.
+    # SQLite and the timeouts of threads refuse larger numbers.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -16968,7 +17061,7 @@ class Rpc:
                 invokeId=text,
                 background=flag,
             ),
-            "telemetry.history": Method(fleet.cpu_history, read, nodeId=nodes.node_id),
+            "telemetry.history": Method(fleet.history, read, nodeId=nodes.node_id),
             "device.token.create": Method(
                 nodes.create_token, pairing, displayName=word, platform=word, by=Caller
             ),
@@ -17691,8 +17784,10 @@ class Gateway:
         *,
         require_scram: bool = False,
         fingerprint: Callable[[], str | None] = lambda: None,  # of the certificate
+        network: Callable[[], JsonObject] = dict,  # see RunningGateway.network
     ) -> None:
         self._fingerprint = fingerprint
+        self._network = network
         self._access = access
         self._require_scram = require_scram
         self._devices = devices
@@ -17866,6 +17961,7 @@ class Gateway:
             "host": socket.gethostname(),
             "connId": connection_id,
             "fingerprint": self._fingerprint(),
+            **({} if is_node else self._network()),
         }
         methods = [] if is_node else sorted(self.rpc.methods)
         hello = {
@@ -23519,7 +23615,7 @@ class JobFeed:
         yield from self._fail(list(self.open.values()), problem)
 
     def _ask_for_all(self) -> None:
-        """Have a gateway that knows nothing of this connection send every open job."""
+        """Start the jobs that the gateway does not know yet, and follow the others."""
         new = [job for job in self.open.values() if not job.known]
         if new:
             jobs = [{"id": job.id, "node": job.node} for job in new]
@@ -23892,6 +23988,7 @@ class GatewayOptions(Value):
     keep_chats: float | None = None  # days; None: for ever
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
     inherited: Inherited | None = None  # for commands on Local
+    command: str = "moltis gateway"  # that started it
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -24028,6 +24125,7 @@ class RunningGateway:
                 rpc,
                 require_scram=options.require_scram,
                 fingerprint=options.fingerprint,
+                network=self.network,
             )
             stack.callback(gateway.close)
             stack.callback(chats.close)  # before the nodes seem to be away
@@ -24050,6 +24148,18 @@ class RunningGateway:
         return self._access.operators.ensure_operator_key(
             previous.api_key if previous else None
         )
+
+    def network(self) -> JsonObject:
+        """Return the address for other machines.
+
+        While only this machine may connect, `openWith` is the command that lets
+        others in, and the address is the one that they would use.
+        """
+        if not is_loopback(self.options.bind):
+            return {"url": self.public_url}
+        opened = self.options.replace(bind="0.0.0.0")  # nosec B104: for people to do
+        command = f"{self.options.command} --bind {opened.bind}"
+        return {"url": opened.public_url(self.port), "openWith": command}
 
     @property
     def sign_in_link(self) -> str:
@@ -24593,6 +24703,12 @@ def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
     return ServerTls(own_files)
 
 
+def program_words() -> list[str]:
+    """Return how this program was called, for a command to be typed again."""
+    program = sys.argv[0]
+    return ["python3", program] if program.endswith(".py") else ["moltis"]
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -24617,6 +24733,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_chats=args.keep_chats,
         keep_output=round(args.keep_output * 1024**3),
         inherited=context.inherited,
+        command=shlex.join([*program_words(), *sys.argv[1:]]),
     )
 
 
@@ -25313,7 +25430,7 @@ class Waiting:
         """Say what is left behind."""
         when = f"when {', '.join(self._since)} is back"
         if not self._since:  # connected, and does not answer
-            when = "once the gateway and the node hear of it"
+            when = "once the gateway and the node answer again"
         self._output.say(f"moltis: left; the command is ended {when}")
 
     def show(self) -> None:
@@ -25939,14 +26056,14 @@ class ChatTerminal:
 
     def _say(self, message_id: str, text: str) -> None:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
-        # A model's words are no more trusted than what it read.
+        # A model's text is as untrusted as the output that it read.
         self._write(sys.stdout, re.sub(TERMINAL_CONTROLS, "", text))
 
     def _write_output(self, kind: int, text: str) -> None:
         if self._typed:
             self._write(sys.stdout if kind == STDOUT else sys.stderr, text)
         else:
-            # What a model looks at must not hide the question that comes after it.
+            # Output of a model's command must not hide the question that follows.
             self._write(sys.stderr, re.sub(TERMINAL_CONTROLS, "", text))
 
     def _write(self, file: Any, text: str) -> None:
