@@ -1924,7 +1924,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
     What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
-    through an anonymous file: nobody else can write it, no directory of ours has to be
+    through an anonymous file: no other user can write it, no directory of ours has to be
     writable, and there is no cache to check.  Returns where the program was imported,
     and where the system cannot do this; then all stays as it is.
     """
@@ -8920,7 +8920,7 @@ class GatewayLink:
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Fail open calls; take no more from the logs, which the next link resumes."""
+        """Fail open calls and stop reading the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -10622,7 +10622,7 @@ class Database:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
-                    # SQLite starts the WAL again only while nobody writes.  After a
+                    # SQLite restarts the WAL only when there is no writer.  After a
                     # second pass little is left for which writers have to wait.
                     db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
@@ -13292,7 +13292,7 @@ class Jobs:
                 if known:
                     job.sent_over, job.away_since = link, None
                 elif job.record.is_final:
-                    job.log.skip_to(job.end)  # the node has no more of it
+                    job.log.skip_to(job.end)  # the node has discarded the rest
                 elif job.was_sent and job.record.sent_to != link.instance:
                     self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
@@ -13856,7 +13856,7 @@ class Approvals:
                 return answer.result(self._timeout)
         except FutureTimeout:
             if not self._close(job_id):
-                return answer.result()  # it came in this very moment
+                return answer.result()  # answered just before the close
             waited = format_duration(self._timeout)
             return Verdict(False, "nobody", f"nobody answered within {waited}")
         finally:
@@ -15213,7 +15213,7 @@ class TurnQueue:
             return self._current is not None or bool(self._waiting)
 
     def check(self) -> None:
-        """Raises RpcError if it takes no more turns."""
+        """Raises RpcError if the queue is closed."""
         with self._lock:
             if self._closed:
                 raise RpcError("UNAVAILABLE", "the session ends", retryable=True)
@@ -15257,7 +15257,7 @@ class TurnQueue:
         return current, waiting
 
     def close(self) -> None:
-        """Take no more turns, and wait until the current one has ended."""
+        """Refuse further turns, and wait until the current one has ended."""
         with self._lock:
             self._closed = True
         self.abort()
@@ -15625,7 +15625,7 @@ class Chats:
         for key, queue in queues.items():
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
-        # Turns first: they start no more of them.
+        # Turns first: an ended turn starts no further jobs.
         for job in self._jobs.open_of(key_id):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by)
@@ -16279,7 +16279,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # SQLite and the timeouts of threads take no more.
+    # SQLite and the timeouts of threads refuse larger numbers.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -23425,7 +23425,7 @@ class JobFeed:
         yield from self._fail(list(self.open.values()), problem)
 
     def _ask_for_all(self) -> None:
-        """Have a gateway that knows nothing of this connection send every open job."""
+        """Start the jobs that the gateway does not know yet, and follow the others."""
         new = [job for job in self.open.values() if not job.known]
         if new:
             jobs = [{"id": job.id, "node": job.node} for job in new]
@@ -25218,7 +25218,7 @@ class Waiting:
         """Say what is left behind."""
         when = f"when {', '.join(self._since)} is back"
         if not self._since:  # connected, and does not answer
-            when = "once the gateway and the node hear of it"
+            when = "once the gateway and the node answer again"
         self._output.say(f"moltis: left; the command is ended {when}")
 
     def show(self) -> None:
@@ -25844,14 +25844,14 @@ class ChatTerminal:
 
     def _say(self, message_id: str, text: str) -> None:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
-        # A model's words are no more trusted than what it read.
+        # A model's text is as untrusted as the output that it read.
         self._write(sys.stdout, re.sub(TERMINAL_CONTROLS, "", text))
 
     def _write_output(self, kind: int, text: str) -> None:
         if self._typed:
             self._write(sys.stdout if kind == STDOUT else sys.stderr, text)
         else:
-            # What a model looks at must not hide the question that comes after it.
+            # Output of a model's command must not hide the question that follows.
             self._write(sys.stderr, re.sub(TERMINAL_CONTROLS, "", text))
 
     def _write(self, file: Any, text: str) -> None:
