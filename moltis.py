@@ -184,11 +184,16 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openrouter": "OPENROUTER_API_KEY",
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
+    "ollama": "OLLAMA_API_KEY",
+}
+BEARER_VARIABLES: Mapping[str, str] = {  # of keys for `Authorization`; they come first
+    "anthropic": "ANTHROPIC_AUTH_TOKEN",
 }
 SECRET_VARIABLES = (
     "MOLTIS_API_KEY",
     "MOLTIS_DEVICE_TOKEN",
     *API_KEY_VARIABLES.values(),
+    *BEARER_VARIABLES.values(),
 )
 
 
@@ -6482,6 +6487,8 @@ class ProviderSpec(Value):
     base_url: str
     call_id: str = ".+"  # pattern of the ids of calls that it takes
     wants_reasoning: bool = False  # back, or it refuses the next message
+    key_headers: tuple[str, ...] = ("Authorization",)
+    own: bool = False  # a server that a person added
 
     @property
     def url_variable(self) -> str:
@@ -6494,6 +6501,7 @@ PROVIDERS = (
     ProviderSpec(
         *("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
         call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key",),
     ),
     ProviderSpec(
         *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
@@ -6599,8 +6607,9 @@ class ModelProvider:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        for name in self.spec.key_headers if self._api_key else ():
+            bearer = "Bearer " if name == "Authorization" else ""
+            headers[name] = bearer + self._api_key
         return headers
 
     def _check_header_texts(self) -> None:
@@ -7033,11 +7042,7 @@ class AnthropicProvider(ModelProvider):
     answer = AnthropicAnswer
 
     def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
+        return {**super()._headers(), "anthropic-version": ANTHROPIC_VERSION}
 
     def _body(self, request: ChatRequest) -> JsonObject:
         messages = settle_tool_calls(request.messages)
@@ -7120,10 +7125,11 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 
 
 class ProviderSettings(SnakeValue):
-    """What a person entered for one provider in Settings → Models."""
+    """What a person entered for one provider, in Settings → Models or a terminal."""
 
     api_key: str = ""
     base_url: str = ""
+    protocol: str = ""  # of OWN_SERVERS; of a provider that is not in PROVIDERS
 
     FILE: ClassVar[str] = "models.json"
 
@@ -7145,23 +7151,46 @@ class ProviderSettings(SnakeValue):
         write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
 
 
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
+OWN_SERVERS: Mapping[str, ProviderSpec] = {  # a person's, by protocol; the first: ""
+    "openai": ProviderSpec("", "", "openai", "", own=True),
+    "anthropic": ProviderSpec(
+        *("", "", "anthropic", ""),
+        call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key", "Authorization"),  # LiteLLM reads one, vLLM the other
+        own=True,
+    ),
+}
 
-    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
-    """
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and the servers that `settings` adds."""
     known = {spec.id for spec in PROVIDERS}
     return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
+        OWN_SERVERS.get(entry.protocol, OWN_SERVERS["openai"]).replace(
+            id=name, label=name, base_url=entry.base_url
+        )
         for name, entry in settings.items()
         if name not in known and entry.base_url and "/" not in name
     ]
 
 
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
+def _tidy_url(protocol: str, base_url: str) -> str:
+    """Return the address without the paths that requests add to it.
+
+    People copy the address of a request, or leave out the `/v1` of their LM Studio.
+    """
+    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base_url)
+    if protocol == "anthropic":
+        return re.sub("/v1$", "", url)
+    return url if urlsplit(url).path.strip("/") else url + "/v1"
+
+
+def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
+    """Return the variable that holds a provider's key, or the one that would."""
+    bearer = BEARER_VARIABLES.get(spec.id, "")
+    if spec.own or environ.get(bearer):
+        return "" if spec.own else bearer
+    return API_KEY_VARIABLES[spec.id]
 
 
 def make_providers(
@@ -7171,16 +7200,19 @@ def make_providers(
     providers = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        variable = _key_variable(spec, environ)
+        api_key = environ.get(variable) or entered.api_key
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
         protocol = spec.protocol
         if protocol == "responses" and base_url and "api.openai.com" not in base_url:
             protocol = "openai"  # an imitation
-        if protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
+        if protocol in OWN_SERVERS and base_url:
+            base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
+            if variable in BEARER_VARIABLES.values():
+                spec = spec.replace(key_headers=("Authorization",))  # noqa: PLW2901
             make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
@@ -7193,12 +7225,14 @@ def describe_providers(
     descriptions = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
+        variable = _key_variable(spec, environ)
         source = "settings" if entered.api_key else ""
         descriptions.append(
             {
                 "id": spec.id,
                 "label": spec.label,
+                "protocol": spec.protocol,
+                "own": spec.own,
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
@@ -7925,9 +7959,9 @@ class Equipment(Value):
     providers: tuple[Provider, ...] = ()
 
 
-def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+def find_ollama(environ: Mapping[str, str], cancel: Cancellation) -> Provider | None:
     """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
-    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
+    (provider,) = (p for p in make_providers(environ, {}) if p.spec.id == "ollama")
     try:
         listed = provider.listed(cancel)
     except ModelError:
@@ -7938,8 +7972,11 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    variables = API_KEY_VARIABLES.items()
-    return tuple(Provider(name) for name, key in variables if environ.get(key))
+    # A key for Ollama is worth nothing without one, which find_ollama() finds.
+    variables = ((n, key) for n, key in API_KEY_VARIABLES.items() if n != "ollama")
+    names = [n for n, key in variables if environ.get(key)]
+    names += [n for n, key in BEARER_VARIABLES.items() if environ.get(key)]
+    return tuple(Provider(name) for name in dict.fromkeys(names))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
@@ -8004,7 +8041,7 @@ class Inventory:
         if self._equipment == Equipment():
             # Names are quick to find; the first report does not wait for versions.
             self._publish(Equipment(host, tuple(paths), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        ollama = find_ollama(self._environ, self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
         runtimes, versions = self._ask_versions(paths)
         gpus = self._ask_gpus()
@@ -14813,19 +14850,37 @@ class RemoteModel:
         raise kind(f"{self._node[1]}: {said}")
 
 
-def _check_provider(provider: str, base_url: str) -> None:
-    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+def _check_provider(provider: str, entered: ProviderSettings) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider can be set up like this."""
+    problem = ""
+    known = {spec.id for spec in PROVIDERS}
+    try:
+        parts = urlsplit(entered.base_url)
+        is_web = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port beyond 65535
+        parts, is_web = urlsplit(""), False
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        problem = (
+            f"{provider[:40]!r} cannot be the name of a provider: it takes 1 to 40 of "
+            "a-z, 0-9, - and _"
         )
-    parts = urlsplit(base_url.strip())
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+    elif entered.protocol and provider in known:
+        problem = f"{provider} has a protocol of its own; give your server another name"
+    elif not entered.base_url and provider not in known:
+        problem = (
+            f"{provider!r} is none of {', '.join(sorted(known))}, and a server of your "
+            "own needs an address, like http://gpu-box:8080/v1"
         )
+    elif "@" in parts.netloc or parts.query or parts.fragment:
+        problem = (
+            f"the address of {provider} has more than scheme, host, port and path; "
+            "enter a key by itself"
+        )
+    elif entered.base_url and not (is_web and parts.hostname):
+        # Not quoted: it may be a key in the wrong field.
+        problem = f"the address of {provider} must look like http://gpu-box:8080/v1"
+    if problem:
+        raise RpcError("INVALID_REQUEST", problem)
 
 
 def _is_default_url(provider: str, base_url: str) -> bool:
@@ -14897,26 +14952,52 @@ class ModelDirectory:
         return self._ask(self._providers)
 
     def configure(
-        self, provider: str, api_key: str | None, base_url: str | None
+        self,
+        provider: str,
+        api_key: str | None,
+        base_url: str | None,
+        protocol: str | None,
     ) -> None:
         """Store what a person entered; None leaves it, an empty text deletes it.
 
-        Raises RpcError INVALID_REQUEST, BadConfiguration.
+        A provider that is not in PROVIDERS is a server of their own.  Raises RpcError
+        INVALID_REQUEST, BadConfiguration.
         """
-        _check_provider(provider, base_url or "")
         if base_url is not None and _is_default_url(provider, base_url):
             base_url = ""  # as shown: it was not meant to set the provider up
+        given = {"api_key": api_key, "base_url": base_url, "protocol": protocol}
         with self._lock:
             entered = self._entered()
             known = entered.pop(provider, ProviderSettings())
-            changed = ProviderSettings(
-                api_key=known.api_key if api_key is None else api_key.strip(),
-                base_url=known.base_url if base_url is None else base_url.strip(),
+            changed = known.replace(
+                **{k: v.strip() for k, v in given.items() if v is not None}
             )
-            if changed != ProviderSettings():
+            is_empty = not (changed.api_key or changed.base_url)
+            if not is_empty or known == ProviderSettings():
+                _check_provider(provider, changed)
+            if not is_empty:
                 entered[provider] = changed
-            ProviderSettings.save_all(self._directory, entered)
-            self._catalog.replace(make_providers(self._environ, entered))
+            self._store(entered)
+
+    def remove(self, provider: str) -> None:
+        """Forget what a person entered for a provider.
+
+        Raises RpcError NOT_FOUND, BadConfiguration.
+        """
+        with self._lock:
+            entered = self._entered()
+            if entered.pop(provider, None) is None:
+                names = ", ".join(entered) or "none"
+                raise RpcError(
+                    "NOT_FOUND",
+                    f"nothing was entered for {clip(provider, 80)!r}, but for: {names}",
+                )
+            self._store(entered)
+
+    def _store(self, entered: Mapping[str, ProviderSettings]) -> None:
+        """Keep and use these settings; under the lock.  Raises BadConfiguration."""
+        ProviderSettings.save_all(self._directory, entered)
+        self._catalog.replace(make_providers(self._environ, entered))
 
     def _ask(self, work: Callable[[], list[JsonObject]]) -> Future[list[JsonObject]]:
         if not self._places.acquire(blocking=False):
@@ -15988,8 +16069,8 @@ class Chats:
 # ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket protocol, WebSocket connections, SCRAM,
-#       Wire protocol, Commands, Machine, Store, Access, Fleet, Jobs, Agent,
-#       Model directory, Chat
+#       Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
+#       Agent, Model directory, Chat
 #
 # The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -17013,6 +17094,10 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
         AuditEvent.MODELS_CHANGED,
         lambda params: f"{params['provider']} {params.get('baseUrl') or ''}".strip(),
     ),
+    "models.remove": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: f"{params['provider']} removed",
+    ),
 }
 
 
@@ -17163,8 +17248,13 @@ class Rpc:
             "models.list": Method(models.entries, read, refresh=flag),
             "models.providers": Method(models.providers, read),
             "models.configure": Method(
-                models.configure, admin, provider=str, apiKey=text, baseUrl=text
+                *(models.configure, admin),
+                provider=str,
+                apiKey=text,
+                baseUrl=text,
+                protocol=Optional(one_of("", *OWN_SERVERS)),
             ),
+            "models.remove": Method(models.remove, admin, provider=str),
             "keys.list": Method(access.keys, admin),
             "keys.create": Method(
                 access.create_key, admin, name=str, scopes=required_texts, by=Caller
