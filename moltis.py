@@ -184,11 +184,16 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openrouter": "OPENROUTER_API_KEY",
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
+    "ollama": "OLLAMA_API_KEY",
+}
+BEARER_VARIABLES: Mapping[str, str] = {  # of keys for `Authorization`; they come first
+    "anthropic": "ANTHROPIC_AUTH_TOKEN",
 }
 SECRET_VARIABLES = (
     "MOLTIS_API_KEY",
     "MOLTIS_DEVICE_TOKEN",
     *API_KEY_VARIABLES.values(),
+    *BEARER_VARIABLES.values(),
 )
 
 
@@ -6498,6 +6503,8 @@ class ProviderSpec(Value):
     base_url: str
     call_id: str = ".+"  # pattern of the ids of calls that it takes
     wants_reasoning: bool = False  # back, or it refuses the next message
+    key_headers: tuple[str, ...] = ("Authorization",)
+    own: bool = False  # a server that a person added
 
     @property
     def url_variable(self) -> str:
@@ -6510,6 +6517,7 @@ PROVIDERS = (
     ProviderSpec(
         *("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
         call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key",),
     ),
     ProviderSpec(
         *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
@@ -6615,8 +6623,9 @@ class ModelProvider:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        for name in self.spec.key_headers if self._api_key else ():
+            bearer = "Bearer " if name == "Authorization" else ""
+            headers[name] = bearer + self._api_key
         return headers
 
     def _check_header_texts(self) -> None:
@@ -7049,11 +7058,7 @@ class AnthropicProvider(ModelProvider):
     answer = AnthropicAnswer
 
     def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
+        return {**super()._headers(), "anthropic-version": ANTHROPIC_VERSION}
 
     def _body(self, request: ChatRequest) -> JsonObject:
         messages = settle_tool_calls(request.messages)
@@ -7136,10 +7141,11 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 
 
 class ProviderSettings(SnakeValue):
-    """What a person entered for one provider in Settings → Models."""
+    """What a person entered for one provider, in Settings → Models or a terminal."""
 
     api_key: str = ""
     base_url: str = ""
+    protocol: str = ""  # of OWN_SERVERS; of a provider that is not in PROVIDERS
 
     FILE: ClassVar[str] = "models.json"
 
@@ -7161,23 +7167,46 @@ class ProviderSettings(SnakeValue):
         write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
 
 
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
+OWN_SERVERS: Mapping[str, ProviderSpec] = {  # a person's, by protocol; the first: ""
+    "openai": ProviderSpec("", "", "openai", "", own=True),
+    "anthropic": ProviderSpec(
+        *("", "", "anthropic", ""),
+        call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key", "Authorization"),  # LiteLLM reads one, vLLM the other
+        own=True,
+    ),
+}
 
-    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
-    """
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and the servers that `settings` adds."""
     known = {spec.id for spec in PROVIDERS}
     return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
+        OWN_SERVERS.get(entry.protocol, OWN_SERVERS["openai"]).replace(
+            id=name, label=name, base_url=entry.base_url
+        )
         for name, entry in settings.items()
         if name not in known and entry.base_url and "/" not in name
     ]
 
 
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
+def _tidy_url(protocol: str, base_url: str) -> str:
+    """Return the address without the paths that requests add to it.
+
+    People copy the address of a request, or leave out the `/v1` of their LM Studio.
+    """
+    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base_url)
+    if protocol == "anthropic":
+        return re.sub("/v1$", "", url)
+    return url if urlsplit(url).path.strip("/") else url + "/v1"
+
+
+def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
+    """Return the variable that holds a provider's key, or the one that would."""
+    bearer = BEARER_VARIABLES.get(spec.id, "")
+    if spec.own or environ.get(bearer):
+        return "" if spec.own else bearer
+    return API_KEY_VARIABLES[spec.id]
 
 
 def make_providers(
@@ -7187,16 +7216,19 @@ def make_providers(
     providers = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        variable = _key_variable(spec, environ)
+        api_key = environ.get(variable) or entered.api_key
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
         protocol = spec.protocol
         if protocol == "responses" and base_url and "api.openai.com" not in base_url:
             protocol = "openai"  # an imitation
-        if protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
+        if protocol in OWN_SERVERS and base_url:
+            base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
+            if variable in BEARER_VARIABLES.values():
+                spec = spec.replace(key_headers=("Authorization",))  # noqa: PLW2901
             make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
@@ -7209,12 +7241,14 @@ def describe_providers(
     descriptions = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
+        variable = _key_variable(spec, environ)
         source = "settings" if entered.api_key else ""
         descriptions.append(
             {
                 "id": spec.id,
                 "label": spec.label,
+                "protocol": spec.protocol,
+                "own": spec.own,
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
@@ -7941,9 +7975,9 @@ class Equipment(Value):
     providers: tuple[Provider, ...] = ()
 
 
-def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+def find_ollama(environ: Mapping[str, str], cancel: Cancellation) -> Provider | None:
     """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
-    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
+    (provider,) = (p for p in make_providers(environ, {}) if p.spec.id == "ollama")
     try:
         listed = provider.listed(cancel)
     except ModelError:
@@ -7954,8 +7988,11 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    variables = API_KEY_VARIABLES.items()
-    return tuple(Provider(name) for name, key in variables if environ.get(key))
+    # A key for Ollama is worth nothing without one, which find_ollama() finds.
+    variables = ((n, key) for n, key in API_KEY_VARIABLES.items() if n != "ollama")
+    names = [n for n, key in variables if environ.get(key)]
+    names += [n for n, key in BEARER_VARIABLES.items() if environ.get(key)]
+    return tuple(Provider(name) for name in dict.fromkeys(names))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
@@ -8020,7 +8057,7 @@ class Inventory:
         if self._equipment == Equipment():
             # Names are quick to find; the first report does not wait for versions.
             self._publish(Equipment(host, tuple(paths), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        ollama = find_ollama(self._environ, self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
         runtimes, versions = self._ask_versions(paths)
         gpus = self._ask_gpus()
@@ -10956,6 +10993,8 @@ class JobsTable(Table):
     STATES: Mapping[str, str] = {
         "open": "state IN ('queued', 'running')",
         "ended": "state NOT IN ('queued', 'running')",
+        "succeeded": "state = 'done' AND ifnull(exit_code, 0) = 0"
+        " AND ifnull(signal, '') = ''",
         # The text of the index jobs_failed, or SQLite does not use it.
         "failed": "(state NOT IN ('queued', 'running', 'done')"
         " OR exit_code <> 0 OR signal <> '')",
@@ -11000,8 +11039,8 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
-        `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out ended jobs without a log;
+        `state` may also be a name of STATES; `query` is a part of the command, in any
+        case of letters; `kept` leaves out ended jobs without a log;
         `before` is the lowest `seq` that the caller has.
         """
         given = {
@@ -11036,6 +11075,17 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
         return self._find(JobRecord, condition, (*values, limit))
+
+    def newest_of_sessions(self, session_key: str = "") -> dict[str, JobRecord]:
+        """Return the newest job of each session, or of one, by its key."""
+        newest = "(SELECT max(seq) FROM jobs WHERE session_key = sessions.key)"
+        of_key = "WHERE key = :key" if session_key else ""
+        records = self._find(
+            JobRecord,
+            f"seq IN (SELECT {newest} FROM sessions {of_key})",  # nosec B608: literals
+            {"key": session_key},
+        )
+        return {str(record.session_key): record for record in records}
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""
@@ -12912,6 +12962,7 @@ class Job:
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -12990,6 +13041,13 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     return {**view, "words": words, "failed": record.failed}
 
 
+def job_summary(record: JobRecord) -> JsonObject:
+    """Return the part of a job's view that tells how it ended, and where."""
+    view = job_view(record)
+    names = ("id", "state", "words", "failed", "nodeName", "endedAt")
+    return {name: view[name] for name in names if name in view}
+
+
 class Wait:
     """A watcher whose future completes at news, at the ending, or after a timeout."""
 
@@ -13063,6 +13121,8 @@ class Jobs:
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
+        # Called when a recorded job has begun or its state has changed; never blocks.
+        self.on_change: Callable[[Job], None] | None = None
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -13098,6 +13158,8 @@ class Jobs:
             job.was_sent = False
             self._add(job)
         self._send(job)
+        if job.sent_over is None:
+            self._wake(job)  # it waits for its node
         return job
 
     def _addressed(self, record: JobRecord) -> JobRecord:
@@ -13579,6 +13641,13 @@ class Jobs:
                 self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
+        if self.on_change is not None:
+            record = job.record
+            away = job.away_since is not None and record.is_open
+            state = (record.state, job.place, away, record.cancelled_at)
+            if state != job.announced and job.is_recorded:
+                job.announced = state
+                self.on_change(job)
 
     def _link(self, node_id: str) -> NodeLink | None:
         node = self._fleet.connected(node_id)
@@ -13718,6 +13787,60 @@ LAST_RESULT = 2000  # characters that stay of a newest result when all else is g
 SHELL_ID = "shell"  # of the model that is always there
 
 
+MAX_JUDGED = 10_000  # characters of a command line that command_risks() reads
+
+# Where the name of a program may stand in a command line: at its beginning, behind an
+# operator or a quote, behind a program that starts another.
+_PROGRAM = (
+    r"(?:^|[;|&(){}`\n\"']|-exec[ ]|\b(?:sudo|doas|xargs|exec|env|nohup|nice|time|then|"
+    r"do|else)[ ](?:-\S{1,40}[ ](?:[\w.{}]{1,40}[ ])?){0,9})"
+    r"[ \t]{0,40}(?:\w{1,40}=\S{0,80}[ ]){0,4}(?:/[^\s;|&]{1,80}/)?"
+)
+_OUTSIDE = (
+    r"(/(?!dev/(?:null|stdout|stderr|tty)\b|tmp/|var/tmp/|home/|Users/|root/)"
+    r"[\w./-]{1,200})"
+)
+# By what a person should notice: a pattern whose group is the part that shows it.
+RISKS: Mapping[str, str] = {  # compiled when first used
+    "runs as root": rf"{_PROGRAM}(sudo|doas|pkexec|su)\b",
+    "removes files": rf"{_PROGRAM}(rm|rmdir|unlink|shred|git clean)\s"
+    r"|\bfind\b[^;|\n]{0,400}\s(-delete)\b",
+    "overwrites disks": rf"{_PROGRAM}(dd|mkfs[.\w]*|fdisk|parted|wipefs)\s",
+    "stops programs or the machine": (
+        rf"{_PROGRAM}(reboot|shutdown|poweroff|halt|kill|pkill|killall|"
+        r"systemctl (?:stop|restart|disable|kill)|docker (?:stop|rm|kill))\b"
+    ),
+    "changes installed software": (
+        rf"{_PROGRAM}(apt|apt-get|dnf|yum|apk|zypper|brew|pip3?|npm|snap) "
+        r"(?:-\S+ )?(?:install|remove|purge|uninstall|upgrade|full-upgrade|"
+        r"dist-upgrade|add|del)\b"
+    ),
+    "runs what it downloads": (
+        r"\b(curl|wget)\b[^;|\n]{0,400}\|\s{0,40}(?:sudo\s)?(?:/[^\s;|&]{1,80}/)?"
+        r"(?:(?:ba|da|z|k)?sh|python3?|perl)\b"
+    ),
+    "writes outside the home directory": (
+        rf"(?:\d?>>?[ \t]{{0,40}}|{_PROGRAM}(?:tee|touch|mkdir|chmod|chown)[ ]"
+        rf"[^;|&\n]{{0,200}}?){_OUTSIDE}"
+        rf"|{_PROGRAM}(?:cp|mv|ln|install|rsync)[ ][^;|&\n]{{0,400}}[ ]{_OUTSIDE}"
+        r"[ ]{0,9}(?:$|[;|&\n)\"'])"
+    ),
+}
+
+
+def command_risks(command: str) -> list[str]:
+    """Return what a person should notice before a command runs, in words.
+
+    These are hints: a shell has more ways to do each.
+    """
+    text = command[:MAX_JUDGED]
+    found = ((words, re.search(p, text, re.MULTILINE)) for words, p in RISKS.items())
+    risks = [f"{words} ({m[m.lastindex or 0]})" for words, m in found if m]
+    if len(command) > MAX_JUDGED:
+        risks.append(f"is too long to be judged ({len(command):,} characters)")
+    return risks
+
+
 class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
@@ -13783,7 +13906,7 @@ class Conversation:
 
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None: ...
 
-    def ask(self, planned: PlannedCommand) -> None: ...
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None: ...
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
 
@@ -13909,13 +14032,27 @@ class FleetMachines:
 # --- Approvals ---
 
 
+class Question(Value):
+    """An approval that is asked for."""
+
+    chat: Conversation
+    planned: PlannedCommand
+    answer: Future[Verdict]
+    expires_at: int  # ms
+
+    @property
+    def scope(self) -> tuple[str, str, str]:
+        """The reach of "always"."""
+        return self.chat.key, self.planned.node_id, self.chat.key_id
+
+
 class Approvals:
     """Questions whether a model's command may run, until they are answered."""
 
     def __init__(self, *, timeout: float = APPROVAL_TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
-        self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
+        self._open: dict[str, Question] = {}
         # Name and key of those who answered, by session, node and key that asked.
         self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
@@ -13926,21 +14063,24 @@ class Approvals:
 
         Raises Cancelled.
         """
-        job_id, node_id = planned.job_id, planned.node_id
+        job_id = planned.job_id
         answer: Future[Verdict] = Future()
+        question = Question(
+            chat, planned, answer, now_ms() + round(self._timeout * 1000)
+        )
 
         def give_up() -> None:
             if self._close(job_id):  # an answer that came first stands
                 answer.cancel()
 
         with self._lock:
-            always = self._always.get((chat.key, node_id, chat.key_id))
+            always = self._always.get(question.scope)
             if always is None:
-                self._open[job_id] = (chat, node_id, answer)
+                self._open[job_id] = question
         if always is not None:
             return Verdict(True, f"{always[0]}, always here")
         try:
-            chat.ask(planned)
+            chat.ask(planned, question.expires_at)
             with cancel.calling(give_up):
                 return answer.result(self._timeout)
         except FutureTimeout:
@@ -13969,15 +14109,13 @@ class Approvals:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
-                scope = self._scope(*question[:2])
+                scope = question.scope
                 self._always[scope] = by, key_id
-                same = [
-                    i for i, q in self._open.items() if self._scope(*q[:2]) == scope
-                ]
-            likewise = [self._open.pop(i)[2] for i in same]
+                same = [i for i, other in self._open.items() if other.scope == scope]
+            likewise = [self._open.pop(i).answer for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        question[2].set_result(Verdict(allowed, by))
+        question.answer.set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
 
@@ -13990,8 +14128,18 @@ class Approvals:
                 ):
                     del self._always[scope]
 
-    def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
-        return chat.key, node_id, chat.key_id
+    def questions(self) -> list[JsonObject]:
+        """Return the open questions, the oldest first, as clients see them."""
+        with self._lock:
+            questions = list(self._open.values())
+        return [
+            {
+                **asked.planned.to_json(),
+                "sessionKey": asked.chat.key,
+                "expiresAt": asked.expires_at,
+            }
+            for asked in questions
+        ]
 
     def _close(self, job_id: str) -> bool:
         with self._lock:
@@ -14735,19 +14883,37 @@ class RemoteModel:
         raise kind(f"{self._node[1]}: {said}")
 
 
-def _check_provider(provider: str, base_url: str) -> None:
-    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+def _check_provider(provider: str, entered: ProviderSettings) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider can be set up like this."""
+    problem = ""
+    known = {spec.id for spec in PROVIDERS}
+    try:
+        parts = urlsplit(entered.base_url)
+        is_web = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port beyond 65535
+        parts, is_web = urlsplit(""), False
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        problem = (
+            f"{provider[:40]!r} cannot be the name of a provider: it takes 1 to 40 of "
+            "a-z, 0-9, - and _"
         )
-    parts = urlsplit(base_url.strip())
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+    elif entered.protocol and provider in known:
+        problem = f"{provider} has a protocol of its own; give your server another name"
+    elif not entered.base_url and provider not in known:
+        problem = (
+            f"{provider!r} is none of {', '.join(sorted(known))}, and a server of your "
+            "own needs an address, like http://gpu-box:8080/v1"
         )
+    elif "@" in parts.netloc or parts.query or parts.fragment:
+        problem = (
+            f"the address of {provider} has more than scheme, host, port and path; "
+            "enter a key by itself"
+        )
+    elif entered.base_url and not (is_web and parts.hostname):
+        # Not quoted: it may be a key in the wrong field.
+        problem = f"the address of {provider} must look like http://gpu-box:8080/v1"
+    if problem:
+        raise RpcError("INVALID_REQUEST", problem)
 
 
 def _is_default_url(provider: str, base_url: str) -> bool:
@@ -14819,26 +14985,52 @@ class ModelDirectory:
         return self._ask(self._providers)
 
     def configure(
-        self, provider: str, api_key: str | None, base_url: str | None
+        self,
+        provider: str,
+        api_key: str | None,
+        base_url: str | None,
+        protocol: str | None,
     ) -> None:
         """Store what a person entered; None leaves it, an empty text deletes it.
 
-        Raises RpcError INVALID_REQUEST, BadConfiguration.
+        A provider that is not in PROVIDERS is a server of their own.  Raises RpcError
+        INVALID_REQUEST, BadConfiguration.
         """
-        _check_provider(provider, base_url or "")
         if base_url is not None and _is_default_url(provider, base_url):
             base_url = ""  # as shown: it was not meant to set the provider up
+        given = {"api_key": api_key, "base_url": base_url, "protocol": protocol}
         with self._lock:
             entered = self._entered()
             known = entered.pop(provider, ProviderSettings())
-            changed = ProviderSettings(
-                api_key=known.api_key if api_key is None else api_key.strip(),
-                base_url=known.base_url if base_url is None else base_url.strip(),
+            changed = known.replace(
+                **{k: v.strip() for k, v in given.items() if v is not None}
             )
-            if changed != ProviderSettings():
+            is_empty = not (changed.api_key or changed.base_url)
+            if not is_empty or known == ProviderSettings():
+                _check_provider(provider, changed)
+            if not is_empty:
                 entered[provider] = changed
-            ProviderSettings.save_all(self._directory, entered)
-            self._catalog.replace(make_providers(self._environ, entered))
+            self._store(entered)
+
+    def remove(self, provider: str) -> None:
+        """Forget what a person entered for a provider.
+
+        Raises RpcError NOT_FOUND, BadConfiguration.
+        """
+        with self._lock:
+            entered = self._entered()
+            if entered.pop(provider, None) is None:
+                names = ", ".join(entered) or "none"
+                raise RpcError(
+                    "NOT_FOUND",
+                    f"nothing was entered for {clip(provider, 80)!r}, but for: {names}",
+                )
+            self._store(entered)
+
+    def _store(self, entered: Mapping[str, ProviderSettings]) -> None:
+        """Keep and use these settings; under the lock.  Raises BadConfiguration."""
+        ProviderSettings.save_all(self._directory, entered)
+        self._catalog.replace(make_providers(self._environ, entered))
 
     def _ask(self, work: Callable[[], list[JsonObject]]) -> Future[list[JsonObject]]:
         if not self._places.acquire(blocking=False):
@@ -15410,9 +15602,10 @@ class TurnChat(Conversation):
         with self._lock:
             self._calls[call.id] = (message_id, planned is not None)
 
-    def ask(self, planned: PlannedCommand) -> None:
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None:
         self._asked.add(planned.job_id)
-        self._show_approval(planned, {"state": "asked"})
+        question = {"expiresAt": expires_at, "risks": command_risks(planned.command)}
+        self._show_approval(planned, {"state": "asked", **question})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
         state = "approved" if verdict.allowed else "denied"
@@ -15564,7 +15757,9 @@ class Chats:
 
     def all(self) -> list[JsonObject]:
         """Return `sessions.list`."""
-        return [self._view(session) for session in self._store.sessions.all()]
+        jobs = self._store.jobs.newest_of_sessions()
+        sessions = self._store.sessions.all()
+        return [self._view(session, jobs.get(session.key)) for session in sessions]
 
     def create(self, label: str) -> JsonObject:
         now = now_ms()
@@ -15574,7 +15769,8 @@ class Chats:
 
     def view(self, key: str) -> JsonObject:
         """Raises RpcError NOT_FOUND."""
-        return self._view(self._session(key))
+        job = self._store.jobs.newest_of_sessions(key).get(key)
+        return self._view(self._session(key), job)
 
     def change(self, key: str, **choices: Any) -> JsonObject:
         """Store what was chosen for a session.  Raises RpcError."""
@@ -15829,10 +16025,12 @@ class Chats:
         self._announce("session", payload)
         return view
 
-    def _view(self, session: Session) -> JsonObject:
+    def _view(self, session: Session, last_job: JobRecord | None) -> JsonObject:
         with self._lock:
             queue = self._queues.get(session.key)
+        view = {} if last_job is None else {"lastJob": job_summary(last_job)}
         return {
+            **view,
             "key": session.key,
             "label": session.label,
             "model": session.model,
@@ -15904,8 +16102,8 @@ class Chats:
 # ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket protocol, WebSocket connections, SCRAM,
-#       Wire protocol, Commands, Machine, Store, Access, Fleet, Jobs, Agent,
-#       Model directory, Chat
+#       Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
+#       Agent, Model directory, Chat
 #
 # The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -15926,7 +16124,13 @@ MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
 SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
-EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
+JOBS_CHANGED = "job"  # event
+JOBS_CHANGED_INTERVAL = 0.2  # s between two of them
+MAX_JOBS_CHANGED = 256 * 1024  # characters of commands in one; others are left out
+EVENTS = (
+    *("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session"),
+    JOBS_CHANGED,
+)
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
@@ -16213,6 +16417,11 @@ class Audience:
         for peer in peers:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
+    def listens(self, name: str) -> bool:
+        """Return whether somebody gets this event."""
+        with self._lock:
+            return any(name in peer.events for peer in self._peers)
+
     def announce(self, name: str, payload: JsonObject) -> None:
         """Send an event to its subscribers, without blocking."""
         with self._lock:
@@ -16225,6 +16434,58 @@ class Audience:
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
+
+
+class JobNews:
+    """Announces the jobs of all callers that change, several in one event.
+
+    A busy gateway changes thousands a second: the thread that does so only puts them
+    down, and nothing if no client listens.
+    """
+
+    def __init__(self, audience: Audience) -> None:
+        self._audience = audience
+        self._lock = threading.Lock()  # guards _changed
+        self._changed: dict[str, Job] = {}
+        self._news = threading.Event()  # _changed is not empty, or close()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-job-news", daemon=True
+        )
+        self._thread.start()
+
+    def add(self, job: Job) -> None:
+        """Announce a job soon, as it is then."""
+        if self._audience.listens(JOBS_CHANGED):
+            with self._lock:
+                self._changed[job.id] = job
+            self._news.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._news.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._news.wait()
+            self._news.clear()
+            with self._lock:
+                changed, self._changed = self._changed, {}
+            if changed:
+                self._audience.announce(JOBS_CHANGED, self._payload(changed.values()))
+            self._stopped.wait(JOBS_CHANGED_INTERVAL)
+
+    def _payload(self, changed: Iterable[Job]) -> JsonObject:
+        """Return their views; `more`: some are left out, and job.list has them."""
+        views: list[JsonObject] = []
+        size = 0
+        for job in changed:
+            size += len(job.record.command) + 500
+            if size > MAX_JOBS_CHANGED:
+                return {"jobs": views, "more": True}
+            views.append(job_view(job))
+        return {"jobs": views}
 
 
 class KeyShares:
@@ -16734,6 +16995,9 @@ class ChatMethods:
     ) -> list[JsonObject]:
         return self._chats.history(session_key, after=after, before=before)
 
+    def questions(self) -> list[JsonObject]:
+        return self._approvals.questions()
+
     def answer(self, job_id: str, decision: str, by: Caller) -> None:
         self._approvals.answer(
             job_id,
@@ -16862,6 +17126,10 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "models.configure": (
         AuditEvent.MODELS_CHANGED,
         lambda params: f"{params['provider']} {params.get('baseUrl') or ''}".strip(),
+    ),
+    "models.remove": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: f"{params['provider']} removed",
     ),
 }
 
@@ -17003,6 +17271,7 @@ class Rpc:
             "chat.history": Method(
                 sessions.history, read, sessionKey=session, after=number, before=number
             ),
+            "exec.approval.list": Method(sessions.questions, read),
             "exec.approval.resolve": Method(
                 *(sessions.answer, Scope.APPROVALS),
                 jobId=required_id,
@@ -17012,8 +17281,13 @@ class Rpc:
             "models.list": Method(models.entries, read, refresh=flag),
             "models.providers": Method(models.providers, read),
             "models.configure": Method(
-                models.configure, admin, provider=str, apiKey=text, baseUrl=text
+                *(models.configure, admin),
+                provider=str,
+                apiKey=text,
+                baseUrl=text,
+                protocol=Optional(one_of("", *OWN_SERVERS)),
             ),
+            "models.remove": Method(models.remove, admin, provider=str),
             "keys.list": Method(access.keys, admin),
             "keys.create": Method(
                 access.create_key, admin, name=str, scopes=required_texts, by=Caller
@@ -23947,6 +24221,7 @@ class RunningGateway:
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
+            jobs.on_change = stack.enter_context(closing(JobNews(audience))).add
             stack.callback(jobs.close)
             local.start(fleet, jobs)
             models = self.models = ModelDirectory(path, environ, fleet, jobs)
@@ -25997,6 +26272,9 @@ def ask_approval(output: Output, command: JsonObject) -> str:
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    risks = command.get("approval", {}).get("risks")
+    if risks:
+        output.say(f"It {visible(', '.join(risks))}.")
     drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
