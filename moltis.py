@@ -1661,7 +1661,7 @@ class NodeSettings(SettingsFile):
     gateway_url: str  # ws:// or wss://, with the path
     device_token: str
     node_id: str
-    display_name: str
+    display_name: str = ""  # "": the token's, or else the host name
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
@@ -1679,7 +1679,7 @@ class NodeSettings(SettingsFile):
         settings = super().from_json(
             {**value, "working_dir": value.get("working_dir") or None}
         )
-        for name in ("gateway_url", "device_token", "node_id", "display_name"):
+        for name in ("gateway_url", "device_token", "node_id"):
             if not getattr(settings, name):
                 raise RpcError("INVALID_REQUEST", f"{name} is missing")
         return settings
@@ -1713,12 +1713,19 @@ PYTHON_OPTIONS = "-IS"
 # An import takes the compiled form from __pycache__; to compile a script of this size
 # takes seconds on a Pi Zero.  Nothing that it makes is garbage: not to look for any
 # takes 7 ms off the 40 of a start.
-IMPORT_AND_RUN = (
-    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
+# Until main() has a better answer, Ctrl+C ends the process without a traceback.  The
+# module `signal` itself takes milliseconds to import, this one is in the interpreter.
+BEGIN_QUIETLY = (
+    "import _signal as s; "
+    "s.getsignal(2) == s.default_int_handler and s.signal(2, s.SIG_DFL); "
+    "import gc, sys; gc.disable(); "
+)
+IMPORT_AND_RUN = BEGIN_QUIETLY + (
+    "sys.path.insert(0, sys.argv.pop(1)); import moltis; "
     "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
 )
-LOAD_AND_RUN = (  # the same from a descriptor, for restart_from_bytecode()
-    "import gc, marshal, sys; gc.disable(); file = open(int(sys.argv.pop(1)), 'rb'); "
+LOAD_AND_RUN = BEGIN_QUIETLY + (  # from a descriptor, for restart_from_bytecode()
+    "import marshal; file = open(int(sys.argv.pop(1)), 'rb'); "
     "code, known, sys.path[:] = marshal.loads(file.read()); file.close(); "
     "del sys.argv[0]; moltis = sys.modules['moltis'] = type(sys)('moltis'); "
     "vars(moltis).update(known); exec(code, vars(moltis)); del code; "
@@ -3118,9 +3125,16 @@ class WebSocket:
             self._channel.sock.close()
 
 
+# A gateway's reason for the status 400 of plain HTTP on its port.
+SPEAKS_TLS = "This gateway speaks TLS: use https:// or wss://"
+
+
 def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str:
     """Return one line for people about a connection that did not come about."""
     if isinstance(error, HandshakeError):
+        if SPEAKS_TLS in str(error):
+            secure = f"wss{str(target)[len('ws') :]}"
+            return f"{target} leads to a gateway that speaks TLS; use {secure}"
         return f"{target} answered {error}; is there a gateway, and is the path right?"
     if isinstance(error, socket.timeout):
         return (
@@ -4443,6 +4457,7 @@ CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
     "commands": ("extensions.moltis.commands", _texts),
     "instance": ("extensions.moltis.instance", _text),
     "jobs": ("extensions.moltis.jobs", _held_jobs),
+    "named": ("extensions.moltis.named", partial(optional, kind=bool)),
 }
 
 
@@ -4464,6 +4479,7 @@ class ConnectParams(Value):
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
     jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
+    named: bool = True  # by a person: the display name is not just the host's
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
@@ -4486,7 +4502,7 @@ class ConnectParams(Value):
         params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
         for field, (path, _) in CONNECT_FIELDS.items():
             item = getattr(self, field)
-            if item == "" or (field == "jobs" and not self.instance):
+            if item in ("", True) or (field == "jobs" and not self.instance):
                 continue
             *parents, name = path.split(".")
             value = params
@@ -8922,13 +8938,19 @@ MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
 # Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
+# Called with fields of NodeSettings to keep: the gateway's pin, and its name for us.
+SettingsHandler: TypeAlias = "Callable[[Mapping[str, str]], None]"
+
+
+def _hello_extension(hello: JsonObject) -> JsonObject:
+    """Return what a hello says beyond Moltis' protocol; {} from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    return optional(extensions, "moltis", dict) or {}
 
 
 def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     """Return the offsets to send from, by job; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours = optional(extensions, "moltis", dict) or {}
-    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    jobs: JsonObject | None = optional(_hello_extension(hello), "jobs", dict)
     return jobs
 
 
@@ -9181,11 +9203,10 @@ class NodeAgent:
         machine: Machine,
         telemetry: TelemetrySource,
         on_state: NodeStateHandler,
-        on_pin: Callable[[str], None],
+        on_learned: SettingsHandler,
     ) -> None:
-        """`on_pin` gets what to keep as `settings.gateway_pin`."""
         self._settings = settings
-        self._on_pin = on_pin
+        self._on_learned = on_learned
         self._machine = machine
         self._telemetry = telemetry
         self._on_state = on_state
@@ -9256,6 +9277,9 @@ class NodeAgent:
             hello = self._authenticate(ws)
             self._proved_pin = _tls_pin(ws)
             self._keep_pin(ws)
+            name = optional(_hello_extension(hello), "displayName", str)
+            if name and name != self._settings.display_name:
+                self._learn(display_name=printable(name))
             return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
@@ -9285,6 +9309,11 @@ class NodeAgent:
         # Before the first proof any certificate will do: SCRAM binds to it.
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
+    def _learn(self, **fields: str) -> None:
+        self._settings = self._settings.replace(**fields)
+        with contextlib.suppress(UserError):  # a full disk, say: the next time
+            self._on_learned(fields)
+
     def _keep_pin(self, ws: WebSocket) -> None:
         """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
@@ -9297,15 +9326,15 @@ class NodeAgent:
             else:  # nothing is kept unless a CA that this system trusts vouches for it
                 target = ServerUrl.parse(self._settings.gateway_url)
                 dial(target.host, target.port, TlsTrust()).close()
-            self._settings = self._settings.replace(gateway_pin=pin)
-            self._on_pin(pin)
+            self._learn(gateway_pin=pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
-            display_name=self._settings.display_name,
+            display_name=self._settings.display_name or socket.gethostname(),
+            named=bool(self._settings.display_name),
             version=__version__,
             platform=platform_name(),
             capabilities=self._machine.capabilities,
@@ -9780,7 +9809,10 @@ class SystemdService(ServiceManager):
         shown = self._try_systemctl("show", f"--property={names}", UNIT_NAME)
         installed = self.unit.exists()
         if shown.status != 0:
-            return ServiceStatus(installed, False, False, None, _last_line(shown.text))
+            why = "" if shown.status == 127 else f" ({_last_line(shown.text)})"
+            state = f"unknown: no systemd for this user answers{why}"
+            state = state if installed else "not installed"
+            return ServiceStatus(installed, False, False, None, state)
         lines = shown.text.splitlines()
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
         state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
@@ -13522,7 +13554,8 @@ class Jobs:
         if ending.state == JobState.LOST:
             if not record.is_open:
                 return
-            unknown = "how it ended" if job.log.end else "whether it ran"
+            # Of what it printed this gateway may have lost all in a crash of its own.
+            unknown = "how it ended" if job.log.end else "how far it got"
             ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
         elif ending.state == JobState.CANCELLED and record.cancelled_by:
             ending = ending.replace(reason=f"by {record.cancelled_by}")
@@ -17831,6 +17864,8 @@ def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> st
         name = valid_name(params.display_name)
     except RpcError:
         return ""
+    if device.display_name and not params.named:
+        return ""  # the token was made for a name
     if device.renamed or name == device.display_name:
         return name
     # The device that had the name first keeps it.
@@ -17961,7 +17996,7 @@ class Gateway:
             # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
-            self._greet(ws, request_id, identity, peer.id, {})
+            self._greet(ws, request_id, identity, peer.id, {"jobs": {}})
             ws.release_pongs(MAX_PEER_MESSAGE)
             peer.serve()
         finally:
@@ -17991,7 +18026,8 @@ class Gateway:
                     "and needs one of its own",
                 )
             offsets = self._jobs.resumed(peer, params.jobs) if peer.resumes else {}
-            self._greet(ws, request_id, identity, new_id(), offsets)
+            ours = {"jobs": offsets, "displayName": current.display_name}
+            self._greet(ws, request_id, identity, new_id(), ours)
             ws.release_pongs(peer.max_message, cuts=peer.cuts_messages)
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
@@ -18033,12 +18069,12 @@ class Gateway:
         request_id: str,
         identity: Identity,
         connection_id: str,
-        offsets: Mapping[str, int],
+        ours: JsonObject,
     ) -> None:
         """Answer a `connect`.
 
-        `offsets`, by job, are where a node continues its logs.
-        Raises ConnectionClosed.
+        `ours` is what a Moltis peer does not know: for a node its name, and by job
+        the offset where it continues the log.  Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -18072,7 +18108,7 @@ class Gateway:
                 "maxBufferedBytes": MAX_BUFFERED,
                 "tickIntervalMs": round(TELEMETRY_INTERVAL * 1000),
             },
-            "extensions": {"moltis": {"jobs": dict(offsets)}},
+            "extensions": {"moltis": ours},
         }
         ws.send(encode_envelope(Response(request_id, hello)))
 
@@ -19258,9 +19294,8 @@ class ConnectionThreads:
 
 
 HTTP_ON_TLS_PORT = (
-    b"HTTP/1.1 400 This gateway speaks TLS: use https:// or wss://\r\n"
-    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
-)
+    f"HTTP/1.1 400 {SPEAKS_TLS}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+).encode("ascii")
 
 
 def _secured(
@@ -23952,8 +23987,7 @@ class OperatorClient:
             raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
-                "MOLTIS_API_KEY; a key of moltis 0.1 is accepted here once it was used "
-                "to sign in on the page"
+                "MOLTIS_API_KEY"
             ) from error
         except AuthenticationError as error:
             raise Refused(
@@ -24985,7 +25019,7 @@ class RunningNode:
         inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
-        on_pin: Callable[[str], None] = lambda _pin: None,
+        on_learned: SettingsHandler = lambda _fields: None,
     ) -> None:
         self.refused: Refused | None = None
         self._agent: NodeAgent | None = None  # made after the inventory
@@ -25002,7 +25036,9 @@ class RunningNode:
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state, on_pin)
+        agent = self._agent = NodeAgent(
+            settings, machine, telemetry, on_state, on_learned
+        )
         self._give_up = give_up_when_refused
         self._on_end = on_end
         self._thread = threading.Thread(
@@ -25074,6 +25110,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 # -- output --------------------------------------------------------------------
+
+
+def one_line(text: str, limit: int) -> str:
+    """Return `text` on one line, cut at `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
@@ -25264,7 +25306,11 @@ class Subcommand(Value):
 def check_timeout(timeout: float | None) -> None:  # s
     """Raises UsageError for a --timeout out of range."""
     if timeout is not None and not 0 < timeout * 1000 <= MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout takes a positive number of seconds, not {timeout}")
+        most = MAX_TIMEOUT_MS // 1000
+        raise UsageError(
+            f"--timeout takes seconds, more than 0 and at most {most:g}, not "
+            f"{timeout:g}"
+        )
 
 
 def find_one(
@@ -25273,7 +25319,7 @@ def find_one(
     """Return the first of `fields`, ids, of the row that `reference` names.
 
     An id wins over a `displayName` or `name`, which must be unambiguous.  Raises
-    UserError.
+    UserError, also for a row that is revoked.
     """
 
     def name_of(row: JsonObject) -> str:
@@ -25281,13 +25327,18 @@ def find_one(
 
     wanted = reference.strip().casefold()
     exact = [row for row in rows if reference in (row.get(f) for f in fields)]
-    found = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    named = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    found = [row for row in named if not row.get("revokedAt")]
     if len(found) == 1:
         return str(found[0][fields[0]])
     if found:
         ids = ", ".join(str(row[fields[0]]) for row in found)
         raise UsageError(f"several are called {reference!r}; use an id: {ids}")
-    names = ", ".join(map(name_of, rows)) or "none"
+    if named:
+        when = format_time(max(row["revokedAt"] for row in named))
+        raise UserError(f"the {what} {reference!r} is revoked already, since {when}")
+    current = [name_of(row) for row in rows if not row.get("revokedAt")]
+    names = ", ".join(filter(None, current)) or "none"
     raise UserError(f"no {what} is called {reference!r}; there is {names}")
 
 
@@ -25334,8 +25385,13 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
             "exist; start one with `moltis gateway`, or name it with --host"
         )
     url = given or (file.url if file else "")
-    if not key and file is not None and is_own_gateway(url, file):
-        key = file.api_key
+    if not key and file is not None:
+        if is_own_gateway(url, file):
+            key = file.api_key
+        scheme, place = file.url.partition("://")[0], websocket_url(url).split("://")[1]
+        if not key and is_own_gateway(f"{scheme}://{place}", file):
+            tls = "with TLS" if scheme == "https" else "without TLS"
+            raise UsageError(f"the gateway at {url} runs {tls}; use {file.url}")
     if not key:
         raise Refused(
             f"{url} is not the gateway of {context.directory / GatewayFile.FILE}: it "
@@ -25636,7 +25692,7 @@ def node_settings(
         node_id=args.node_id
         or (previous.node_id if previous and previous.device_token == token else "")
         or new_id(),
-        display_name=args.name or offer.get("display_name") or socket.gethostname(),
+        display_name=args.name or offer.get("display_name") or "",
         working_dir=working_dir,
         timeout=args.timeout,
         # Never from the offer: it may have come over a connection that is not trusted.
@@ -25708,9 +25764,10 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     state = wait_until_connected(directory, Deadline(START_TIMEOUT))
     for note in notes:
         output.say(note)
+    known = NodeSettings.load(directory) or settings  # by now with the gateway's name
     output.fields(
         {
-            "Name": settings.display_name,
+            "Name": known.display_name or None,
             "Node id": settings.node_id,
             "Gateway": settings.gateway_url,
             "Allows": settings.allow,
@@ -25754,16 +25811,18 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 log.warning("%s", error)
         elif connected:
             context.output.say(
-                f"connected to {settings.gateway_url} as {settings.display_name!r}; "
-                "Ctrl+C stops it"
+                f"connected to {settings.gateway_url} as "
+                f"{settings.display_name or socket.gethostname()!r}; Ctrl+C stops it"
             )
 
-    def on_pin(pin: str) -> None:
+    def on_learned(fields: Mapping[str, str]) -> None:
+        nonlocal settings
         known = None if directory is None else NodeSettings.load(directory)
         if known is not None and directory is not None:
             same = known.replace(working_dir=settings.working_dir) == settings
             if same:  # not after another `node add`
-                known.replace(gateway_pin=pin).save(directory)
+                known.replace(**fields).save(directory)
+        settings = settings.replace(**fields)
 
     handler: logging.Handler = logging.StreamHandler()
     if directory is not None:
@@ -25780,7 +25839,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
-        on_pin=on_pin,
+        on_learned=on_learned,
     )
     try:
         stop.wait()
@@ -25838,10 +25897,15 @@ def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]
 
 def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
     spec, service = local_service(context)
+    known = (context.directory / NodeSettings.FILE).exists()
+    if not known and not (service and service.unit.exists()):
+        context.output.say("this machine is no node; there is nothing to remove")
+        return EXIT_OK
     for note in service.remove() if service else []:
         context.output.say(note)
     remove_node_files(context.directory)
-    context.output.say(f"this machine is no longer a node; its log is {spec.log}")
+    rest = f"; its log is {spec.log}" if spec.log.exists() else ""
+    context.output.say(f"this machine is no longer a node{rest}")
     return EXIT_OK
 
 
@@ -25896,8 +25960,11 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
 
 
 def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
+    path = context.directory / NODE_LOG_FILE
+    if not path.exists():
+        raise UserError(f"there is no log here: {path} is made by `moltis node add`")
     if not args.follow:
-        context.output.answer(str(context.directory / NODE_LOG_FILE))
+        context.output.answer(str(path))
         return EXIT_OK
 
     def write(data: bytes) -> None:
@@ -26006,7 +26073,8 @@ def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
 def cmd_node_rename(args: argparse.Namespace, context: Context) -> int:
     node = {"nodeId": args.node, "displayName": args.name}
     call_gateway(args, context, "node.rename", **node)
-    context.output.say(f"{args.node} is now called {args.name}")
+    old, new = one_line(args.node, 200), one_line(args.name, 200)
+    context.output.say(f"{old} is now called {new}")
     return EXIT_OK
 
 
@@ -26014,9 +26082,10 @@ def cmd_node_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
         # A device may never have connected, unlike a node.
         devices = client.call("device.pair.list", {})
-        device_id = find_one(args.node, devices, "device", "deviceId", "nodeId")
+        what = "machine with a token"
+        device_id = find_one(args.node, devices, what, "deviceId", "nodeId")
         client.call("device.token.revoke", {"deviceId": device_id})
-    context.output.say(f"{args.node} is revoked")
+    context.output.say(f"{one_line(args.node, 200)} is revoked")
     return EXIT_OK
 
 
@@ -26044,16 +26113,10 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
+        keys = client.call("keys.list", {})
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
-    context.output.say(f"{args.key} is revoked")
+    context.output.say(f"{one_line(args.key, 200)} is revoked")
     return EXIT_OK
-
-
-def one_line(text: str, limit: int) -> str:
-    """Return `text` on one line, cut at `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _audit_state_column(row: JsonObject) -> str:
@@ -26592,8 +26655,8 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
     if named:
         return named[0]
-    output.say(f"a new session: {wanted.strip()}")
     created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
+    output.say(f"a new session: {created['label']}")
     return created
 
 
@@ -27155,7 +27218,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg("--join URL", "join link instead of a token"),
             *TRUST,
-            arg("--name NAME", "the node's name (default: host name)"),
+            arg("--name NAME", "its name (default: the token's, or the host name)"),
             arg("--node-id ID", "its id (default: the one it has, or a new one)"),
             arg("--working-dir DIR", "where commands start (default: home)"),
             arg("--timeout S", "limit for every command, in seconds", type=float),
@@ -27329,28 +27392,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    restart_from_bytecode(arguments)
-    command: list[str] = []
-    if "--" in arguments:  # what follows belongs to the other machine
-        split = arguments.index("--")
-        arguments, command = arguments[:split], arguments[split + 1 :]
-    if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this
-        sys.stdout.write(VERSION_TEXT + "\n")
-        return EXIT_OK
-    context = Context(dict(os.environ), Output(os.environ))
-    # `install` may replace itself by another moltis, which does this for itself.
-    if argv is None and arguments[:1] != ["install"]:
-        if runs_long(arguments):
-            reap_orphans()
-        context = context.replace(
-            inherited=settle_process(), environ=take_environment()
-        )
+    output = Output(os.environ)
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see BEGIN_QUIETLY
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        restart_from_bytecode(arguments)
+        command: list[str] = []
+        if "--" in arguments:  # what follows belongs to the other machine
+            split = arguments.index("--")
+            arguments, command = arguments[:split], arguments[split + 1 :]
+        if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this
+            sys.stdout.write(VERSION_TEXT + "\n")
+            return EXIT_OK
+        context = Context(dict(os.environ), output)
+        # `install` may replace itself by another moltis, which does this for itself.
+        if argv is None and arguments[:1] != ["install"]:
+            if runs_long(arguments):
+                reap_orphans()
+            context = context.replace(
+                inherited=settle_process(), environ=take_environment()
+            )
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error
         return status
     except (UserError, RpcError) as error:
-        context.output.complain(str(error))
+        output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -27361,7 +27427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in NO_ROOM:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        context.output.complain(f"the output is not whole: {error.strerror}")
+        output.complain(f"the output is not whole: {error.strerror}")
         return EXIT_FAILURE
 
 
