@@ -15678,7 +15678,7 @@ class TurnChat(Conversation):
         self._store.jobs.add(
             record.replace(
                 state=JobState.DENIED,
-                reason=verdict.reason or None,
+                reason=verdict.reason or f"by {verdict.by}",
                 ended_at=now_ms(),
                 spec=None,
             )
@@ -23406,9 +23406,9 @@ function forgetToken() {
 const RESULTS = {
   "": "All results",
   open: "Running or waiting",
-  succeeded: "Succeeded",
-  failed: "Failed or stopped",
-  cancelled: "Stopped",
+  succeeded: "Done",
+  failed: "Failed or cancelled",
+  cancelled: "Cancelled",
   timed_out: "Timed out",
   lost: "Lost",
   denied: "Denied",
