@@ -19527,6 +19527,8 @@ WEB_HTML = r"""<!doctype html>
 <a data-part="whole" download>Download all of it</a></p>
 <div class="lines" data-part="lines"></div>
 </div>
+<button class="button small latest" data-part="latest" data-icon="down"
+ hidden>Latest</button>
 </article></template>
 
 <template id="running-item"><li><a data-part="link">
@@ -20133,6 +20135,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
   tab-size: 8; overflow-anchor: none; }
 .screen.empty { display: none; }
+.command > .latest { position: absolute; left: 50%; bottom: 12px; translate: -50% 0;
+  border-radius: 20px; box-shadow: var(--shade); }
 .lines { white-space: pre; width: max-content; min-width: 100%; }
 .wraps .lines { white-space: pre-wrap; overflow-wrap: anywhere; width: auto; }
 .lines > div { min-height: 1.5em; }
@@ -20316,13 +20320,21 @@ const $ = id => document.getElementById(id);
 
 const on = (target, type, action) => target.addEventListener(type, action);
 
+// Set the listener of an event; patch() may replace it.
+function listen(element, type, action) {
+  const {listeners = {}} = element;
+  if (!(type in listeners))
+    on(element, type, event => element.listeners[type]?.(event));
+  element.listeners = {...listeners, [type]: action};
+}
+
 // Return a new element.  An object before its children holds attributes; those that
 // begin with "on" are listeners.
 function h(tag, ...children) {
   const element = document.createElement(tag);
   const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) on(element, name.slice(2), value);
+    if (name.startsWith("on")) listen(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
@@ -20338,12 +20350,76 @@ function fill(element, ...children) {
   element.replaceChildren(...present(children));
 }
 
-// Replace the children of `element` if `value`, from which they are made, has changed.
+// Put `node` before `place`; return the place after it.  An element with the focus
+// stays where it is, and its siblings move: one that is moved loses the focus.
+function putBefore(parent, node, place) {
+  if (node !== place && node.parentNode === parent &&
+    node.contains(document.activeElement)) {
+    while (place && place !== node) {
+      const next = place.nextSibling;
+      parent.append(place);
+      place = next;
+    }
+  } else if (node !== place) {
+    parent.insertBefore(node, place);
+    return place;
+  }
+  return node.nextSibling;
+}
+
+// Whether `node` can take over what `other` shows.
+const isAlike = (node, other) =>
+  node.nodeName === other.nodeName && node.type === other.type &&
+  node.dataset?.key === other.dataset?.key;
+
+// Make the children of `element` look like `children`.  Those that are there already
+// are kept, by data-key or by their place: what has the focus, is half typed or is
+// being pressed is not replaced.
+function patch(element, ...children) {
+  const keyed = new Map();
+  for (const child of element.children)
+    if (child.dataset.key) keyed.set(child.dataset.key, child);
+  let place = element.firstChild;
+  for (const child of present(children)) {
+    const wanted = child.nodeType ? child : document.createTextNode(child);
+    const key = wanted.dataset?.key;
+    const known = key ? keyed.get(key) : place;
+    if (known && known !== wanted && isAlike(known, wanted)) {
+      place = putBefore(element, known, place);
+      become(known, wanted);
+    } else place = putBefore(element, wanted, place);
+  }
+  while (place) {
+    const next = place.nextSibling;
+    place.remove();
+    place = next;
+  }
+}
+
+// Give `node` the attributes, listeners and children of `other`, which is like it.
+function become(node, other) {
+  if (node.nodeType !== Node.ELEMENT_NODE) {
+    if (node.data !== other.data) node.data = other.data;
+    return;
+  }
+  const own = ({name}) => name !== "style" && name !== "open"; // open: by a person
+  for (const {name} of [...node.attributes].filter(own))
+    if (!other.hasAttribute(name)) node.removeAttribute(name);
+  for (const {name, value} of [...other.attributes].filter(own))
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  if (node.style.cssText !== other.style.cssText)
+    node.style.cssText = other.style.cssText;
+  for (const type of Object.keys({...node.listeners, ...other.listeners}))
+    listen(node, type, other.listeners?.[type]);
+  patch(node, [...other.childNodes]);
+}
+
+// Update the children of `element` if `value`, from which they are made, has changed.
 function fillIfChanged(element, value, make) {
   const key = JSON.stringify(value);
   if (element.shown === key) return;
   element.shown = key;
-  fill(element, make(value));
+  patch(element, make(value));
 }
 
 // Set the text only if it differs: screen readers and selections notice.
@@ -20373,6 +20449,10 @@ function copyOf(id) {
   return parts;
 }
 
+// Attributes of a field whose text no browser completes or corrects.
+const AS_TYPED = {autocomplete: "off", autocorrect: "off", autocapitalize: "off",
+  spellcheck: "false"};
+
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
@@ -20390,21 +20470,76 @@ class Keyed {
 
   show(items) {
     const gone = new Map(this.views);
-    let place = this.parent.firstElementChild;
+    let place = this.parent.firstChild;
     for (const item of items) {
       const key = this.key(item);
       let view = gone.get(key);
       if (!view) this.views.set(key, (view = this.make(item)));
       gone.delete(key);
       view.update(item);
-      if (view.root === place) place = place.nextElementSibling;
-      else this.parent.insertBefore(view.root, place);
+      place = putBefore(this.parent, view.root, place);
     }
     for (const [key, view] of gone) {
-      view.root.remove();
+      // The focus goes on to a neighbour, not to the beginning of the page.
+      const {root} = view;
+      const near = root.nextElementSibling || root.previousElementSibling;
+      const hadFocus = root.contains(document.activeElement);
+      root.remove();
       view.leave?.();
       this.views.delete(key);
+      if (hadFocus) near?.querySelector("a[href], button, [tabindex='0']")?.focus();
     }
+  }
+}
+
+// Keeps the end of a box in view while it grows, until a person scrolls up.
+class Tail {
+  constructor(box, onChange) {
+    this.box = box;
+    this.onChange = onChange; // called after `follows` changed
+    this.follows = true;
+    this.top = 0; // as it was last seen
+    on(box, "scroll", () => this.scrolled());
+    // Before the box moves: growing at that moment would pull it back.
+    const leave = event => this.leave(event);
+    box.addEventListener("wheel", event => event.deltaY < 0 && leave(event),
+      {passive: true});
+    on(box, "keydown", event =>
+      ["ArrowUp", "PageUp", "Home"].includes(event.key) && leave(event));
+  }
+
+  leave({target}) {
+    const inner = target.closest(".screen");
+    const moves = inner && inner !== this.box && inner.scrollTop > 0;
+    if (!moves && this.box.scrollTop > 0) this.set(false);
+  }
+
+  scrolled() {
+    const {scrollTop, scrollHeight, clientHeight} = this.box;
+    const before = this.top;
+    this.top = scrollTop;
+    const isEnd = scrollHeight - scrollTop - clientHeight < 2;
+    if (scrollTop < before && !isEnd) this.set(false);
+    else if (scrollTop > before && isEnd) this.set(true);
+  }
+
+  set(follows) {
+    if (follows === this.follows) return;
+    this.follows = follows;
+    this.onChange();
+  }
+
+  // Show the end, unless a person scrolled up.
+  follow() {
+    if (!this.follows) return;
+    this.box.scrollTop = this.box.scrollHeight;
+    this.top = this.box.scrollTop;
+  }
+
+  // Show the end from now on.
+  resume() {
+    this.set(true);
+    this.follow();
   }
 }
 
@@ -20441,7 +20576,7 @@ async function copy(text, button) {
 const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
 function onClickCopy(button, text) {
-  on(button, "click", () => copy(text(), button));
+  listen(button, "click", () => copy(text(), button));
   return button;
 }
 
@@ -20494,10 +20629,15 @@ function showError(error) {
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
+// Whether a key belongs to an input method.  Safari ends the composition before the
+// key that ended it, which has the code 229.
+const isComposing = event => event.isComposing || event.keyCode === 229;
+
 // Replace the text of `element` by an input field until it is saved or cancelled.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
-  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
+  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200,
+    name: "name", ...AS_TYPED});
   const before = [...element.childNodes];
   const leaving = new AbortController(); // ends the listener on the document
   const finish = saves => {
@@ -20518,7 +20658,7 @@ function editInPlace(element, text, label, save) {
   const press = ({target}) => target !== input && finish(true);
   document.addEventListener("pointerdown", press, {signal: leaving.signal});
   on(input, "keydown", event => {
-    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    if (isComposing(event) || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
@@ -20539,7 +20679,7 @@ const plural = (count, word) =>
 
 function formatBytes(count) {
   if (count == null) return "";
-  const units = ["B", "kB", "MB", "GB", "TB"];
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   for (; count >= 1000 && unit < 4; unit += 1) count /= 1024;
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
@@ -20569,16 +20709,21 @@ const fullFormat = new Intl.DateTimeFormat([], {
   timeStyle: "medium",
 });
 
+const clock = {ahead: 0}; // ms that the gateway's is ahead of this browser's
+
+// Return the time of the gateway, by which everything here is dated, in ms.
+const now = () => Date.now() + clock.ahead;
+
 // Return a time, with its date unless it is today.
 function formatTime(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
-  const today = new Date().toDateString() === date.toDateString();
+  const today = new Date(now()).toDateString() === date.toDateString();
   return today ? clock : `${dayFormat.format(date)}, ${clock}`;
 }
 
 function ago(ms) {
-  const seconds = (Date.now() - ms) / 1000;
+  const seconds = (now() - ms) / 1000;
   if (seconds < 60) return "just now";
   const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
   return `${count} ${unit} ago`;
@@ -20647,15 +20792,17 @@ const weekdayFormat = new Intl.DateTimeFormat([], {weekday: "long", day: "numeri
 // Return the heading of a day.
 function dayName(ms) {
   const day = new Date(ms).toDateString();
-  if (day === new Date(Date.now()).toDateString()) return "Today";
-  if (day === new Date(Date.now() - 86400_000).toDateString()) return "Yesterday";
+  if (day === new Date(now()).toDateString()) return "Today";
+  if (day === new Date(now() - 86400_000).toDateString()) return "Yesterday";
   return weekdayFormat.format(ms);
 }
 
 // == terminal ==
 
 const MAX_LINES = 1500; // of an output on the page; the gateway has all of them
-const LINE_LIMIT = 5000; // characters; the rest of a line is not shown
+const LINE_LIMIT = 5000; // characters of a line on the page, and columns of movement
+const MAX_LINE = 256 * 1024; // characters; the rest of a line is dropped
+const MAX_TEXT = 4 * 1024 * 1024; // characters; the oldest lines are dropped
 
 const TOKEN = new RegExp(
   [
@@ -20753,6 +20900,11 @@ class Pen {
   }
 }
 
+// Return the text of a line's runs.
+const textOf = runs => runs.map(([text]) => text).join("");
+
+const LEFT_OUT = "[… the output before this is left out …]";
+
 // The end of a program's output, as lines of a terminal.
 class Terminal {
   constructor() {
@@ -20763,7 +20915,9 @@ class Terminal {
 
   begin() {
     this.lines = [];
+    this.size = 0; // characters in `lines`
     this.cells = []; // [character, style] of each column of the current line
+    this.hasTabs = false; // there may be tabs in it
     this.column = 0;
     this.pen = new Pen();
     this.rests = {}; // an incomplete escape sequence, by stream
@@ -20790,10 +20944,15 @@ class Terminal {
     return runs;
   }
 
+  // Whether some output is not in text().
+  get isPart() {
+    return this.isCut || this.dropped > 0;
+  }
+
   text() {
     const lines = this.cells.length ? [...this.lines, this.runs()] : this.lines;
-    const shown = lines.map(runs => runs.map(([text]) => text).join(""));
-    return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
+    const shown = lines.map(textOf);
+    return (this.isPart ? [LEFT_OUT, ...shown] : shown).join("\n");
   }
 
   // Drop all lines; numbering continues.
@@ -20829,7 +20988,7 @@ class Terminal {
     if (first === "\n") this.newLine();
     else if (first === "\r") this.column = 0;
     else if (first === "\b") this.column = Math.max(0, this.column - 1);
-    else if (first === "\t") this.put(" ".repeat(8 - (this.column % 8)), isError);
+    else if (first === "\t") this.tab(isError);
     else if (first === "\x1b") this.escape(token);
     else if (first >= " " && (first < "\x7f" || first > "\x9f"))
       this.put(token, isError);
@@ -20850,10 +21009,32 @@ class Terminal {
   put(text, isError) {
     const style = this.pen.style(isError);
     while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
-    for (let i = 0; i < text.length && this.column < LINE_LIMIT; i += 1) {
+    if (this.hasTabs && this.column < this.cells.length) this.splitTabs();
+    for (let i = 0; i < text.length && this.column < MAX_LINE; i += 1) {
       this.cells[this.column] = [text[i], style];
       this.column += 1;
     }
+  }
+
+  // A tab stays one, for those who copy it: it has its first column, and the others
+  // are empty.
+  tab(isError) {
+    const goal = this.column - (this.column % 8) + 8;
+    if (this.column < this.cells.length) this.column = goal; // it overwrites nothing
+    else {
+      this.put("\t", isError);
+      this.hasTabs = true;
+      while (this.column < goal) {
+        this.cells[this.column] = ["", this.cells.at(-1)[1]];
+        this.column += 1;
+      }
+    }
+  }
+
+  // Make tabs blanks, before parts of them are overwritten.
+  splitTabs() {
+    for (const cell of this.cells) if (cell[0] === "\t" || !cell[0]) cell[0] = " ";
+    this.hasTabs = false;
   }
 
   erase(from) {
@@ -20862,23 +21043,35 @@ class Terminal {
 
   newLine() {
     this.lines.push(this.runs());
-    if (this.lines.length >= 2 * MAX_LINES) {
-      this.lines.splice(0, MAX_LINES);
-      this.dropped += MAX_LINES;
+    this.size += this.cells.length;
+    if (this.lines.length >= 2 * MAX_LINES || this.size > MAX_TEXT) {
+      const gone = this.lines.splice(0, Math.ceil(this.lines.length / 2));
+      this.dropped += gone.length;
+      for (const runs of gone) this.size -= textOf(runs).length;
     }
     this.cells = [];
+    this.hasTabs = false;
     this.column = 0;
   }
 }
 
 // The last lines of a log on the page, drawn at most once per frame.
 class Screen {
-  constructor(log, {screen, cut, lines}) {
-    Object.assign(this, {log, screen, cut, lines});
+  constructor(log, {screen, cut, lines, latest}) {
+    Object.assign(this, {log, screen, cut, lines, latest});
     this.drawn = 0; // lines drawn so far, those already removed included
     this.scheduled = false;
-    this.follows = true; // keep the newest line visible
-    log.listeners.add(() => this.schedule());
+    this.isEnded = false;
+    this.tail = new Tail(screen, () => {
+      latest.hidden = this.tail.follows || this.isEnded;
+      this.schedule();
+    });
+    listen(latest, "click", () => {
+      this.tail.resume();
+      this.screen.focus();
+    });
+    this.listener = () => this.schedule();
+    log.listeners.add(this.listener);
     this.schedule();
   }
 
@@ -20893,27 +21086,58 @@ class Screen {
 
   draw() {
     const {log, lines, screen} = this;
-    const below = screen.scrollHeight - screen.scrollTop - screen.clientHeight;
-    const follows = this.follows || below < 30;
     log.settle();
     const {count, dropped, isCut} = log.terminal;
     const first = Math.max(dropped, count - MAX_LINES);
-    // Only the last drawn line can have changed.
-    if (this.drawn) lines.lastChild?.remove();
-    const from = Math.max(0, this.drawn - 1);
-    while (lines.firstChild && from - lines.childElementCount < first)
+    const oldest = this.drawn - lines.childElementCount;
+    // What a person scrolled up to read stays, until they come back to the end.
+    if (!this.tail.follows && first > oldest) return;
+    while (lines.firstChild && this.drawn - lines.childElementCount < first)
       lines.firstChild.remove();
-    for (let n = Math.max(from, first); n < count; n += 1)
+    // Of those that are drawn, only the last line can have changed, or was erased.
+    if (this.drawn > count) lines.lastChild?.remove();
+    const last = Math.min(this.drawn, count) - 1;
+    if (lines.lastChild && last === this.drawn - 1)
+      patch(lines.lastChild, [...this.draft(log.terminal.at(last)).childNodes]);
+    for (let n = Math.max(this.drawn, first); n < count; n += 1)
       lines.append(this.draft(log.terminal.at(n)));
     this.drawn = count;
     this.cut.hidden = !isCut && !first;
     screen.classList.toggle("empty", count === 0);
-    if (follows) screen.scrollTop = screen.scrollHeight;
-    this.follows = false;
+    this.tail.follow();
+  }
+
+  // All of the output is here: show its beginning, unless a person watched it come.
+  end(watched) {
+    if (this.isEnded) return;
+    this.isEnded = true;
+    this.draw();
+    this.latest.hidden = true;
+    if (watched || !this.tail.follows) return;
+    this.tail.set(false);
+    this.screen.scrollTop = this.tail.top = 0;
+  }
+
+  leave() {
+    this.log.listeners.delete(this.listener);
   }
 
   draft(runs) {
     const line = h("div");
+    const length = textOf(runs).length;
+    if (length > LINE_LIMIT) {
+      let room = LINE_LIMIT;
+      const shown = [];
+      for (const [text, style] of runs) {
+        if (room > 0) shown.push([text.slice(0, room), style]);
+        room -= text.length;
+      }
+      runs = shown;
+      const more = (length - LINE_LIMIT).toLocaleString();
+      runs.push([`[… ${more} more characters, in the copy and the download]`,
+        {...PLAIN, classes: "dim"}]);
+    }
+    if (!length) line.append(h("br")); // a copied selection keeps the blank line
     for (const [text, style] of runs) {
       if (style === PLAIN) {
         line.append(text);
@@ -21324,6 +21548,12 @@ class Link {
     if (this.timer) this.open();
   }
 
+  // Replace the connection, if there is one.
+  reopen() {
+    if (this.isUp) this.lost(this.socket);
+    this.retryNow();
+  }
+
   request(method, params, timeout) {
     const id = String((this.counter += 1));
     return new Promise((resolve, reject) => {
@@ -21577,7 +21807,23 @@ function touch(...topics) {
   topics.forEach(topic => touched.add(topic));
 }
 
+const LONG_PRESS = 1000; // ms; then the page changes even under a pressed pointer
+let press; // the timer of LONG_PRESS while the pointer is pressed
+
+// A click is lost where what is pressed changes or moves before it is released.
+function pointerPressed() {
+  clearTimeout(press);
+  press = setTimeout(pointerReleased, LONG_PRESS);
+}
+
+function pointerReleased() {
+  clearTimeout(press);
+  press = undefined;
+  if (touched.size) setTimeout(drawTouched); // after the click
+}
+
 function drawTouched() {
+  if (press !== undefined) return;
   const topics = new Set(touched);
   touched.clear();
   for (const [wanted, draw] of watchers) {
@@ -21979,12 +22225,12 @@ function onTelemetry(payload) {
     return;
   }
   const {nodeId, providers, ...telemetry} = payload;
-  Object.assign(node, {telemetry, lastSeenAt: Date.now()});
+  Object.assign(node, {telemetry, lastSeenAt: now()});
   if (providers) node.providers = providers;
   const points = state.usage.get(nodeId);
   if (points && telemetry.cpuUsage != null) {
-    points.push([Date.now(), telemetry.cpuUsage]);
-    while (points[0][0] < Date.now() - HISTORY_SPAN) points.shift();
+    points.push([now(), telemetry.cpuUsage]);
+    while (points[0][0] < now() - HISTORY_SPAN) points.shift();
   }
   touch("nodes");
 }
@@ -22026,7 +22272,8 @@ const HANDLERS = {
 };
 
 const link = new Link({
-  async up({server}) {
+  async up({server, auth}) {
+    clock.ahead = auth.issuedAtMs - Date.now();
     Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
     touch("link");
     try {
@@ -22178,6 +22425,7 @@ class Picker {
     this.active = (options.find(option => option.chosen) || options[0])?.value;
     this.typed = "";
     this.draw();
+    this.showActive();
     this.list.focus();
   }
 
@@ -22188,6 +22436,7 @@ class Picker {
   }
 
   key(event) {
+    if (isComposing(event)) return;
     const options = this.options();
     const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
@@ -22213,6 +22462,7 @@ class Picker {
     else this.type(event.key, options, at);
     event.preventDefault();
     this.draw();
+    this.showActive();
   }
 
   // Highlight the option with the typed name; a repeated letter goes to the next one.
@@ -22234,15 +22484,18 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(this.button, chosen && dotFor(chosen),
+    patch(this.button, chosen && dotFor(chosen),
       h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
     this.button.setAttribute("aria-label",
       `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
-    fill(this.list, options.map((option, n) => this.option(option, n)));
+    patch(this.list, options.map((option, n) => this.option(option, n)));
     const active = this.list.querySelector(".active");
-    active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
+  }
+
+  showActive() {
+    this.list.querySelector(".active")?.scrollIntoView({block: "nearest"});
   }
 
   option(option, n) {
@@ -22254,6 +22507,7 @@ class Picker {
         class: classes.filter(Boolean).join(" "),
         "aria-selected": String(Boolean(option.chosen)),
         "data-value": option.value,
+        "data-key": option.value,
       },
       dotFor(option),
       h("span", {class: "choice"}, h("span", option.label),
@@ -22374,13 +22628,13 @@ function runningTime(job) {
   const {askedAt, startedAt, endedAt, duration} = job || {};
   const begin = startedAt || (job && isOpen(job) && askedAt);
   if (!begin) return "";
-  const end = isOpen(job) ? Date.now() : endedAt;
+  const end = isOpen(job) ? now() : endedAt;
   return formatDuration(Math.max(0, duration ?? (end - begin) / 1000));
 }
 
 // What ends at once is not worth a place of its own.
 const longRunning = () => state.running.filter(job =>
-  job.state === "queued" || Date.now() - job.askedAt > 1000);
+  job.state === "queued" || now() - job.askedAt > 1000);
 
 const MAX_RUNNING = 6; // in the sidebar
 const LONG_COMMAND = 30; // s; a person may be elsewhere when it ends
@@ -22438,7 +22692,7 @@ function drawRunning() {
   count.classList.toggle("asks", asked > 0);
   for (const menu of document.querySelectorAll("[aria-label='Open menu']"))
     menu.dataset.count = items.length || "";
-  const isLong = jobs.some(job => Date.now() - job.askedAt > LONG_COMMAND * 1000);
+  const isLong = jobs.some(job => now() - job.askedAt > LONG_COMMAND * 1000);
   $("notify-offer").hidden = !((isLong || asked) && mayOfferNotices());
   drawTitle();
 }
@@ -22472,7 +22726,7 @@ function notify(title, body, path, id) {
 
 function notifyEnd(job) {
   const {id, nodeName, command, words, sessionKey, startedAt, endedAt} = job;
-  const isLong = (endedAt ?? Date.now()) - startedAt > LONG_COMMAND * 1000;
+  const isLong = (endedAt ?? now()) - startedAt > LONG_COMMAND * 1000;
   if (!isLong || !(sessionKey || startedHere.has(id))) return;
   const path = sessionKey ? chatPath(sessionKey) : jobPath(id);
   notify(`${capitalized(words)} on ${nodeName}`, command, path, id);
@@ -22621,6 +22875,7 @@ class NoticeTurn {
   }
 }
 
+const WATCHED = 2000; // ms; a longer output stays where a person followed it
 const READING_TIME = 500; // ms that a question is seen before it can be answered
 
 const outputPath = jobId => `${ROOT}/api/jobs/${encodeURIComponent(jobId)}/output`;
@@ -22731,6 +22986,9 @@ class CommandCard {
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
     this.link.hidden = !job;
     this.follow();
+    if (this.isOpen && this.log) this.watchedSince ??= now();
+    if (!this.isOpen && isComplete)
+      this.output.end(now() - (this.watchedSince ?? now()) > WATCHED);
   }
 
   // Follow the job only near the viewport: a long chat has many cards.
@@ -22760,7 +23018,7 @@ class CommandCard {
     const {approval} = this.row.command;
     let text = runningTime(jobOf(this.row));
     if (asksFor(this.row) && approval.expiresAt) {
-      const left = Math.max(0, Math.round((approval.expiresAt - Date.now()) / 1000));
+      const left = Math.max(0, Math.round((approval.expiresAt - now()) / 1000));
       text = `denied in ${formatDuration(Math.max(1, left))}`;
     }
     setText(this.time, text);
@@ -22863,7 +23121,9 @@ const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row, $("transcript")
 // A command that was typed is one card, from the message that waits to its end.
 const turns = new Keyed($("messages"), row => row.key ?? row.id, makeTurn);
 let shownChat = null; // the Chat whose messages are on the page
-let follows = true; // keep the newest message visible
+const transcript = new Tail($("transcript"), () => {
+  $("latest").hidden = transcript.follows;
+});
 
 // Return the messages to show: a command that was typed is the card of its job, before
 // it has one as well; of cards in a row, only the first names their machine.
@@ -22915,7 +23175,7 @@ function drawChat() {
   drawWelcome(chat, rows);
   drawThinking(chat, rows);
   drawComposer(chat);
-  followEnd();
+  transcript.follow();
   showGoal(turns);
   announceEnd(chat, rows);
 }
@@ -22925,7 +23185,7 @@ function showGoal(views) {
   for (const {root, row} of views.views.values()) {
     if (!state.goal || row?.jobId !== state.goal) continue;
     state.goal = "";
-    follows = false;
+    transcript.set(false);
     root.scrollIntoView({block: "start"});
     root.focus({preventScroll: true});
   }
@@ -22938,7 +23198,7 @@ function leaveChat(chat) {
   turns.show([]);
   text.value = chat.draft;
   fitText();
-  follows = true;
+  transcript.resume();
 }
 
 function drawThinking(chat, rows) {
@@ -22960,7 +23220,7 @@ function announceEnd(chat, rows) {
   // Wait for the end of its output.
   if (state.followed.has(log?.id) && job?.state !== "lost") return;
   announced.add(last.id);
-  if (Date.now() - (job?.endedAt || last.createdAt) > 60_000) return;
+  if (now() - (job?.endedAt || last.createdAt) > 60_000) return;
   if (!log) announce((last.text || "").slice(0, 500));
   else {
     log.settle();
@@ -23031,7 +23291,7 @@ async function send(line) {
   if (line === undefined) text.value = chat.draft = "";
   fitText();
   recall.place = null;
-  follows = true;
+  transcript.resume();
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key};
   // Until the list of sessions arrives, only the gateway knows the model.
@@ -23072,7 +23332,7 @@ function recallText(step) {
 }
 
 function composerKey(event) {
-  if (event.isComposing) return;
+  if (isComposing(event)) return;
   const text = $("text");
   const {key} = event;
   const before = text.value.slice(0, text.selectionStart);
@@ -23095,21 +23355,8 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-
-function followEnd() {
-  const box = $("transcript");
-  if (follows) box.scrollTop = box.scrollHeight;
-}
-
-function onScroll() {
-  const box = $("transcript");
-  follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
-  $("latest").hidden = follows;
-}
-
 function showLatest() {
-  follows = true;
-  followEnd();
+  transcript.resume();
   $("text").focus();
 }
 
@@ -23142,11 +23389,11 @@ class Meter {
 
 // Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
-  const now = Date.now();
-  const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
+  const end = now();
+  const recent = points.filter(([ms]) => ms > end - HISTORY_SPAN);
   svg.classList.toggle("none", recent.length < 2);
   if (recent.length < 2) return;
-  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+  const x = ms => (120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
   const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
   const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
   const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
@@ -23736,7 +23983,13 @@ function followLink(event) {
   go(link.getAttribute("href"));
 }
 
+const clocks = () => Date.now() - performance.now();
+let clocksApart = clocks(); // ms; setting the clock changes it, as does sleep
+
 function tick() {
+  // Connect anew: the hello has the gateway's time, and a slept connection is dead.
+  if (Math.abs(clocks() - clocksApart) > 2000) link.reopen();
+  clocksApart = clocks();
   if (state.link === "down") drawBanner();
   for (const view of [...turns.views.values(), ...activityRows.views.values()])
     if (view.isOpen || armed.has(view)) view.tick();
@@ -23797,6 +24050,9 @@ function start() {
   for (const link of document.querySelectorAll("a[href^='/']")) {
     link.setAttribute("href", ROOT + link.getAttribute("href"));
   }
+  on(document, "pointerdown", pointerPressed);
+  on(document, "pointerup", pointerReleased);
+  on(document, "pointercancel", pointerReleased);
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
@@ -23811,9 +24067,8 @@ function start() {
   on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", keepDraft);
-  on($("transcript"), "scroll", onScroll);
   // Output that is drawn later also makes the conversation longer.
-  new ResizeObserver(followEnd).observe($("messages"));
+  new ResizeObserver(() => transcript.follow()).observe($("messages"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
     touch("sessions");
