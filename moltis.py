@@ -20130,7 +20130,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   background: color-mix(in srgb, currentColor 16%, transparent); }
 .approval .link { color: var(--soft); font-size: 13.5px; margin-left: 6px; }
 .approval .reach { font-size: 12.5px; }
-.screen { max-height: 70vh; overflow: auto; padding: 10px 14px;
+.screen { max-height: 70vh; color-scheme: dark; overflow: auto; padding: 10px 14px;
   border-radius: 0 0 11px 11px;
   background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
   tab-size: 8; overflow-anchor: none; }
@@ -20279,7 +20279,10 @@ details label input { flex: 0 1 420px; }
   #messages .verdict { flex: 1; max-width: none; order: 8; text-align: left;
     padding: 0 0 3px 18px; }
   #messages [data-part=stop] { order: 9; }
+  .answers .link { flex-basis: 100%; text-align: left; margin: 4px 0; }
+  kbd { display: none; }
   .screen { padding: 9px 11px; font-size: 12px; }
+  #messages .asks .verdict { padding: 0; }
   #messages .side { display: none; order: 10; flex-basis: 100%; }
   #messages .command:is(:hover, :focus-within):not(.asks) .side { display: block; }
   .command .tools { position: static; flex-wrap: wrap; border: 0; box-shadow: none;
@@ -22886,7 +22889,10 @@ const wraps = () => {
   return (kept.get("wrap") || (isNarrow ? "yes" : "no")) === "yes";
 };
 
-const applyWrap = () => document.documentElement.classList.toggle("wraps", wraps());
+function applyWrap() {
+  document.documentElement.classList.toggle("wraps", wraps());
+  touch("jobs");
+}
 
 const armed = new Set(); // cards whose question can be answered
 
@@ -23094,7 +23100,6 @@ class CommandCard {
 function switchWrap() {
   kept.set("wrap", wraps() ? "no" : "yes");
   applyWrap();
-  touch("jobs");
 }
 
 // Answer a question by its key, unless a person types.
@@ -23128,7 +23133,9 @@ const transcript = new Tail($("transcript"), () => {
 // Return the messages to show: a command that was typed is the card of its job, before
 // it has one as well; of cards in a row, only the first names their machine.
 function shownRows(chat) {
-  const rows = chat.ordered();
+  const all = chat.ordered();
+  const waits = row => row.state === "queued";
+  const rows = [...all.filter(row => !waits(row)), ...all.filter(waits)];
   const own = row => `${row.runId} ${row.command.command}`;
   const cards = new Set(rows.filter(row => row.role === "command").map(own));
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
@@ -23148,7 +23155,7 @@ function shownRows(chat) {
   for (const row of shown) {
     const {node, cwd} = row.command || {};
     const place = row.role === "command" ? `${node} ${cwd || ""}` : "";
-    row.isSame = place === before && !asksFor(row);
+    row.isSame = Boolean(place) && place === before && !asksFor(row);
     before = place;
   }
   return shown;

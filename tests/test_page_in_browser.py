@@ -811,6 +811,40 @@ def test_a_command_is_run_again_elsewhere(site, make_page):
     page.wait_for(f"{shows(again, '16 twice')} && {shows(again, 'Done')}")
 
 
+def test_a_finished_output_starts_at_its_top_and_is_as_high_as_most_of_the_window(
+    site, make_page
+):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "seq 300")
+    screen = f"document.querySelector('{LAST} .screen')"
+    page.wait_for(f"{screen}.scrollTop === 0 && {screen}.scrollHeight > 3000")
+    page.reload()
+    page.wait_for(shows(f"{LAST} .lines", "299\n300"))
+    page.wait_for(f"{screen}.scrollTop === 0")
+    assert 0.65 < page.evaluate(f"{screen}.offsetHeight / innerHeight") <= 0.7
+    # One that a person follows stays where it is.
+    type_line(page, "seq 300; sleep 3; echo $((6 * 7)) at last")
+    page.wait_for(f"{shows(LAST, '42 at last')} && {shows(LAST, 'Done')}")
+    page.wait_for(f"{screen}.scrollTop > 1000")
+
+
+def test_wide_output_uses_the_width_of_the_window(site, make_page):
+    page = make_page(site, width=1920, height=1080)
+    open_new_chat(page)
+    run(page, "echo narrow")
+    run(page, "printf '%0150d' 1")
+    widths = page.evaluate(
+        "[...document.querySelectorAll('#messages .command')].map(e => e.offsetWidth)"
+    )
+    assert widths[0] == 800
+    assert widths[1] > 1100
+    lefts = page.evaluate(
+        "[...document.querySelectorAll('#messages .command')].map(e => e.offsetLeft)"
+    )
+    assert lefts[0] == lefts[1]
+
+
 def test_long_lines_wrap_or_scroll_in_all_outputs(site, make_page):
     page = make_page(site)
     open_new_chat(page)
