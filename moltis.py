@@ -12655,9 +12655,17 @@ class Segment:
             at = frame_boundary(at, data, offset)
         return at
 
-    def cut_to_frames(self) -> None:
-        """Remove the part of a frame that a crash left at the end.  Raises OSError."""
-        size = whole_frames(self._path.read_bytes())
+    def cut_to_frames(self, *, ended: bool) -> None:
+        """Remove the part of a frame that a crash left at the end.
+
+        Unless it has `ended`, remove the ending too.  Raises OSError.
+        """
+        data = self._path.read_bytes()
+        size = whole_frames(data)
+        if not ended:
+            for kind, start, _ in scan_frames(data):
+                if kind == ENDING:
+                    size = start - FRAME_HEAD.size
         os.truncate(self._path, size)
         self.end = self.begin + size
 
@@ -12684,15 +12692,20 @@ class Log:
         self.created = time.monotonic()
 
     @classmethod
-    def load(cls, directory: str | None) -> Log:
-        """Return the log whose files are in `directory`.  Raises OSError."""
+    def load(cls, directory: str | None, *, ended: bool) -> Log:
+        """Return the log whose files are in `directory`.
+
+        A gateway that was killed may have written an ending here and not the row, which
+        says that it has not `ended`: then the node sends the ending again.
+        Raises OSError.
+        """
         found = cls(directory)
         if directory is not None and os.path.isdir(directory):
             names = [name for name in os.listdir(directory) if name.isdigit()]
             for path in (Path(directory, name) for name in sorted(names, key=int)):
                 found._segments.append(Segment(path, path.stat().st_size))
         if found._segments:
-            found._segments[-1].cut_to_frames()
+            found._segments[-1].cut_to_frames(ended=ended)
             found._in_files = True
             found.begin = found._segments[0].begin
             found.end = found._segments[-1].end
@@ -13382,9 +13395,12 @@ class Jobs:
         ending = check_frames(data)
         if job.log_end is not None and end > job.log_end:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        job.log.append(offset, data)
-        if ending is not None:
+        if ending is None:
+            job.log.append(offset, data)
+        else:
+            # One step: an ending is not acknowledged before the row has it.
             with job.lock:
+                job.log.append(offset, data)
                 job.log_end = end
                 self._end_locked(job, ending)
         self._wake(job)
@@ -13661,7 +13677,8 @@ class Jobs:
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
-        job = Job(record, Log() if stored else Log.load(directory))
+        log = Log() if stored else Log.load(directory, ended=record.is_final)
+        job = Job(record, log)
         if stored:
             job.log.append(0, stored)
         if record.is_final:
