@@ -22084,6 +22084,7 @@ function learn(change) {
   if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
   if (!known && state.jobs.size > MAX_JOBS) forgetJobs();
   touch("jobs");
+  if (job.sessionKey) touch("chat"); // a long one is not drawn for others' commands
 }
 
 function listRunning() {
@@ -22145,7 +22146,7 @@ async function followJob(log) {
     state.followed.delete(id);
     if (error.code === "NOT_FOUND") {
       log.isComplete = true; // no longer kept
-      touch("jobs");
+      touch("jobs", "chat");
     } else if (error.code !== "UNAVAILABLE") showError(error);
   }
 }
@@ -22164,7 +22165,7 @@ function onJobState({ending, ...change}) {
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
   state.followed.delete(id);
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
 function onLogData(message) {
@@ -22923,7 +22924,7 @@ const wraps = () => {
 
 function applyWrap() {
   document.documentElement.classList.toggle("wraps", wraps());
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
 const armed = new Set(); // cards whose question is in view and can be answered
@@ -24075,7 +24076,7 @@ function start() {
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
   watch("route running asks sessions", drawRunning);
-  watch("route chat jobs asks sessions models nodes link", drawChat);
+  watch("route chat asks sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
   watch("nodes devices", drawTokenWait);
   watch("route jobs asks", drawActivity);
