@@ -20283,6 +20283,7 @@ details label input { flex: 0 1 420px; }
 #activity-list .line { grid-area: line; max-height: 60vh; }
 #activity-list .folded .line, #activity-list :is(.where, .who, .verdict) {
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#activity-list .asks .line { max-height: none; } /* nothing is hidden by scrolling */
 #activity-list .where { grid-area: where; }
 #activity-list .who { grid-area: who; font-size: 12.5px; color: var(--soft); }
 #activity-list .verdict { grid-area: verdict; max-width: none; }
@@ -22118,6 +22119,7 @@ function learn(change) {
   if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
   if (!known && state.jobs.size > MAX_JOBS) forgetJobs();
   touch("jobs");
+  if (job.sessionKey) touch("chat"); // a long one is not drawn for others' commands
 }
 
 function listRunning() {
@@ -22129,10 +22131,19 @@ function listRunning() {
 // Take over the list of all jobs that are open.
 function learnOpen(jobs) {
   const open = new Set(jobs.map(job => job.id));
-  // Of those that ended while the page was away, the gateway is asked once more.
-  for (const {id} of state.running) if (!open.has(id)) state.jobs.delete(id);
+  for (const {id} of state.running) if (!open.has(id)) learnEnd(id);
   jobs.forEach(learn);
   listRunning();
+}
+
+// Ask how a job ended while the page was away.
+async function learnEnd(id) {
+  try {
+    learn(await link.call("job.wait", {id, wait: 0}));
+  } catch ({code}) {
+    if (code === "NOT_FOUND") state.jobs.delete(id);
+    listRunning();
+  }
 }
 
 function forgetJobs() {
@@ -22170,7 +22181,7 @@ async function followJob(log) {
     state.followed.delete(id);
     if (error.code === "NOT_FOUND") {
       log.isComplete = true; // no longer kept
-      touch("jobs");
+      touch("jobs", "chat");
     } else if (error.code !== "UNAVAILABLE") showError(error);
   }
 }
@@ -22189,7 +22200,7 @@ function onJobState({ending, ...change}) {
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
   state.followed.delete(id);
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
 function onLogData(message) {
@@ -22226,8 +22237,13 @@ async function loadActivity(older = false) {
   const jobs = await attempt("job.list", params);
   if (!jobs || request !== listRequests) return;
   const ids = jobs.map(job => job.id);
-  activity.ids = older ? [...activity.ids, ...ids] : ids;
-  activity.more = jobs.length === PAGE_SIZE;
+  const isFull = jobs.length === PAGE_SIZE;
+  // What was fetched before stays, unless there is a gap after what is new.
+  const before = activity.isLoaded ? activity.ids : [];
+  const overlaps = before.length > ids.length && ids.includes(before[0]);
+  if (older) activity.ids = [...before, ...ids.filter(id => !before.includes(id))];
+  else activity.ids = overlaps ? [...new Set([...ids, ...before])] : ids;
+  if (older || !overlaps) activity.more = isFull;
   activity.isLoaded = true;
   jobs.forEach(learn);
   touch("jobs");
@@ -22943,10 +22959,10 @@ const wraps = () => {
 
 function applyWrap() {
   document.documentElement.classList.toggle("wraps", wraps());
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
-const armed = new Set(); // cards whose question can be answered
+const armed = new Set(); // cards whose question is in view and can be answered
 
 // One command from the first moment to its last: machine, command line, state, output.
 class CommandCard {
@@ -23042,6 +23058,8 @@ class CommandCard {
     this.wrap.hidden = this.copy.hidden = !hasOutput;
     setText(this.wrap, wraps() ? "Scroll lines" : "Wrap lines");
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
+    const all = total && !this.isOpen ? ` (${formatBytes(total)})` : "";
+    setText(this.whole, `Download all of it${all}`);
     this.link.hidden = !job;
     this.follow();
     if (this.isOpen && this.log) this.watchedSince ??= now();
@@ -23067,6 +23085,7 @@ class CommandCard {
   // Its root has left the page.
   leave() {
     this.observer.disconnect();
+    this.seen?.disconnect();
     armed.delete(this);
     this.came(false);
     this.output?.leave();
@@ -23093,6 +23112,7 @@ class CommandCard {
     }
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
+    this.seen?.disconnect();
     armed.delete(this);
     if (!asks) return;
     this.answer = decision => attempt("exec.approval.resolve", {id, decision});
@@ -23104,26 +23124,27 @@ class CommandCard {
       h("button", {class: "link", onclick: () => this.answer("always")},
         "Always on ", visible(node), " in this chat"),
     ];
+    const answers = h("div", {class: "answers"}, buttons);
     fill(this.approval, this.place,
       (approval.risks || []).map(risk =>
         h("p", {class: "risk"}, icon("warn"), "It ", visible(risk))),
-      h("div", {class: "answers"}, buttons),
+      answers,
       h("p", {class: "reach"}, "Always: whatever a model wants to run on ",
         visible(node), " in this chat for the key that asked, until the chat is reset ",
         "or the gateway is restarted."));
     // A click or key that was meant for something else must not answer.
     let timer;
     for (const each of buttons) each.disabled = true;
-    const seen = new IntersectionObserver(entries => {
+    this.seen = new IntersectionObserver(entries => {
       clearTimeout(timer);
+      armed.delete(this);
       if (!entries.at(-1).isIntersecting) return;
       timer = setTimeout(() => {
         for (const each of buttons) each.disabled = false;
         if (asksFor(this.row)) armed.add(this);
-        seen.disconnect();
       }, READING_TIME);
     });
-    seen.observe(this.approval);
+    this.seen.observe(answers);
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -23159,7 +23180,7 @@ function answerByKey(event) {
   const decision = {a: "approve", d: "deny"}[event.key.toLowerCase()];
   const isTyped = event.target.closest("input, textarea, select, dialog");
   if (!decision || isTyped || event.ctrlKey || event.metaKey || event.altKey) return;
-  const cards = [...armed].filter(card => card.isNear && card.root.isConnected);
+  const cards = [...armed].filter(card => card.root.isConnected);
   const focused = cards.find(card => card.root.contains(document.activeElement));
   const card = focused || (cards.length === 1 && cards[0]);
   if (!card) return;
@@ -24090,7 +24111,7 @@ function start() {
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
   watch("route running asks sessions", drawRunning);
-  watch("route chat jobs asks sessions models nodes link", drawChat);
+  watch("route chat asks sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
   watch("nodes devices", drawTokenWait);
   watch("route jobs asks", drawActivity);
