@@ -20375,6 +20375,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   background: var(--tint); white-space: pre-wrap; }
 .user .note { margin: 4px 6px 0; }
 .note .link { margin-left: 6px; }
+#bound .link { flex: none; max-width: 40%; }
 .wants { padding: 0 13px 6px; }
 .assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
 .notice { max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
@@ -20408,7 +20409,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
   border-radius: 11px; }
 #hint { margin-top: 6px; text-align: center; }
-#node-away { margin-bottom: 8px; }
+#node-away, #bound { margin-bottom: 8px; }
 
 /* prose */
 .prose > * + * { margin-top: 12px; }
