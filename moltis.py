@@ -24544,7 +24544,6 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
       baseUrl: baseUrl.value.trim(),
     });
     form.reset();
-    form.closest("details").open = false;
   };
   const forget = button("Forget the key", () => configure({apiKey: ""}));
   forget.type = "button"; // does not submit the form
