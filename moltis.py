@@ -18203,6 +18203,23 @@ def parse_message(text: str | bytes) -> Any:
         raise JsonRpcError(PARSE_ERROR, f"the message is not JSON: {error}") from error
 
 
+def is_modern(message: object, headers: HttpHeaders[str, str] | None) -> bool:
+    """Return whether a message says that it is of the modern era.
+
+    `headers` are those of HTTP.
+    """
+    message = message if isinstance(message, dict) else {}
+    params = message.get("params")
+    meta = params.get("_meta") if isinstance(params, dict) else None
+    if isinstance(meta, dict) and meta.get(VERSION_FIELD) is not None:
+        return True
+    method = message.get("method")
+    if method == "server/discover":
+        return True
+    version = None if headers is None else headers.get("MCP-Protocol-Version")
+    return method != "initialize" and version not in (None, *LEGACY_MCP)
+
+
 def unsupported_version(version: object) -> JsonRpcError:
     known = [MODERN_MCP, *LEGACY_MCP]
     return JsonRpcError(
@@ -18262,12 +18279,8 @@ class McpRequest(Value):
         elif not isinstance(params, dict):
             problem = f"params must be an object, not {clip(to_json(params), 80)}"
             raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
-        meta = params.get("_meta")
-        named = meta.get(VERSION_FIELD) if isinstance(meta, dict) else None
+        modern = is_modern(message, headers)
         version = headers.get("MCP-Protocol-Version") if headers is not None else None
-        modern = named is not None or method == "server/discover"
-        if version is not None and method != "initialize":
-            modern = modern or version not in LEGACY_MCP
         request = cls(request_id, method, params, modern)
         if modern and request_id is not None:
             request._check_modern(version, headers)
@@ -18948,10 +18961,11 @@ class OperatorCalls:
         return payload
 
 
-# HTTP statuses of JSON-RPC errors; all others have 200.
-MCP_STATUS: Mapping[int, int] = {
-    PARSE_ERROR: 400,
-    INVALID_JSON_RPC: 400,
+# HTTP statuses of JSON-RPC errors; all others have 200.  To a client of the older era
+# 400 or 404 mean that its session is lost: only a message without sense gets that.
+LEGACY_MCP_STATUS: Mapping[int, int] = {PARSE_ERROR: 400, INVALID_JSON_RPC: 400}
+MODERN_MCP_STATUS: Mapping[int, int] = {
+    **LEGACY_MCP_STATUS,
     INVALID_JSON_RPC_PARAMS: 400,
     HEADER_MISMATCH: 400,
     UNSUPPORTED_VERSION: 400,
@@ -19479,7 +19493,6 @@ class HttpApp:
                 raise ClientGone
 
         message: Any = None
-        modern = False
         try:
             message = parse_message(request.body)
             if isinstance(message, list):
@@ -19488,7 +19501,6 @@ class HttpApp:
             asked = server.accept(message, request.headers)
             if asked is None:
                 return Reply(202)
-            modern = asked.modern
             accepts = request.headers.get("Accept", "*/*")
             if (
                 asked.method == "tools/call"
@@ -19500,13 +19512,14 @@ class HttpApp:
             response = server.answer(asked, beat)
         except JsonRpcError as error:
             response = json_rpc_error(readable_id(message), error)
-            return json_reply(MCP_STATUS.get(error.code, 200), response)
         except ClientGone:
             response = None
         if response is None:  # nobody waits for it
             return Reply(202)
+        modern = is_modern(message, request.headers)
+        statuses = MODERN_MCP_STATUS if modern else LEGACY_MCP_STATUS
         code = response.get("error", {}).get("code")
-        return json_reply(MCP_STATUS.get(code, 200) if modern else 200, response)
+        return json_reply(statuses.get(code, 200), response)
 
     def _sign_in(self, request: HttpRequest) -> Reply:
         try:

@@ -22,9 +22,11 @@ class McpClient:
         self.answers = []
         self._lines = queue.Queue()
         self._client = moltis.LastingClient(gateway.operator)
-        server = moltis.McpServer(self._client, self.take)
+        self._server = moltis.McpLines(self._client, self.take)
         self._thread = threading.Thread(
-            target=server.serve, args=(iter(self._lines.get, ""),), name="test-mcp"
+            target=self._server.serve,
+            args=(lambda _limit: self._lines.get(),),
+            name="test-mcp",
         )
         self._thread.start()
 
@@ -33,7 +35,8 @@ class McpClient:
         self.answers.append(json.loads(line))
 
     def send(self, value):
-        self._lines.put((value if isinstance(value, str) else json.dumps(value)) + "\n")
+        line = value if isinstance(value, str) else json.dumps(value)
+        self._lines.put(f"{line}\n".encode())
 
     def request(self, request_id, method, params=None):
         self.send(
@@ -43,7 +46,7 @@ class McpClient:
 
     def answer(self, request_id):
         return wait_for(
-            lambda: next((a for a in self.answers if a["id"] == request_id), None),
+            lambda: next((a for a in self.answers if a.get("id") == request_id), None),
             what=f"the answer to {request_id}",
         )
 
@@ -53,8 +56,9 @@ class McpClient:
         return result["isError"], json.loads(result["content"][0]["text"])
 
     def close(self):
-        self._lines.put("")
+        self._lines.put(b"")
         self._thread.join()
+        self._server.close(moltis.MCP_GRACE)
         self._client.close()
 
 
@@ -79,14 +83,15 @@ def test_initialize_agrees_on_a_version_and_tells_of_the_machines(client):
     params = {"protocolVersion": "2025-03-26", "capabilities": {}}
     result = client.request(0, "initialize", params)["result"]
     assert result["protocolVersion"] == "2025-03-26"
-    assert result["capabilities"] == {"tools": {}}
-    assert result["serverInfo"] == {"name": "moltis", "version": moltis.__version__}
+    assert result["capabilities"] == {"tools": {}, "resources": {}, "prompts": {}}
+    assert result["serverInfo"]["name"] == "moltis"
+    assert result["serverInfo"]["version"] == moltis.__version__
     assert "Local" in result["instructions"]
 
 
 def test_an_unknown_version_gets_the_newest(client):
     result = client.request(1, "initialize", {"protocolVersion": "1999-01-01"})
-    assert result["result"]["protocolVersion"] == moltis.MCP_VERSIONS[0]
+    assert result["result"]["protocolVersion"] == moltis.LEGACY_MCP[0]
 
 
 def test_the_tools_are_those_of_the_agent(client):
@@ -159,9 +164,9 @@ def test_errors_of_a_tool_are_results_that_say_so(client):
     failed, result = client.tool(1, "exec", command="true", node="nowhere")
     assert failed
     assert "Local" in result["error"]
-    failed, result = client.tool(2, "no_such_tool")
+    failed, result = client.tool(2, "exec", command=7)
     assert failed
-    assert "nodes_list" in result["error"]
+    assert "command must be" in result["error"]
 
 
 @pytest.mark.parametrize("arguments", [[], "ls", 7])
@@ -170,6 +175,8 @@ def test_arguments_that_are_no_object_are_refused(client, arguments):
     error = client.request(9, "tools/call", call)["error"]
     assert error["code"] == -32602
     assert "must be an object" in error["message"]
+    error = client.request(10, "tools/call", arguments)["error"]
+    assert error["code"] == -32602
 
 
 def test_what_was_asked_before_the_input_ended_is_answered(client):
@@ -213,7 +220,12 @@ def test_the_end_of_input_ends_what_still_runs(gateway):
         ("[1]", -32600),
         ('{"id":1}', -32600),
         ('{"id":1,"method":5}', -32600),
-        ('{"id":1,"method":"resources/list"}', -32601),
+        ('{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":[1],"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"sampling/list"}', -32601),
+        ('{"jsonrpc":"2.0","id":1,"method":"tools/call"}', -32602),
     ],
 )
 def test_a_line_that_makes_no_sense_gets_an_error_and_the_next_an_answer(
