@@ -14404,6 +14404,8 @@ def job_for_model(view: JsonObject) -> JsonObject:
     seen.update({names[n]: view[n] for n in names if view.get(n) is not None})
     if view["state"] != JobState.DONE:
         seen["error"] = view["words"]
+    if view["state"] == JobState.LOST:
+        seen["error"] += "; what it printed last may be missing"
     return seen
 
 
@@ -26945,8 +26947,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 
     def read() -> None:
         try:
-            # Not with `for line in sys.stdin`, which reads ahead and answers late.
-            server.serve(sys.stdin.buffer.readline)  # MCP is UTF-8 in any locale
+            # Not sys.stdin: the interpreter cannot end while a thread reads from that.
+            with open(0, "rb", closefd=False) as lines:
+                server.serve(lines.readline)
             ended.set()
         except OSError as error:
             context.output.complain(f"standard input cannot be read: {error.strerror}")
