@@ -25791,6 +25791,13 @@ class StopSignal:
             self._stopped = not STOP_SIGNALS.isdisjoint(os.read(self._reader, 4096))
         return True
 
+    def lets_read(self, descriptor: int) -> bool:
+        """Wait until something can be read there; False: it is time to stop."""
+        while not self.wait(0):
+            if descriptor in select.select([self._reader, descriptor], [], [])[0]:
+                return not self.wait(0)
+        return False
+
     def set(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: wait() wakes anyway
             os.write(self._writer, bytes([signal.SIGTERM]))
@@ -26930,13 +26937,45 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 # -- moltis mcp ----------------------------------------------------------------
 
 
+class InputLines:
+    """Standard input by lines, until it is time to stop.
+
+    Not through sys.stdin, from which nothing but input wakes a reader.
+    """
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+        self._held = bytearray()
+
+    def read(self, limit: int) -> bytes:
+        """Return the next line, or its first `limit` bytes; b"": it is over.
+
+        Raises OSError.
+        """
+        searched, end = 0, -1
+        while end < 0 and len(self._held) < limit:
+            end = self._held.find(b"\n", searched)
+            if end < 0:
+                searched = len(self._held)
+                if not self._stop.lets_read(0):
+                    return b""
+                data = os.read(0, 65536)
+                if not data:
+                    break
+                self._held += data
+        size = min(limit, end + 1 if end >= 0 else len(self._held))
+        line = bytes(self._held[:size])
+        del self._held[:size]
+        return line
+
+
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Serve until the input ends, a signal comes, or nobody reads the answers.
 
     Raises UserError, BrokenPipeError.
     """
     client = LastingClient(partial(operator_client, args, context))
-    stop, broken, ended = StopSignal(), [], threading.Event()
+    stop, broken = StopSignal(), []
 
     def write(line: str) -> None:
         try:
@@ -26945,23 +26984,14 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
             broken.append(error)
             stop.set()
 
-    def read() -> None:
-        try:
-            # Not sys.stdin: the interpreter cannot end while a thread reads from that.
-            with open(0, "rb", closefd=False) as lines:
-                server.serve(lines.readline)
-            ended.set()
-        except OSError as error:
-            context.output.complain(f"standard input cannot be read: {error.strerror}")
-        stop.set()
-
     with closing(client):
         server = McpLines(client, write)
-        # Nothing ends a read but input: it must not keep the process.
-        threading.Thread(target=read, name="moltis-stdin", daemon=True).start()
-        stop.wait()
-        # What was asked right before the end is answered.
-        server.close(MCP_GRACE if ended.is_set() and not broken else 0.0)
+        try:
+            server.serve(InputLines(stop).read)
+        except OSError as error:
+            context.output.complain(f"standard input cannot be read: {error.strerror}")
+        # What was asked right before the end of the input is answered.
+        server.close(0.0 if stop.wait(0) else MCP_GRACE)
     if broken:
         raise BrokenPipeError
     return EXIT_OK
