@@ -20326,7 +20326,13 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             else:
                 self.send(app.answer(request))
 
-        do_HEAD = do_DELETE = do_GET  # noqa: N815  http.server looks for these names
+        do_HEAD = do_GET  # noqa: N815  http.server looks for these names
+
+        def do_DELETE(self) -> None:
+            if self.request_with(b"").path == MCP_PATH:
+                self.do_GET()
+            else:
+                self.send_error(501)
 
         def do_POST(self) -> None:
             if "Content-Length" not in self.headers:
