@@ -49,11 +49,11 @@ Contents
     Model directory           the models of the gateway and of its nodes
     Chat                      sessions, their messages, turns and cards
     Gateway                   RPC methods, events
+    MCP                       tools, logs, a prompt for Model Context Protocol clients
     HTTP                      routes, upgrade, proxies, limits for strangers
     Web page                  three raw strings, served as three files
   Program
     Operator client           the command line's side of a gateway
-    MCP                       the agent's tools for Model Context Protocol clients
     Assembly                  how a gateway, a node and Local are put together
     Command line              argparse, output, exit codes, main()
 """
@@ -11337,6 +11337,10 @@ class OperatorKeysTable(Table):
     def by_hash(self, token_hash: str) -> OperatorKey | None:
         return self._current(OperatorKey, "token_hash", token_hash)
 
+    def was_revoked(self, token_hash: str) -> bool:
+        where = "token_hash = ? AND revoked_at IS NOT NULL"
+        return self._first(OperatorKey, where, (token_hash,)) is not None
+
     def by_handle(self, handle: str) -> OperatorKey | None:
         return self._current(OperatorKey, "handle", handle)
 
@@ -12127,7 +12131,9 @@ class OperatorAccess:
             self._limit.check(address)
             self._limit.failed(address)
             self._door.record_refusal(refusal, "", address)
-            raise RpcError("UNAUTHORIZED", "this operator key is not valid here")
+            was = self._keys.was_revoked(secret_hash(key))
+            problem = "was revoked" if was else "is not valid here"
+            raise RpcError("UNAUTHORIZED", f"this operator key {problem}")
         self._limit.succeeded(address)
         return caller
 
@@ -14050,9 +14056,11 @@ class Conversation:
 
     key = ""
     key_id = ""  # of the operator key that asked
+    selects = True  # a machine can be selected for the commands to come
+    pulse: float | None = None  # s between two calls of waiting()
 
     def selected(self) -> str:
-        """Return the node where commands run unless they name another."""
+        """Return the node where commands run unless they name another; "": none."""
         return LOCAL_ID
 
     def select(self, node_id: str) -> None: ...
@@ -14086,6 +14094,9 @@ class Conversation:
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
 
     def begin_job(self, planned: PlannedCommand) -> None: ...
+
+    def waiting(self, view: JsonObject) -> None:
+        """Called while a call waits for a job, with its view."""
 
     def end_call(self, call: ToolCall, result: JsonObject) -> None: ...
 
@@ -14344,13 +14355,18 @@ def _parameter(kind: str, description: str) -> JsonObject:
 _text_parameter = partial(_parameter, "string")
 
 
-def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
-    """Return the tools; without nodes, those and the parameters that make sense."""
-    node = {"node": _text_parameter("Id or name of a machine; not the selected one.")}
+def tool_specs(*, with_nodes: bool, selects: bool = True) -> tuple[ToolSpec, ...]:
+    """Return the tools; without nodes, those and the parameters that make sense.
+
+    `selects`: exec runs on the selected machine unless it names another.
+    """
+    which = "not the selected one" if selects else "needed where there are several"
+    node = {"node": _text_parameter(f"Id or name of a machine; {which}.")}
+    where = " on the selected machine" if selects else " on a machine"
     execute = _tool(
         "exec",
-        "Run a shell command (/bin/sh) on the selected machine"
-        + (", or on another. " if with_nodes else ". ")
+        f"Run a shell command (/bin/sh){where}"
+        + (", or on another. " if with_nodes and selects else ". ")
         + "Nothing can be typed into it while it runs.",
         ["command"],
         command=_text_parameter("The command line."),
@@ -14378,9 +14394,7 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     )
     if not with_nodes:
         return execute, status
-    return (
-        execute,
-        status,
+    nodes = (
         _tool(
             "nodes_list",
             "List the machines, with state and load.",
@@ -14395,13 +14409,14 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
             ["node"],
             node=_text_parameter("Id or name of the machine."),
         ),
-        _tool(
-            "nodes_select",
-            "Make a machine the one on which exec runs from now on.",
-            [],
-            node=_text_parameter("Id or name of the machine; leave it out for Local."),
-        ),
     )
+    select = _tool(
+        "nodes_select",
+        "Make a machine the one on which exec runs from now on.",
+        [],
+        node=_text_parameter("Id or name of the machine; leave it out for Local."),
+    )
+    return (execute, status, *nodes, *[select] * selects)
 
 
 ARGUMENT_KINDS: Mapping[str, type] = {
@@ -14436,10 +14451,15 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
                 "INVALID_REQUEST",
                 f"{call.name} has no parameter {name!r}; it has {known}",
             )
+    arguments = {k: v for k, v in call.arguments.items() if v is not None}
     for name, schema in properties.items():
+        value = arguments.get(name)
+        # JSON Schema: a number without a fraction is an integer, also as 1.0.
+        if schema["type"] == "integer" and isinstance(value, float):
+            arguments[name] = int(value) if value.is_integer() else value
         check = required if name in spec.parameters["required"] else optional
-        check(call.arguments, name, ARGUMENT_KINDS[schema["type"]])
-    return {k: v for k, v in call.arguments.items() if v is not None}
+        check(arguments, name, ARGUMENT_KINDS[schema["type"]])
+    return arguments
 
 
 MAX_GPU_NAME = 60  # characters in a prompt; "NVIDIA RTX PRO 6000 Blackwell …" has 55
@@ -14492,7 +14512,7 @@ def system_prompt(
     lines = {view["nodeId"]: describe_node(view) for view in views}
     lines.pop(selected_id, None)
     try:
-        selected = describe_node(machines.view(selected_id))
+        selected = describe_node(machines.view(selected_id)) if selected_id else "none"
     except RpcError:
         selected = f"{selected_id}: no longer known, choose another"
     others = "".join(f"\n- {line}" for line in lines.values()) or " none"
@@ -14556,6 +14576,8 @@ def job_for_model(view: JsonObject) -> JsonObject:
     seen.update({names[n]: view[n] for n in names if view.get(n) is not None})
     if view["state"] != JobState.DONE:
         seen["error"] = view["words"]
+    if view["state"] == JobState.LOST:
+        seen["error"] += "; what it printed last may be missing"
     return seen
 
 
@@ -14596,7 +14618,7 @@ class Toolbox:
         if with_nodes is None:
             views, _ = self._machines.overview(2)
             with_nodes = sum(bool(view["connected"]) for view in views) > 1
-        return tool_specs(with_nodes=with_nodes)
+        return tool_specs(with_nodes=with_nodes, selects=self._chat.selects)
 
     def call(self, calls: Sequence[ToolCall]) -> list[ChatMessage]:
         """Return the result of each call; commands run side by side."""
@@ -14678,7 +14700,12 @@ class Toolbox:
             raise RpcError(
                 "INVALID_REQUEST", "timeout must be more than 0 seconds, and finite"
             )
-        reference = arguments.get("node", self._chat.selected())
+        reference = arguments["node"] if "node" in arguments else self._chat.selected()
+        if "node" not in arguments and not reference:
+            raise RpcError(
+                "INVALID_REQUEST",
+                "there are several machines: name one in `node`; nodes_list shows them",
+            )
         node_id, name = self._machines.resolve(reference)
         background = arguments.get("background", False)
         directory = self._chat.directory(node_id)
@@ -14713,12 +14740,27 @@ class Toolbox:
             started = {"id": planned.job_id, "state": "started"}
             return {"node": planned.node, **started}
         try:
-            view = self._machines.wait(planned.job_id, None, self._cancel)
+            view = self._wait(planned.job_id, None)
         except Cancelled:
             self._machines.stop(planned.job_id)
             raise
         output, _ = read_output(self._machines.reader(planned.job_id), 0)
         return {**job_for_model(view), **output}
+
+    def _wait(self, job_id: str, timeout: float | None) -> JsonObject:
+        """Return the view of a job, at its end or after `timeout` s.
+
+        Raises RpcError, Cancelled.
+        """
+        deadline, pulse = Deadline(timeout), self._chat.pulse
+        while True:
+            left = deadline.remaining()
+            if pulse is not None:
+                left = pulse if left is None else min(pulse, left)
+            view = self._machines.wait(job_id, left, self._cancel)
+            if "endedAt" in view or deadline.expired:
+                return view
+            self._chat.waiting(view)
 
     def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         wait, offset = arguments.get("wait", 0.0), arguments.get("offset", 0)
@@ -14738,7 +14780,7 @@ class Toolbox:
         if cancels:
             self._machines.stop(job_id)
         # First the state: an end that is seen has all output before it.
-        view = self._machines.wait(job_id, wait, self._cancel)
+        view = self._wait(job_id, wait)
         output, offset = read_output(self._machines.reader(job_id), offset)
         return {"id": job_id, **job_for_model(view), **output, "next_offset": offset}
 
@@ -17186,12 +17228,16 @@ class JobMethods:
         peer.acknowledge(job_id, offset)
 
     def read(
-        self, job: Job, offset: int, wait: float, encoding: str
+        self, job: Job, offset: int, tail: int | None, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, waiting `wait` s for the first."""
+        """Answer with output from `offset` on, waiting `wait` s for the first.
+
+        Of what is there, at most the last `tail` bytes.
+        """
 
         def answer(job: Job) -> JsonObject:
-            start, data = job.log.read(job.log.boundary(offset))
+            newest = 0 if tail is None else job.log.tail(tail)
+            start, data = job.log.read(job.log.boundary(max(offset, newest)))
             return {
                 "job": job_view(job),
                 "offset": start,
@@ -17549,6 +17595,7 @@ class Rpc:
                 *(jobs.read, read),
                 job=jobs.job,
                 offset=offset,
+                tail=Optional(required_offset),
                 wait=Optional(seconds(MAX_WAIT), 0.0),
                 encoding=Optional(one_of("text", "base64"), "text"),
             ),
@@ -18459,9 +18506,991 @@ class Gateway:
 
 
 # ==============================================================================
+# MCP
+# Uses: Wire protocol, Language models, Access, Fleet, Agent, Gateway
+#
+# The agent's tools, the logs of jobs and a prompt for programs that speak the Model
+# Context Protocol: which message gets which answer, the same over lines of standard
+# input and over HTTP, in both eras: versions that begin with `initialize`, and the
+# stateless 2026-07-28 ("modern"), where each request says all about itself.
+# Commands are kept jobs; the MCP client asks its user whether one may run.
+# ==============================================================================
+
+MODERN_MCP = "2026-07-28"
+LEGACY_MCP = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # newest first
+BATCHING_MCP = ("2025-03-26", "2024-11-05")  # versions with JSON-RPC batches
+HEADERLESS_MCP = "2025-03-26"  # over HTTP without MCP-Protocol-Version
+MAX_MCP_CALLS = 64  # messages at a time of one client, or of a batch; one more fails
+MAX_MCP_LINE = 8 * 1024 * 1024  # bytes; a longer one is skipped and refused
+MAX_MCP_ARGUMENTS = 1024 * 1024  # bytes; the gateway closes on messages twice as long
+MAX_LOG_TEXT = 4 * 1024 * 1024  # bytes of a log in one answer; it names the next part
+MAX_LISTED_LOGS = 50  # the newest jobs in resources/list; the template has all others
+MAX_PROGRESS_TEXT = 200  # characters of a command's last line
+MCP_GRACE = 2.0  # s for calls to end by themselves once the input has ended
+MCP_PULSE = 1.0  # s between two looks at a job and its client
+PROGRESS_INTERVAL = 5.0  # s; at most so long without one: clients give up on silence
+KEEP_ALIVE_INTERVAL = 15.0  # s; proxies cut streams that are silent longer
+MAX_JOB_WAIT = 300.0  # s of one `job.wait`
+
+PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
+INVALID_JSON_RPC = -32600
+UNKNOWN_JSON_RPC_METHOD = -32601
+INVALID_JSON_RPC_PARAMS = -32602
+INTERNAL_JSON_RPC_ERROR = -32603
+UNKNOWN_RESOURCE = -32002  # in the older era; in the modern one, invalid params
+HEADER_MISMATCH = -32020
+UNSUPPORTED_VERSION = -32022
+
+VERSION_FIELD = "io.modelcontextprotocol/protocolVersion"  # of `_meta`
+CAPABILITIES_FIELD = "io.modelcontextprotocol/clientCapabilities"
+SERVER_FIELD = "io.modelcontextprotocol/serverInfo"
+
+MCP_SERVER: JsonObject = {"name": "moltis", "title": "Moltis", "version": __version__}
+MCP_CAPABILITIES: JsonObject = {"tools": {}, "resources": {}, "prompts": {}}
+
+
+class JsonRpcError(Exception):
+    """A message is answered with an error, and nothing was done."""
+
+    def __init__(self, code: int, message: str, data: JsonObject | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.data = data
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def json_rpc(method: str, params: JsonObject) -> JsonObject:
+    """Return a notification."""
+    return {"jsonrpc": "2.0", "method": method, "params": params}
+
+
+# --- The gateway ---
+
+TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*\x07?|.)")
+
+
+def newest_line(text: str) -> str:
+    """Return the last line of output that shows something, without control codes."""
+    for line in reversed(re.split("[\r\n]+", text)):
+        shown = printable(TERMINAL_CODE.sub("", line), MAX_PROGRESS_TEXT).strip()
+        if shown:
+            return shown
+    return ""
+
+
+class GatewayCalls(Protocol):
+    """The methods of a gateway, called as one operator."""
+
+    def may(self, scope: str) -> bool:
+        """Return whether the operator's key has a scope."""
+
+    def call(
+        self, method: str, params: JsonObject, cancel: Cancellation | None = None
+    ) -> Any:
+        """Return the payload of the answer.  Raises MoltisError, Cancelled."""
+
+
+class RemoteMachines:
+    """The machines of a gateway for a Toolbox, used by its methods; a Machines."""
+
+    def __init__(self, gateway: GatewayCalls) -> None:
+        self._gateway = gateway
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        view = self.view(reference)
+        return view["nodeId"], view["displayName"]
+
+    def view(self, node_id: str) -> JsonObject:
+        view: JsonObject = self._gateway.call("node.describe", {"nodeId": node_id})
+        return view
+
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        wanted = text.casefold()
+        views = [
+            view
+            for view in self._gateway.call("node.list", {})
+            if wanted in f"{view['displayName']} {view['nodeId']}".casefold()
+        ]
+        views.sort(key=lambda view: not view["connected"])
+        return views[:limit], len(views)
+
+    def overview(self, limit: int) -> tuple[list[JsonObject], int]:
+        return self.select("", limit)
+
+    def start(self, planned: PlannedCommand, _decided_by: str | None) -> None:
+        # The id is ours: if the call is made again, it is the same job.
+        job = {"id": planned.job_id, "node": planned.node_id}
+        request = {"jobs": [job], "work": "run", "spec": planned.spec(), "keep": True}
+        view = self._ask(planned.job_id, JOB_START, request)["jobs"][0]
+        if "error" in view:
+            raise decode_error(view["error"])
+
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
+    ) -> JsonObject:
+        deadline = Deadline(timeout)
+        while True:
+            left = deadline.remaining()
+            wait = MAX_JOB_WAIT if left is None else min(left, MAX_JOB_WAIT)
+            asked = {"id": job_id, "wait": wait}
+            view: JsonObject = self._ask(job_id, "job.wait", asked, cancel)
+            if "endedAt" in view or deadline.expired:
+                return view
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        def read(offset: int) -> Reading:
+            asked = {"id": job_id, "offset": offset, "encoding": "base64"}
+            answer = self._ask(job_id, "job.read", asked)
+            pieces = [
+                (piece["stream"], base64.b64decode(piece["data"]))
+                for piece in answer["pieces"]
+            ]
+            return Reading(answer["offset"] - offset, pieces, answer["next"])
+
+        return read
+
+    def last_line(self, job_id: str) -> str:
+        """Return the newest line that a job printed, "" if it printed none."""
+        asked = {"id": job_id, "tail": 2 * MAX_LOG_MESSAGE}
+        pieces = self._gateway.call("job.read", asked)["pieces"]
+        return newest_line("".join(piece["text"] for piece in pieces))
+
+    def stop(self, job_id: str) -> None:
+        self._ask(job_id, JOB_CANCEL, {"id": job_id})
+        self.wait(job_id, ABORT_GRACE, Cancellation())
+
+    def _ask(
+        self,
+        job_id: str,
+        method: str,
+        params: JsonObject,
+        cancel: Cancellation | None = None,
+    ) -> JsonObject:
+        """Return the answer.  Raises Unreachable with what to do about the job."""
+        try:
+            answer: JsonObject = self._gateway.call(method, params, cancel)
+        except Unreachable as error:
+            raise Unreachable(
+                f"{error}; the command may go on: ask exec_status for {job_id} before "
+                "it is run again"
+            ) from error
+        return answer
+
+
+# --- Tools ---
+
+
+def _output_schema(required_names: Sequence[str] = (), **kinds: str) -> JsonObject:
+    return {
+        "type": "object",
+        "properties": {name: {"type": kind} for name, kind in kinds.items()},
+        "required": list(required_names),
+    }
+
+
+_JOB_RESULT: Mapping[str, str] = {
+    "id": "string",
+    "node": "string",
+    "state": "string",
+    "stdout": "string",
+    "stderr": "string",
+    "truncated": "boolean",
+    "log": "string",
+    "exit_code": "integer",
+    "signal": "string",
+    "seconds": "number",
+    "place": "integer",
+    "error": "string",
+}
+
+
+class McpTool(Value):
+    """What MCP clients learn about a tool, beside its ToolSpec."""
+
+    title: str
+    output: JsonObject  # JSON Schema of its result
+    scope: str = Scope.READ
+    changes: bool = False  # machines, or what runs on them
+    repeatable: bool = True  # calling it again changes nothing more
+
+    def annotations(self) -> JsonObject:
+        hints = {"title": self.title, "readOnlyHint": not self.changes}
+        if self.changes:
+            hints.update(destructiveHint=True, idempotentHint=self.repeatable)
+        return {**hints, "openWorldHint": self.changes}
+
+
+MCP_TOOLS: Mapping[str, McpTool] = {
+    "exec": McpTool(
+        "Run a command",
+        _output_schema(["id", "node", "state"], **_JOB_RESULT),
+        Scope.WRITE,
+        changes=True,
+        repeatable=False,
+    ),
+    "exec_status": McpTool(  # with `cancel` it ends a command
+        "Look at a command in the background",
+        _output_schema(["id", "node", "state"], **_JOB_RESULT, next_offset="integer"),
+        changes=True,
+    ),
+    "nodes_list": McpTool(
+        "List the machines",
+        _output_schema(["nodes"], nodes="array", not_listed="integer"),
+    ),
+    "nodes_describe": McpTool(
+        "Describe a machine",
+        _output_schema(
+            ["nodeId", "displayName", "connected"],
+            nodeId="string",
+            displayName="string",
+            connected="boolean",
+        ),
+    ),
+    "nodes_select": McpTool(
+        "Select a machine",
+        _output_schema(["selected"], selected="string", connected="boolean"),
+    ),
+}
+
+
+class McpSelection:
+    """The machine that the client of one process chose for its commands to come."""
+
+    def __init__(self) -> None:
+        self.node_id = LOCAL_ID
+
+
+Beat: TypeAlias = "Callable[[JsonObject | None], None]"  # raises ClientGone
+
+
+class McpCall(Conversation):
+    """One tools/call: where its command runs, and what its client hears meanwhile."""
+
+    def __init__(
+        self,
+        machines: RemoteMachines,
+        selection: McpSelection | None,
+        progress_token: object,
+        beat: Beat | None,
+        cancel: Cancellation | None,
+    ) -> None:
+        """`beat` sends a notification; None only shows that the call goes on.
+
+        Without it, or a token, the client hears nothing before the answer.  `cancel`:
+        of a call that ends when its client is gone.
+        """
+        self.job_id = ""
+        self.selects = selection is not None
+        self.pulse = MCP_PULSE if beat is not None else None
+        self._machines = machines
+        self._selection = selection
+        self._token = progress_token
+        self._beat = beat
+        self._cancel = cancel
+        self._begun = self._told = time.monotonic()
+        self._line, self._end = "", 0
+        self._reported = -1.0  # s; MUST grow with each notification
+
+    def selected(self) -> str:
+        if self._selection is not None:
+            return self._selection.node_id
+        views, known = self._machines.overview(1)
+        return str(views[0]["nodeId"]) if known == 1 else ""
+
+    def select(self, node_id: str) -> None:
+        if self._selection is not None:
+            self._selection.node_id = node_id
+
+    def begin_job(self, planned: PlannedCommand) -> None:
+        self.job_id = planned.job_id
+        self._tell(
+            f"job {planned.job_id} runs on {planned.node}; exec_status has its "
+            "outcome, also if this call breaks off"
+        )
+
+    def waiting(self, view: JsonObject) -> None:
+        self._show(None)
+        if self._token is None:
+            return
+        line = self._line
+        if view["end"] != self._end:
+            self._end = view["end"]
+            with contextlib.suppress(MoltisError):  # it is no more than news
+                line = self._machines.last_line(view["id"])
+        due = time.monotonic() - self._told >= PROGRESS_INTERVAL
+        if due or line != self._line:
+            self._line = line
+            self._tell(line or view["words"])
+
+    def _tell(self, message: str) -> None:
+        if self._token is None:
+            return
+        self._told = time.monotonic()
+        self._reported = max(self._told - self._begun, self._reported + 0.001)
+        progress = {
+            "progressToken": self._token,
+            "progress": round(self._reported, 3),
+            "message": message,
+        }
+        self._show(json_rpc("notifications/progress", progress))
+
+    def _show(self, notification: JsonObject | None) -> None:
+        if self._beat is None:
+            return
+        try:
+            self._beat(notification)
+        except ClientGone:
+            if self._cancel is None:
+                raise
+            self._cancel.cancel()
+
+
+# --- Logs and prompts ---
+
+# What a client may cache, in ms: the tools depend on this program and on its key.
+MCP_LIFETIMES: Mapping[str, int] = {
+    "server/discover": 60_000,  # its instructions name the machines
+    "tools/list": 3_600_000,
+    "prompts/list": 3_600_000,
+    "resources/templates/list": 3_600_000,
+    "resources/list": 0,
+    "resources/read": 0,
+}
+
+
+LOG_URI = re.compile(r"moltis://jobs/([^/?#]+)/log(?:\?offset=([0-9]{1,18}))?")
+LOG_TEMPLATE: JsonObject = {
+    "uriTemplate": "moltis://jobs/{id}/log",
+    "name": "job-log",
+    "title": "All that a command printed",
+    "description": "The whole output of a command, by the id that exec gave.",
+    "mimeType": "text/plain",
+}
+CARE_PROMPT: JsonObject = {
+    "name": "look_after_my_machines",
+    "title": "Look after my machines",
+    "description": "Check every machine, and report what needs attention.",
+    "arguments": [
+        {
+            "name": "node",
+            "description": "Id or name of the one machine to look after.",
+            "required": False,
+        }
+    ],
+}
+
+
+def log_uri(job_id: str) -> str:
+    return f"moltis://jobs/{quote(job_id, safe='')}/log"
+
+
+def read_log(read: Callable[[int], Reading], uri: str, offset: int) -> str:
+    """Return a log from `offset` on, both streams in their order.
+
+    Of more than MAX_LOG_TEXT the end says how to read on.  Raises MoltisError.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while size < MAX_LOG_TEXT:
+        reading = read(offset)
+        if reading.missing:
+            parts.append(f"\n{gap_words(reading.missing)}\n".encode())
+        if reading.next <= offset:
+            break
+        offset = reading.next
+        parts += [data for _, data in reading.pieces]
+        size += sum(len(data) for _, data in reading.pieces)
+    else:
+        parts.append(f"\n[… it goes on: read {uri}?offset={offset} …]\n".encode())
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+def care_prompt(machines: Machines, node: str) -> str:
+    """Return what the prompt asks.  Raises MoltisError for an unknown node."""
+    if node:
+        which = f"my machine {machines.resolve(node)[1]}"
+    else:
+        which = "all my machines: list them with nodes_list, and take one after another"
+    return (
+        f"Look after {which}. Check whether it is reachable, free disk space and "
+        "memory, load, failed services, errors in its log since yesterday, updates "
+        "that wait, and whether it needs a restart. Only look: change nothing before I "
+        "have agreed. Then report, the most urgent first, what needs attention, on "
+        "which machine, and the command that you propose. Say in one line which "
+        "machines are fine."
+    )
+
+
+# --- Messages ---
+
+
+def json_rpc_error(request_id: object, error: JsonRpcError) -> JsonObject:
+    failure: JsonObject = {"code": error.code, "message": error.message}
+    if error.data is not None:
+        failure["data"] = error.data
+    return {"jsonrpc": "2.0", "id": request_id, "error": failure}
+
+
+def json_rpc_result(request_id: object, result: JsonObject) -> JsonObject:
+    return {"jsonrpc": "2.0", "id": request_id, "result": result}
+
+
+def readable_id(message: object) -> object:
+    """Return the id of a message that makes no sense otherwise, None if it has none."""
+    found = message.get("id") if isinstance(message, dict) else None
+    return found if isinstance(found, (str, int, float)) else None
+
+
+def parse_message(text: str | bytes) -> Any:
+    """Return the JSON of a message.  Raises JsonRpcError."""
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise JsonRpcError(PARSE_ERROR, f"the message is not JSON: {error}") from error
+
+
+def is_modern(message: object, headers: HttpHeaders[str, str] | None) -> bool:
+    """Return whether a message says that it is of the modern era.
+
+    `headers` are those of HTTP.
+    """
+    message = message if isinstance(message, dict) else {}
+    params = message.get("params")
+    meta = params.get("_meta") if isinstance(params, dict) else None
+    if isinstance(meta, dict) and meta.get(VERSION_FIELD) is not None:
+        return True
+    method = message.get("method")
+    if method == "server/discover":
+        return True
+    version = None if headers is None else headers.get("MCP-Protocol-Version")
+    return method != "initialize" and version not in (None, *LEGACY_MCP)
+
+
+def unsupported_version(version: object) -> JsonRpcError:
+    known = [MODERN_MCP, *LEGACY_MCP]
+    return JsonRpcError(
+        UNSUPPORTED_VERSION,
+        f"MCP {clip(str(version), 40)} is not supported; {', '.join(known)} are",
+        {"supported": known, "requested": version},
+    )
+
+
+class McpRequest(Value):
+    """One message of a client, checked."""
+
+    id: object  # a text or a number; None: a notification, which gets no answer
+    method: str
+    params: JsonObject
+    modern: bool
+
+    @property
+    def progress_token(self) -> object:
+        meta = self.params.get("_meta")
+        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        return token if whole or isinstance(token, str) else None
+
+    @property
+    def key(self) -> str:
+        """Names it in notifications/cancelled."""
+        return to_json(self.id)
+
+    @classmethod
+    def parse(
+        cls, message: object, headers: HttpHeaders[str, str] | None
+    ) -> McpRequest:
+        """Return the request of a message; `headers` are those of HTTP.
+
+        Raises JsonRpcError.
+        """
+        if (
+            not isinstance(message, dict)
+            or message.get("jsonrpc") != "2.0"
+            or not isinstance(message.get("method"), str)
+        ):
+            problem = "the message must be one JSON-RPC 2.0 request or notification"
+            raise JsonRpcError(INVALID_JSON_RPC, problem)
+        request_id, method = message.get("id"), message["method"]
+        if "id" in message and (
+            isinstance(request_id, bool)
+            or not isinstance(request_id, (str, int, float))
+        ):
+            problem = (
+                f"id must be a text or a number, not {clip(to_json(request_id), 40)}"
+            )
+            raise JsonRpcError(INVALID_JSON_RPC, problem)
+        params = message.get("params")
+        if params is None:
+            params = {}
+        elif not isinstance(params, dict):
+            problem = f"params must be an object, not {clip(to_json(params), 80)}"
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
+        modern = is_modern(message, headers)
+        version = headers.get("MCP-Protocol-Version") if headers is not None else None
+        request = cls(request_id, method, params, modern)
+        if modern and request_id is not None:
+            request._check_modern(version, headers)
+        return request
+
+    def _check_modern(
+        self, version: str | None, headers: HttpHeaders[str, str] | None
+    ) -> None:
+        """Raises JsonRpcError where a request says too little about itself."""
+        meta = self.params.get("_meta")
+        meta = meta if isinstance(meta, dict) else {}
+        if version not in (None, MODERN_MCP) and VERSION_FIELD not in meta:
+            raise unsupported_version(version)
+        for field, kind in ((VERSION_FIELD, str), (CAPABILITIES_FIELD, dict)):
+            if not isinstance(meta.get(field), kind):
+                what = "a text" if kind is str else "an object"
+                problem = f"_meta needs {field!r}, {what}"
+                raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
+        if headers is not None:
+            self._check_headers(headers, meta[VERSION_FIELD])
+        if meta[VERSION_FIELD] != MODERN_MCP:
+            raise unsupported_version(meta[VERSION_FIELD])
+
+    def _check_headers(self, headers: HttpHeaders[str, str], version: str) -> None:
+        """Raises JsonRpcError where proxies could take it for another request."""
+        field = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
+        wanted = {"MCP-Protocol-Version": version, "Mcp-Method": self.method}
+        if self.method in field:
+            wanted["Mcp-Name"] = str(self.params.get(field[self.method]))
+        for name, value in wanted.items():
+            found = ", ".join(headers.get_all(name) or ()) or None
+            encoded = re.fullmatch(r"=\?base64\?(.*)\?=", found or "")
+            if encoded and name == "Mcp-Name":
+                with contextlib.suppress(ValueError):
+                    found = base64.b64decode(encoded[1], validate=True).decode("utf-8")
+            if found != value:
+                said = "is missing" if found is None else f"is {clip(found, 80)!r}"
+                raise JsonRpcError(
+                    HEADER_MISMATCH,
+                    f"the header {name} {said}; the message has {clip(value, 80)!r}",
+                )
+
+
+class CallsUnderWay:
+    """Calls that a notification may cancel, by who made them and their id."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _open
+        self._open: dict[tuple[str, ...], list[Cancellation]] = {}
+
+    @contextlib.contextmanager
+    def cancellable(self, *key: str) -> Iterator[Cancellation]:
+        cancel = Cancellation()
+        with self._lock:
+            self._open.setdefault(key, []).append(cancel)
+        try:
+            yield cancel
+        finally:
+            with self._lock:
+                self._open[key].remove(cancel)
+                if not self._open[key]:
+                    del self._open[key]
+
+    def cancel(self, *key: str) -> None:
+        """Cancel a call; of several that have this key, none."""
+        with self._lock:
+            found = list(self._open.get(key, ()))
+        if len(found) == 1:
+            found[0].cancel()
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            found = list(itertools.chain(*self._open.values()))
+        for cancel in found:
+            cancel.cancel()
+
+
+class McpServer:
+    """Answers the messages of one client, over any transport."""
+
+    def __init__(
+        self,
+        gateway: GatewayCalls,
+        under_way: CallsUnderWay,
+        *who: str,
+        version: str = "",
+        keeps_state: bool = False,
+    ) -> None:
+        """`who` tells the calls of this client from those of others.
+
+        `version` is that of a client that names none; "": initialize sets it.
+        `keeps_state`: the client has us for itself, and may select a machine.
+        """
+        self._gateway = gateway
+        self._under_way = under_way
+        self._who = who
+        self._version = version
+        self._machines = RemoteMachines(gateway)
+        self._selection = McpSelection() if keeps_state else None
+        both: Mapping[str, Callable[[McpRequest], JsonObject]] = {
+            "tools/list": self._tools_list,
+            "resources/list": self._resources_list,
+            "resources/templates/list": self._templates_list,
+            "resources/read": self._resources_read,
+            "prompts/list": self._prompts_list,
+            "prompts/get": self._prompts_get,
+        }
+        self._legacy = {
+            **both,
+            "initialize": self._initialize,
+            "ping": lambda _request: {},
+        }
+        self._modern = {**both, "server/discover": self._discover}
+
+    def accept(
+        self, message: object, headers: HttpHeaders[str, str] | None = None
+    ) -> McpRequest | None:
+        """Return the request to answer; None: the message gets no answer.
+
+        `headers` are those of HTTP.  Raises JsonRpcError.
+        """
+        if isinstance(message, dict) and not {"result", "error"}.isdisjoint(message):
+            return None  # a response, and we ask clients nothing
+        request = McpRequest.parse(message, headers)
+        if request.id is None:
+            # Over HTTP the modern era cancels by closing the connection.
+            if request.method == "notifications/cancelled" and not (
+                request.modern and headers is not None
+            ):
+                call_id = to_json(request.params.get("requestId"))
+                self._under_way.cancel(*self._who, call_id)
+            return None
+        if request.method == "tools/call":
+            self._check_call(request)
+        elif request.method not in (self._modern if request.modern else self._legacy):
+            problem = f"there is no method {clip(request.method, 80)!r}"
+            raise JsonRpcError(UNKNOWN_JSON_RPC_METHOD, problem)
+        return request
+
+    def answer(self, request: McpRequest, beat: Beat | None) -> JsonObject | None:
+        """Return the response to a request, None if it was cancelled; see McpCall.
+
+        Raises ClientGone as `beat` does.
+        """
+        try:
+            if request.method == "tools/call":
+                with self._under_way.cancellable(*self._who, request.key) as cancel:
+                    result = self._tools_call(request, cancel, beat)
+                    if cancel.cancelled:
+                        return None
+            else:
+                known = self._modern if request.modern else self._legacy
+                result = known[request.method](request)
+        except JsonRpcError as error:
+            return json_rpc_error(request.id, error)
+        except ClientGone:
+            raise
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            failure = as_rpc_error(error, request.method)
+            problem = JsonRpcError(INTERNAL_JSON_RPC_ERROR, failure.message)
+            return json_rpc_error(request.id, problem)
+        if request.modern:
+            result = {**result, "resultType": "complete"}
+            result["_meta"] = {SERVER_FIELD: MCP_SERVER}
+            if request.method in MCP_LIFETIMES:
+                result.update(ttlMs=MCP_LIFETIMES[request.method], cacheScope="private")
+        return json_rpc_result(request.id, result)
+
+    def answer_batch(
+        self,
+        messages: Sequence[object],
+        beat: Beat | None,
+        headers: HttpHeaders[str, str] | None = None,
+    ) -> list[JsonObject]:
+        """Return the responses to a batch, one after the other; none: there are none.
+
+        Raises JsonRpcError where the client's version knows no batches, and ClientGone.
+        """
+        if self._version not in BATCHING_MCP:
+            problem = f"batches are of MCP {' and '.join(BATCHING_MCP)} only"
+            raise JsonRpcError(INVALID_JSON_RPC, problem)
+        if not 0 < len(messages) <= MAX_MCP_CALLS:
+            problem = f"a batch has 1 to {MAX_MCP_CALLS} messages, not {len(messages)}"
+            raise JsonRpcError(INVALID_JSON_RPC, problem)
+        responses = []
+        for message in messages:
+            response: JsonObject | None
+            try:
+                request = self.accept(message, headers)
+                response = None if request is None else self.answer(request, beat)
+            except JsonRpcError as error:
+                response = json_rpc_error(readable_id(message), error)
+            if response is not None:
+                responses.append(response)
+        return responses
+
+    def _check_call(self, request: McpRequest) -> None:
+        """Raises JsonRpcError for a call that names no tool of ours."""
+        name, arguments = request.params.get("name"), request.params.get("arguments")
+        names = [spec.name for spec in self._specs(request)]
+        problem = ""
+        if name not in names:
+            wanted = clip(to_json(name), 80)
+            problem = f"there is no tool {wanted}; there is {', '.join(names)}"
+        elif not isinstance(arguments, (dict, type(None))):
+            problem = f"arguments must be an object, not {clip(to_json(arguments), 80)}"
+        elif len(to_json(arguments)) > MAX_MCP_ARGUMENTS:
+            problem = (
+                f"the arguments have more than {MAX_MCP_ARGUMENTS:,} bytes; write what "
+                "is long to a file on the machine, in parts"
+            )
+        if problem:
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
+
+    def _specs(self, request: McpRequest) -> tuple[ToolSpec, ...]:
+        # With nodes: clients ask for the list once, and nodes come later.
+        selects = self._selection is not None and not request.modern
+        return tool_specs(with_nodes=True, selects=selects)
+
+    def _instructions(self, request: McpRequest) -> str:
+        selection = None if request.modern else self._selection
+        try:
+            return system_prompt(
+                self._machines, selection.node_id if selection is not None else ""
+            )
+        except RpcError as error:
+            return f"The machines cannot be listed: {error.message}"
+
+    def _initialize(self, request: McpRequest) -> JsonObject:
+        asked = request.params.get("protocolVersion")
+        self._version = asked if asked in LEGACY_MCP else LEGACY_MCP[0]
+        return {
+            "protocolVersion": self._version,
+            "capabilities": MCP_CAPABILITIES,
+            "serverInfo": MCP_SERVER,
+            "instructions": self._instructions(request),
+        }
+
+    def _discover(self, request: McpRequest) -> JsonObject:
+        return {
+            "supportedVersions": [MODERN_MCP, *LEGACY_MCP],
+            "capabilities": MCP_CAPABILITIES,
+            "instructions": self._instructions(request),
+        }
+
+    def _tools_list(self, request: McpRequest) -> JsonObject:
+        tools = []
+        for spec in self._specs(request):
+            tool = MCP_TOOLS[spec.name]
+            if self._gateway.may(tool.scope):
+                tools.append(
+                    {
+                        "name": spec.name,
+                        "title": tool.title,
+                        "description": spec.description,
+                        "inputSchema": spec.parameters,
+                        "outputSchema": tool.output,
+                        "annotations": tool.annotations(),
+                    }
+                )
+        return {"tools": tools}
+
+    def _tools_call(
+        self, request: McpRequest, cancel: Cancellation, beat: Beat | None
+    ) -> JsonObject:
+        params, token = request.params, request.progress_token
+        call = ToolCall(request.key, params["name"], params.get("arguments") or {})
+        chat = McpCall(
+            self._machines,
+            None if request.modern else self._selection,
+            token,
+            beat,
+            cancel if request.modern else None,
+        )
+        toolbox = Toolbox(chat, self._machines, cancel, with_nodes=True)
+        result = from_json(toolbox.call([call])[0].text)
+        if chat.job_id:
+            result = {"id": chat.job_id, **result}
+        if result.get("truncated"):
+            result["log"] = log_uri(result["id"])
+        return {
+            "content": [{"type": "text", "text": to_json(result)}],
+            "structuredContent": result,
+            "isError": "error" in result,
+        }
+
+    def _resources_list(self, _request: McpRequest) -> JsonObject:
+        asked = {"kept": True, "limit": MAX_LISTED_LOGS}
+        return {
+            "resources": [
+                {
+                    "uri": log_uri(job["id"]),
+                    "name": f"job-{job['id'][:8]}",
+                    "title": printable(f"{job['nodeName']}: {job['command']}", 120),
+                    "description": f"Output; {job['words']}",
+                    "mimeType": "text/plain",
+                }
+                for job in self._gateway.call("job.list", asked)
+            ]
+        }
+
+    def _templates_list(self, _request: McpRequest) -> JsonObject:
+        return {"resourceTemplates": [LOG_TEMPLATE]}
+
+    def _resources_read(self, request: McpRequest) -> JsonObject:
+        uri = request.params.get("uri")
+        found = LOG_URI.fullmatch(uri) if isinstance(uri, str) else None
+        unknown = INVALID_JSON_RPC_PARAMS if request.modern else UNKNOWN_RESOURCE
+        if found is None:
+            problem = (
+                f"there is no resource {clip(to_json(uri), 200)}; "
+                "there is moltis://jobs/ID/log"
+            )
+            raise JsonRpcError(unknown, problem, {"uri": uri})
+        job_id, offset = unquote(found[1]), int(found[2] or 0)
+        try:
+            text = read_log(self._machines.reader(job_id), log_uri(job_id), offset)
+        except RpcError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            raise JsonRpcError(unknown, error.message, {"uri": uri}) from error
+        return {"contents": [{"uri": uri, "mimeType": "text/plain", "text": text}]}
+
+    def _prompts_list(self, _request: McpRequest) -> JsonObject:
+        return {"prompts": [CARE_PROMPT]}
+
+    def _prompts_get(self, request: McpRequest) -> JsonObject:
+        name = request.params.get("name")
+        if name != CARE_PROMPT["name"]:
+            there = f"there is no prompt {clip(to_json(name), 80)}"
+            problem = f"{there}; there is {CARE_PROMPT['name']}"
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
+        try:
+            arguments = optional(request.params, "arguments", dict) or {}
+            node = optional(arguments, "node", str) or ""
+            text = care_prompt(self._machines, node)
+        except RpcError as error:
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, error.message) from error
+        message = {"role": "user", "content": {"type": "text", "text": text}}
+        return {"description": CARE_PROMPT["description"], "messages": [message]}
+
+
+class McpLines:
+    """MCP over lines of text: the messages of one client, each in a thread."""
+
+    def __init__(self, gateway: GatewayCalls, write: Callable[[str], None]) -> None:
+        """`write` sends one line, without its end; it is never called twice at once."""
+        self._under_way = CallsUnderWay()
+        self._server = McpServer(gateway, self._under_way, keeps_state=True)
+        self._write = write
+        self._turn = threading.Lock()  # held while writing: lines must not mix
+        self._lock = threading.Lock()  # guards _threads
+        self._threads: set[threading.Thread] = set()
+
+    def serve(self, read_line: Callable[[int], bytes]) -> None:
+        """Answer the lines that `read_line` gives, to their end.
+
+        It returns at most so many bytes of a line.  Raises OSError as it does.
+        """
+        while True:
+            line = read_line(MAX_MCP_LINE)
+            if not line:
+                return
+            if len(line) < MAX_MCP_LINE or line.endswith(b"\n"):
+                if line.strip():
+                    self._take(line)
+                continue
+            while line and not line.endswith(b"\n"):
+                line = read_line(MAX_MCP_LINE)
+            problem = f"a message may have {MAX_MCP_LINE:,} bytes; this one has more"
+            self._fail(None, JsonRpcError(INVALID_JSON_RPC, problem))
+
+    def close(self, grace: float = 0.0) -> None:
+        """Cancel the calls that still run after `grace` s, and wait for their ends."""
+        deadline = Deadline(grace)
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(deadline.remaining())
+        self._under_way.cancel_all()
+        patience = Deadline(2 * ABORT_GRACE)
+        for thread in threads:
+            thread.join(patience.remaining())
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = parse_message(line.decode("utf-8", "replace"))
+        except JsonRpcError as error:
+            self._fail(None, error)
+            return
+        if isinstance(message, list):
+            self._start(partial(self._answer_batch, message), message)
+            return
+        try:
+            request = self._server.accept(message)
+        except JsonRpcError as error:
+            if (
+                not isinstance(message, dict)
+                or "id" in message
+                or not message.get("method")
+            ):
+                self._fail(readable_id(message), error)
+            return
+        if request is None:
+            return
+        if request.method == "ping":  # also while others wait for the gateway
+            self._answer(request)
+        else:
+            self._start(partial(self._answer, request), message)
+
+    def _start(self, answer: Callable[[], None], message: object) -> None:
+        def run() -> None:
+            try:
+                answer()
+            finally:
+                with self._lock:
+                    self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name="moltis-mcp-call", daemon=True)
+        # Under the lock, so that close() joins only threads that run.
+        with self._lock:
+            room = len(self._threads) < MAX_MCP_CALLS
+            if room:
+                thread.start()
+                self._threads.add(thread)
+        if not room:
+            refusal = f"{MAX_MCP_CALLS} calls are running; wait for one of them to end"
+            self._fail(readable_id(message), JsonRpcError(INVALID_JSON_RPC, refusal))
+
+    def _answer(self, request: McpRequest) -> None:
+        listens = request.progress_token is not None
+        response = self._server.answer(request, self._notify if listens else None)
+        if response is not None:
+            self._send(response)
+
+    def _answer_batch(self, messages: Sequence[object]) -> None:
+        try:
+            responses = self._server.answer_batch(messages, None)
+        except JsonRpcError as error:
+            self._fail(None, error)
+        else:
+            if responses:
+                self._send(responses)
+
+    def _notify(self, notification: JsonObject | None) -> None:
+        if notification is not None:
+            self._send(notification)
+
+    def _fail(self, request_id: object, error: JsonRpcError) -> None:
+        self._send(json_rpc_error(request_id, error))
+
+    def _send(self, message: object) -> None:
+        with self._turn:
+            self._write(to_json(message))
+
+
+# ==============================================================================
 # HTTP
 # Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
-#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway
+#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway, MCP
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -18486,6 +19515,9 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
+MCP_PATH = "/mcp"
+# Where MCP clients look for OAuth, which we do not offer.
+OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = ("/chat/", "/activity/", "/settings/")  # answered with the page
 
 SECURITY_HEADERS = (
@@ -18575,6 +19607,7 @@ class HttpRequest(Value):
     public: PublicAddress
     channel_binding: bytes | None  # of the certificate that the client sees
     on_identified: Callable[[Caller], None]  # raises RpcError
+    is_abandoned: Callable[[], bool]  # whether its client closed the connection
     query: str
 
     @property
@@ -18589,11 +19622,16 @@ class HttpRequest(Value):
         return ""
 
 
+# Gets a function that sends a piece at once, and raises OSError.
+Stream: TypeAlias = "Callable[[Callable[[bytes], None]], None]"
+
+
 class Reply(Value):
     """The answer to an HttpRequest."""
 
     status: int
-    body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
+    # Anything but bytes goes on up to the connection's end.
+    body: bytes | Iterator[bytes] | Stream = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
 
@@ -18647,6 +19685,83 @@ def job_output(job: Job) -> Iterator[bytes]:
             return
         yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
         position = start + len(data)
+
+
+class OperatorCalls:
+    """The methods of this gateway for the operator of one request: GatewayCalls."""
+
+    def __init__(
+        self, rpc: Rpc, caller: Caller, is_current: Callable[[Caller], bool]
+    ) -> None:
+        self._rpc = rpc
+        self._caller = caller
+        self._is_current = is_current
+        self.may = caller.may
+
+    def call(
+        self, method: str, params: JsonObject, cancel: Cancellation | None = None
+    ) -> Any:
+        """Return the payload of the answer.  Raises RpcError, Cancelled."""
+        payload = self._rpc.call(self._caller, method, params)
+        if isinstance(payload, Future):
+            payload = payload.result() if cancel is None else cancel.result_of(payload)
+            # That may have taken hours, and revoking a key closes WebSockets only.
+            if not self._is_current(self._caller):
+                raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
+        return payload
+
+
+# HTTP statuses of JSON-RPC errors; all others have 200.  To a client of the older era
+# 400 or 404 mean that its session is lost: only a message without sense gets that.
+LEGACY_MCP_STATUS: Mapping[int, int] = {PARSE_ERROR: 400, INVALID_JSON_RPC: 400}
+MODERN_MCP_STATUS: Mapping[int, int] = {
+    **LEGACY_MCP_STATUS,
+    INVALID_JSON_RPC_PARAMS: 400,
+    HEADER_MISMATCH: 400,
+    UNSUPPORTED_VERSION: 400,
+    UNKNOWN_JSON_RPC_METHOD: 404,
+}
+# Proxies and caches pass it on as it comes.
+SSE_HEADERS = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))
+
+
+def server_sent_event(message: JsonObject) -> bytes:
+    return f"event: message\ndata: {to_json(message)}\n\n".encode()
+
+
+class EventStream:
+    """The notifications and the response of one MCP request, as server-sent events."""
+
+    def __init__(self, server: McpServer, asked: McpRequest, http: HttpRequest) -> None:
+        self._server = server
+        self._asked = asked
+        self._is_abandoned = http.is_abandoned
+
+    def __call__(self, write: Callable[[bytes], None]) -> None:
+        """Send all of it with `write`.  Raises OSError."""
+        alive = time.monotonic()
+
+        def beat(notification: JsonObject | None) -> None:
+            nonlocal alive
+            piece = b""
+            if notification is not None:
+                piece = server_sent_event(notification)
+            elif time.monotonic() - alive >= KEEP_ALIVE_INTERVAL:
+                piece = b": it goes on\n\n"
+            if self._is_abandoned():
+                raise ClientGone
+            if piece:
+                alive = time.monotonic()
+                try:
+                    write(piece)
+                except OSError as error:
+                    raise ClientGone from error
+
+        write(b": moltis\n\n")
+        with contextlib.suppress(ClientGone):
+            response = self._server.answer(self._asked, beat)
+            if response is not None:
+                write(server_sent_event(response))
 
 
 AUDIT_COLUMNS = (
@@ -18923,10 +20038,12 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
+        self._mcp_calls = CallsUnderWay()
         # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
+            ("POST", MCP_PATH, self._mcp),
             ("POST", "/api/sign-in", self._sign_in),
             ("POST", "/api/sign-out", self._sign_out),
             ("GET", "/api/audit.csv", self._audit_csv),
@@ -18937,6 +20054,10 @@ class HttpApp:
 
     def answer(self, request: HttpRequest) -> Reply:
         """Return the reply, also for any failure."""
+        if request.path == MCP_PATH and request.method != "POST":
+            # Before all else: clients probe for streams and sessions, without a key.
+            problem = f"{MCP_PATH} takes POST: it has no sessions"
+            return error_reply(405, problem, [("Allow", "POST")])
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -18964,12 +20085,9 @@ class HttpApp:
 
     def caller(self, request: HttpRequest) -> Caller:
         """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        caller: Caller | None
-        if scheme.lower() == "bearer":
-            address = request.public.client
-            caller = self._access.operators.admit_operator(key.strip(), address)
-        else:
+        caller = self._bearer(request)
+        # A page at this path could not be told from a program that has the cookie.
+        if caller is None and request.path != MCP_PATH:
             caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
         if caller is None:
             raise RpcError(
@@ -18977,6 +20095,14 @@ class HttpApp:
             )
         request.on_identified(caller)
         return caller
+
+    def _bearer(self, request: HttpRequest) -> Caller | None:
+        """Return the operator whose key was sent, or None.  Raises RpcError."""
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        address = request.public.client
+        return self._access.operators.admit_operator(key.strip(), address)
 
     def server(self, ws: WebSocket, request: HttpRequest) -> Callable[[], None]:
         """Return a function that serves an upgraded connection to its end."""
@@ -18997,6 +20123,9 @@ class HttpApp:
         return self._access.sign_ins.caller_by_cookie(secret, request.public.client)
 
     def _not_found(self, request: HttpRequest) -> Reply:
+        if OAUTH_PATH.fullmatch(request.path):
+            problem = "this gateway offers no OAuth: send an operator key as Bearer"
+            return json_reply(404, {"error": "not_found", "error_description": problem})
         return error_reply(404, f"there is no {request.path[:200]} here")
 
     def _health(self, _request: HttpRequest) -> Reply:
@@ -19080,17 +20209,67 @@ class HttpApp:
         request_id = optional(value, "id", str) or new_id()
         method = required(value, "method", str)
         params = optional(value, "params", dict) or {}
+        calls = OperatorCalls(self._gateway.rpc, caller, self._access.is_current)
         try:
-            payload = self._gateway.rpc.call(caller, method, params)
-            if isinstance(payload, Future):
-                payload = payload.result()
-                # That may have taken hours, and revoking a key closes WebSockets only.
-                if not self._access.is_current(caller):
-                    raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
+            payload = calls.call(method, params)
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
             failure = as_rpc_error(error, method)
             return rpc_reply(Response(request_id, error=failure))
         return rpc_reply(Response(request_id, payload))
+
+    def _mcp(self, request: HttpRequest) -> Reply:
+        """Answer a message of an MCP client; what it says of itself is in each."""
+        try:
+            caller = self.caller(request)
+        except RpcError as error:
+            # Each 401 is about the key: some clients open a dialog at any of them.
+            refusal = json_rpc_error(
+                None, JsonRpcError(INVALID_JSON_RPC, error.message)
+            )
+            reply = rpc_reply(Response("", error=error))
+            headers = list(reply.headers)
+            if error.code == "UNAUTHORIZED":
+                headers.append(("WWW-Authenticate", 'Bearer realm="moltis"'))
+            return json_reply(reply.status, refusal, headers)
+        server = McpServer(
+            OperatorCalls(self._gateway.rpc, caller, self._access.is_current),
+            self._mcp_calls,
+            *(caller.id, request.public.client),
+            version=request.headers.get("MCP-Protocol-Version", HEADERLESS_MCP),
+        )
+
+        def beat(_notification: JsonObject | None) -> None:
+            if request.is_abandoned():
+                raise ClientGone
+
+        message: Any = None
+        try:
+            message = parse_message(request.body)
+            if isinstance(message, list):
+                responses = server.answer_batch(message, beat, request.headers)
+                return json_reply(200, responses) if responses else Reply(202)
+            asked = server.accept(message, request.headers)
+            if asked is None:
+                return Reply(202)
+            accepts = request.headers.get("Accept", "*/*")
+            if (
+                asked.method == "tools/call"
+                and asked.progress_token is not None
+                and re.search(r"text/(event-stream|\*)|\*/\*", accepts)
+            ):
+                stream = EventStream(server, asked, request)
+                return Reply(200, stream, "text/event-stream", SSE_HEADERS)
+            response = server.answer(asked, beat)
+        except JsonRpcError as error:
+            response = json_rpc_error(readable_id(message), error)
+        except ClientGone:
+            response = None
+        if response is None:  # nobody waits for it
+            return Reply(202)
+        modern = is_modern(message, request.headers)
+        statuses = MODERN_MCP_STATUS if modern else LEGACY_MCP_STATUS
+        code = response.get("error", {}).get("code")
+        return json_reply(statuses.get(code, 200), response)
 
     def _sign_in(self, request: HttpRequest) -> Reply:
         try:
@@ -19369,6 +20548,21 @@ class PatientStream(io.RawIOBase):
         return len(data)
 
 
+def is_closed_there(sock: socket.socket) -> bool:
+    """Return whether the other end closed the connection; reads nothing."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    try:
+        if not poll.poll(0):
+            return False
+        # Not SSLSocket's own, which cannot peek.
+        head = socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except OSError:
+        return True
+    tls_alert = head == b"\x15" and type(sock) is not socket.socket
+    return not head or tls_alert
+
+
 class TcpPeer(Value):
     """The other end of an accepted connection."""
 
@@ -19459,6 +20653,12 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
         do_HEAD = do_GET  # noqa: N815  http.server looks for these names
 
+        def do_DELETE(self) -> None:
+            if self.request_with(b"").path == MCP_PATH:
+                self.do_GET()
+            else:
+                self.send_error(501)
+
         def do_POST(self) -> None:
             if "Content-Length" not in self.headers:
                 self.refuse(411, "send the body with its Content-Length")
@@ -19501,6 +20701,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
                 on_identified=admission.identified,
+                is_abandoned=partial(is_closed_there, self.connection),
                 query=query,
             )
 
@@ -19527,10 +20728,20 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
-            if self.command != "HEAD":
-                body = reply.body
-                for piece in [body] if isinstance(body, bytes) else body:
+            body = reply.body
+            if self.command == "HEAD":
+                return
+            if isinstance(body, bytes):
+                self.wfile.write(body)
+            elif callable(body):
+                body(self.send_now)
+            else:
+                for piece in body:
                     self.wfile.write(piece)
+
+        def send_now(self, piece: bytes) -> None:
+            self.wfile.write(piece)
+            self.wfile.flush()
 
         def upgrade(self, request: HttpRequest) -> None:
             self.close_connection = True
@@ -24822,7 +26033,8 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine,
+#       Access
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -24875,6 +26087,7 @@ class OperatorClient:
         self._on_news = on_news
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
+        self.scopes: Sequence[str] = ()
         try:
             self._connect(api_key)
         except BaseException:
@@ -24955,7 +26168,9 @@ class OperatorClient:
             platform=platform_name(),
         )
         try:
-            sign_in(self._ws, params, api_key)
+            hello = sign_in(self._ws, params, api_key)
+            auth = optional(hello, "auth", dict) or {}
+            self.scopes = optional(auth, "scopes", list) or ()
         except RpcError as error:
             if error.code == "UNAVAILABLE":
                 raise Unreachable(f"{self._url}: {error.message}") from error
@@ -25020,6 +26235,10 @@ class LastingClient:
 
     def close(self) -> None:
         self._client.close()
+
+    def may(self, scope: str) -> bool:
+        """Return whether the key has `scope`, or one that includes it."""
+        return Caller(OPERATOR, "", "", self._client.scopes).may(scope)
 
     def call(
         self, method: str, params: JsonObject, cancel: Cancellation | None = None
@@ -25402,269 +26621,6 @@ class JobFeed:
 
         with contextlib.suppress(ConnectionClosed):  # that is news of its own
             client.start(method, params).add_done_callback(answered)
-
-
-# ==============================================================================
-# MCP
-# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
-#
-# The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
-# one line each, on standard input and output.  Their commands are kept jobs; the MCP
-# client asks its user whether one may run.
-# ==============================================================================
-
-MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
-MAX_MCP_CALLS = 64  # at a time; one more is refused
-MCP_GRACE = 2.0  # s for calls to end by themselves once the input has ended
-MAX_JOB_WAIT = 300.0  # s of one `job.wait`
-
-PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
-INVALID_JSON_RPC = -32600
-UNKNOWN_JSON_RPC_METHOD = -32601
-INVALID_JSON_RPC_PARAMS = -32602
-INTERNAL_JSON_RPC_ERROR = -32603
-
-
-class RemoteMachines:
-    """The machines of a gateway for a Toolbox, over an operator's connection."""
-
-    def __init__(self, client: LastingClient) -> None:
-        self._client = client
-
-    def resolve(self, reference: str) -> tuple[str, str]:
-        view = self.view(reference)
-        return view["nodeId"], view["displayName"]
-
-    def view(self, node_id: str) -> JsonObject:
-        view: JsonObject = self._client.call("node.describe", {"nodeId": node_id})
-        return view
-
-    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
-        wanted = text.casefold()
-        views = [
-            view
-            for view in self._client.call("node.list", {})
-            if wanted in f"{view['displayName']} {view['nodeId']}".casefold()
-        ]
-        views.sort(key=lambda view: not view["connected"])
-        return views[:limit], len(views)
-
-    def overview(self, limit: int) -> tuple[list[JsonObject], int]:
-        return self.select("", limit)
-
-    def start(self, planned: PlannedCommand, _decided_by: str | None) -> None:
-        # The id is ours: if the call is made again, it is the same job.
-        job = {"id": planned.job_id, "node": planned.node_id}
-        request = {"jobs": [job], "work": "run", "spec": planned.spec(), "keep": True}
-        view = self._ask(planned.job_id, JOB_START, request)["jobs"][0]
-        if "error" in view:
-            raise decode_error(view["error"])
-
-    def wait(
-        self, job_id: str, timeout: float | None, cancel: Cancellation
-    ) -> JsonObject:
-        deadline = Deadline(timeout)
-        while True:
-            left = deadline.remaining()
-            wait = MAX_JOB_WAIT if left is None else min(left, MAX_JOB_WAIT)
-            asked = {"id": job_id, "wait": wait}
-            view: JsonObject = self._ask(job_id, "job.wait", asked, cancel)
-            if "endedAt" in view or deadline.expired:
-                return view
-
-    def reader(self, job_id: str) -> Callable[[int], Reading]:
-        def read(offset: int) -> Reading:
-            asked = {"id": job_id, "offset": offset, "encoding": "base64"}
-            answer = self._ask(job_id, "job.read", asked)
-            pieces = [
-                (piece["stream"], base64.b64decode(piece["data"]))
-                for piece in answer["pieces"]
-            ]
-            return Reading(answer["offset"] - offset, pieces, answer["next"])
-
-        return read
-
-    def stop(self, job_id: str) -> None:
-        self._ask(job_id, JOB_CANCEL, {"id": job_id})
-        self.wait(job_id, ABORT_GRACE, Cancellation())
-
-    def _ask(
-        self,
-        job_id: str,
-        method: str,
-        params: JsonObject,
-        cancel: Cancellation | None = None,
-    ) -> JsonObject:
-        """Return the answer.  Raises Unreachable with what to do about the job."""
-        try:
-            answer: JsonObject = self._client.call(method, params, cancel)
-        except Unreachable as error:
-            raise Unreachable(
-                f"{error}; the command may go on: ask exec_status for {job_id} before "
-                "it is run again"
-            ) from error
-        return answer
-
-
-class McpConversation(Conversation):
-    """What one MCP client has chosen: the machine on which exec runs."""
-
-    def __init__(self) -> None:
-        self._node_id = LOCAL_ID
-
-    def selected(self) -> str:
-        return self._node_id
-
-    def select(self, node_id: str) -> None:
-        self._node_id = node_id
-
-
-class McpServer:
-    """Answers the requests of one MCP client."""
-
-    def __init__(self, client: LastingClient, write: Callable[[str], None]) -> None:
-        """`write` sends one line, without its end; it is never called twice at once."""
-        self._machines = RemoteMachines(client)
-        self._conversation = McpConversation()
-        self._write = write
-        self._turn = threading.Lock()  # held while writing: lines must not mix
-        self._lock = threading.Lock()  # guards _running
-        self._running: dict[str, tuple[threading.Thread, Cancellation]] = {}
-        self._methods: Mapping[str, Callable[[JsonObject], JsonObject]] = {
-            "initialize": self._initialize,
-            "ping": lambda _params: {},
-            "tools/list": self._tools_list,
-        }
-
-    def serve(self, lines: Iterable[str]) -> None:
-        """Answer until the input ends, then end what still runs."""
-        for line in lines:
-            if line.strip():
-                self._take(line)
-        with self._lock:
-            running = list(self._running.values())
-        grace = Deadline(MCP_GRACE)  # for what was asked right before the end
-        for thread, _ in running:
-            thread.join(grace.remaining())
-        for thread, cancel in running:
-            cancel.cancel()
-            thread.join()
-
-    def _take(self, line: str) -> None:
-        try:
-            message = from_json(line)
-        except ValueError as error:
-            self._fail(None, PARSE_ERROR, f"the line is not JSON: {error}")
-            return
-        if not isinstance(message, dict) or not isinstance(message.get("method"), str):
-            self._fail(None, INVALID_JSON_RPC, "the line must be a JSON-RPC request")
-            return
-        params = message.get("params")
-        params = params if isinstance(params, dict) else {}
-        if "id" in message:
-            self._answer(message["id"], message["method"], params)
-        elif message["method"] == "notifications/cancelled":
-            self._cancel(to_json(params.get("requestId")))
-
-    def _answer(self, request_id: object, method: str, params: JsonObject) -> None:
-        if method == "tools/call":
-            self._start(request_id, params)
-        elif method in self._methods:
-            try:
-                self._succeed(request_id, self._methods[method](params))
-            except MoltisError as error:
-                self._fail(request_id, INVALID_JSON_RPC, str(error))
-        else:
-            self._fail(request_id, UNKNOWN_JSON_RPC_METHOD, f"no method {method!r}")
-
-    def _initialize(self, params: JsonObject) -> JsonObject:
-        asked = params.get("protocolVersion")
-        return {
-            "protocolVersion": asked if asked in MCP_VERSIONS else MCP_VERSIONS[0],
-            "capabilities": {"tools": {}},
-            "serverInfo": {"name": "moltis", "version": __version__},
-            "instructions": system_prompt(
-                self._machines, self._conversation.selected()
-            ),
-        }
-
-    def _tools_list(self, _params: JsonObject) -> JsonObject:
-        return {
-            "tools": [
-                {
-                    "name": spec.name,
-                    "description": spec.description,
-                    "inputSchema": spec.parameters,
-                }
-                for spec in tool_specs(with_nodes=True)
-            ]
-        }
-
-    def _start(self, request_id: object, params: JsonObject) -> None:
-        arguments = params.get("arguments")
-        if not isinstance(arguments, (dict, type(None))):
-            problem = f"arguments must be an object, not {clip(to_json(arguments), 80)}"
-            self._fail(request_id, INVALID_JSON_RPC_PARAMS, problem)
-            return
-        call = ToolCall(
-            id=to_json(request_id),
-            name=str(params.get("name")),
-            arguments=arguments or {},
-        )
-        cancel = Cancellation()
-        thread = threading.Thread(
-            target=self._call,
-            args=(request_id, call, cancel),
-            name=f"moltis-mcp-{call.id[:16]}",
-            daemon=True,
-        )
-        # Under the lock, so that serve() joins only threads that run.
-        with self._lock:
-            room = len(self._running) < MAX_MCP_CALLS
-            if room:
-                thread.start()
-                self._running[call.id] = thread, cancel
-        if not room:
-            refusal = f"{MAX_MCP_CALLS} calls are running; wait for one of them to end"
-            self._fail(request_id, INVALID_JSON_RPC, refusal)
-
-    def _call(self, request_id: object, call: ToolCall, cancel: Cancellation) -> None:
-        try:
-            toolbox = Toolbox(
-                self._conversation,
-                self._machines,
-                cancel,
-                with_nodes=True,  # clients ask for the list once, and nodes come later
-            )
-            text = toolbox.call([call])[0].text
-            failed = "error" in from_json(text)
-            content = [{"type": "text", "text": text}]
-            # MCP: a call that was cancelled is not answered.
-            if not cancel.cancelled:
-                self._succeed(request_id, {"content": content, "isError": failed})
-        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
-            failure = as_rpc_error(error, call.name)
-            self._fail(request_id, INTERNAL_JSON_RPC_ERROR, failure.message)
-        finally:
-            with self._lock:
-                self._running.pop(call.id, None)
-
-    def _cancel(self, call_id: str) -> None:
-        with self._lock:
-            running = self._running.get(call_id)
-        if running is not None:
-            running[1].cancel()
-
-    def _succeed(self, request_id: object, result: JsonObject) -> None:
-        self._send({"jsonrpc": "2.0", "id": request_id, "result": result})
-
-    def _fail(self, request_id: object, code: int, message: str) -> None:
-        error = {"code": code, "message": message}
-        self._send({"jsonrpc": "2.0", "id": request_id, "error": error})
-
-    def _send(self, message: JsonObject) -> None:
-        with self._turn:
-            self._write(to_json(message))
 
 
 # ==============================================================================
@@ -26529,6 +27485,13 @@ class StopSignal:
                 return False
             self._stopped = not STOP_SIGNALS.isdisjoint(os.read(self._reader, 4096))
         return True
+
+    def lets_read(self, descriptor: int) -> bool:
+        """Wait until something can be read there; False: it is time to stop."""
+        while not self.wait(0):
+            if descriptor in select.select([self._reader, descriptor], [], [])[0]:
+                return not self.wait(0)
+        return False
 
     def set(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: wait() wakes anyway
@@ -27831,14 +28794,63 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 # -- moltis mcp ----------------------------------------------------------------
 
 
+class InputLines:
+    """Standard input by lines, until it is time to stop.
+
+    Not through sys.stdin, from which nothing but input wakes a reader.
+    """
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+        self._held = bytearray()
+
+    def read(self, limit: int) -> bytes:
+        """Return the next line, or its first `limit` bytes; b"": it is over.
+
+        Raises OSError.
+        """
+        searched, end = 0, -1
+        while end < 0 and len(self._held) < limit:
+            end = self._held.find(b"\n", searched)
+            if end < 0:
+                searched = len(self._held)
+                if not self._stop.lets_read(0):
+                    return b""
+                data = os.read(0, 65536)
+                if not data:
+                    break
+                self._held += data
+        size = min(limit, end + 1 if end >= 0 else len(self._held))
+        line = bytes(self._held[:size])
+        del self._held[:size]
+        return line
+
+
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
+    """Serve until the input ends, a signal comes, or nobody reads the answers.
+
+    Raises UserError, BrokenPipeError.
+    """
     client = LastingClient(partial(operator_client, args, context))
+    stop, broken = StopSignal(), []
+
+    def write(line: str) -> None:
+        try:
+            context.output.answer(line)
+        except OSError as error:
+            broken.append(error)
+            stop.set()
+
     with closing(client):
-        # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
-        server = McpServer(client, context.output.answer)
-        server.serve(line.decode("utf-8", "replace") for line in lines)
+        server = McpLines(client, write)
+        try:
+            server.serve(InputLines(stop).read)
+        except OSError as error:
+            context.output.complain(f"standard input cannot be read: {error.strerror}")
+        # What was asked right before the end of the input is answered.
+        server.close(0.0 if stop.wait(0) else MCP_GRACE)
+    if broken:
+        raise BrokenPipeError
     return EXIT_OK
 
 
