@@ -574,7 +574,10 @@ def test_a_list_of_models_that_no_frame_can_hold_is_cut(machines):
 
 
 def test_only_commands_are_recorded():
-    assert [name for name, work in moltis.WORKS.items() if work.recorded] == ["run"]
+    assert [name for name, work in moltis.WORKS.items() if work.recorded] == [
+        "run",
+        "terminal",  # a command as well
+    ]
 
 
 def test_a_checked_spec_has_no_variable_that_may_not_be_forwarded():
