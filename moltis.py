@@ -23067,83 +23067,136 @@ const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
 const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
 const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
+// Attributes of text, as bits, and their CSS classes in the same order.
+const BOLD = 1, DIM = 2, ITALIC = 4, UNDERLINE = 8, BLINK = 16, INVERSE = 32;
+const INVISIBLE = 64, STRUCK = 128, OVERLINE = 256, ERROR = 512;
+const CLASSES = "b dim i u blink inv gone s over err".split(" ");
+const FLAGS = {1: BOLD, 2: DIM, 3: ITALIC, 4: UNDERLINE, 5: BLINK, 7: INVERSE,
+  8: INVISIBLE, 9: STRUCK, 21: UNDERLINE, 53: OVERLINE};
+const FLAG_ENDS = {22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 25: BLINK, 27: INVERSE,
+  28: INVISIBLE, 29: STRUCK, 55: OVERLINE};
+const DEFAULT_COLOR = -1;
+const RGB = 0x1000000; // bit of a colour that is no index: red, green, blue
+
 // The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
 ).split(" ");
-const FLAGS = {1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s"};
-const FLAG_ENDS = {22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"]};
-const PLAIN = {classes: "", color: "", background: ""};
-const PLAIN_ERROR = {...PLAIN, classes: "err"};
 
-function indexedColor(index) {
-  if (index < 16) return `#${COLORS[index]}`;
-  if (index >= 232) return `rgb(${Array(3).fill(8 + (index - 232) * 10)})`;
+function cssColor(color) {
+  if (color >= RGB) return `rgb(${[color >> 16, color >> 8, color].map(n => n & 255)})`;
+  if (color < 16) return `#${COLORS[color]}`;
+  if (color >= 232) return `rgb(${Array(3).fill(8 + (color - 232) * 10)})`;
   const level = step => (step ? 55 + step * 40 : 0);
-  const cube = index - 16;
+  const cube = color - 16;
   const levels = [Math.floor(cube / 36), Math.floor(cube / 6) % 6, cube % 6];
   return `rgb(${levels.map(level)})`;
 }
 
+// How characters look, and the link that they are part of.
+class Style {
+  constructor(flags, ink, ground, link) {
+    Object.assign(this, {flags, ink, ground, link});
+    this.classes = CLASSES.filter((_, n) => flags & (1 << n)).join(" ");
+    let color = ink === DEFAULT_COLOR ? "" : cssColor(ink);
+    let background = ground === DEFAULT_COLOR ? "" : cssColor(ground);
+    // Of the first 16, a background is darker than a text of the same name, for
+    // contrast, unless the text is black.
+    if (ground === 0) background = "#000";
+    else if (ink === 0 && background) color = "#000";
+    else if (ground > 0 && ground < 16)
+      background = `color-mix(in srgb, ${background} 40%, #000)`;
+    if (flags & INVERSE)
+      [color, background] = [background || "var(--screen)",
+        color || "var(--screen-ink)"];
+    Object.assign(this, {color, background});
+  }
+}
+
+const MAX_STYLES = 10_000; // kept; a picture in true colours has more
+const styles = new Map();
+
+// Return a style.  Equal ones are mostly the same object.
+function styleOf(flags = 0, ink = DEFAULT_COLOR, ground = DEFAULT_COLOR, link = "") {
+  const key = `${flags} ${ink} ${ground} ${link}`;
+  let style = styles.get(key);
+  if (!style) {
+    if (styles.size > MAX_STYLES) styles.clear();
+    styles.set(key, (style = new Style(flags, ink, ground, link)));
+  }
+  return style;
+}
+
+const PLAIN = styleOf();
+
+// Return the parameters of a control sequence, each with those after its colons.
+const parametersOf = text =>
+  text.split(";", 32).map(one => one.split(":").map(n => Math.min(+n, 0x7fffffff)));
+
 // The style of text after the colour sequences so far (SGR, ECMA-48 8.3.117).
 class Pen {
   constructor() {
+    this.link = "";
     this.reset();
   }
 
   reset() {
-    Object.assign(this, {color: "", background: "", flags: new Set(), styles: {}});
+    Object.assign(this, {flags: 0, ink: DEFAULT_COLOR, ground: DEFAULT_COLOR});
+    this.changed();
   }
 
-  set(codes) {
-    this.styles = {};
-    for (let i = 0; i < codes.length; i += 1) {
-      const code = codes[i];
-      const next = codes.slice(i + 1, i + 5);
-      if (code === 38 || code === 48) i += this.extended(code, next);
-      else if (code === 0) this.reset();
-      else if (FLAGS[code]) this.flags.add(FLAGS[code]);
-      else FLAG_ENDS[code]?.forEach(flag => this.flags.delete(flag));
-      if (code >= 30) this.basic(code);
+  changed() {
+    this.styles = {}; // by the flags added to ours
+    this.ofErased = null;
+  }
+
+  set(parameters) {
+    for (let i = 0; i < parameters.length; i += 1) {
+      const [code, ...more] = parameters[i];
+      if (code === 38 || code === 48 || code === 58) {
+        const rest = more.length ? more : parameters.slice(i + 1, i + 5).map(p => p[0]);
+        const used = this.extended(code, rest, more.length);
+        if (!more.length) i += used;
+      } else if (code === 0) this.reset();
+      else if (code === 4 && more[0] === 0) this.flags &= ~UNDERLINE;
+      else if (FLAGS[code]) this.flags |= FLAGS[code];
+      else if (FLAG_ENDS[code]) this.flags &= ~FLAG_ENDS[code];
+      else if (code >= 30) this.basic(code);
     }
+    this.changed();
   }
 
   basic(code) {
     const index = code >= 90 ? (code % 10) + 8 : code % 10;
     const tens = Math.floor(code / 10);
-    if (code === 39) this.color = "";
-    else if (code === 49) this.background = "";
+    if (code === 39) this.ink = DEFAULT_COLOR;
+    else if (code === 49) this.ground = DEFAULT_COLOR;
     else if (index % 8 !== code % 10 || tens > 10) return;
-    else if (tens === 3 || tens === 9) this.color = indexedColor(index);
-    else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
+    else if (tens === 3 || tens === 9) this.ink = index;
+    else if (tens === 4 || tens === 10) this.ground = index;
   }
 
-  // A background is darker than the text colour of the same name, for contrast.
-  ground(color) {
-    this.background = `color-mix(in srgb, ${color} 40%, #000)`;
-  }
-
-  // Set a colour from 5;n or 2;r;g;b; return how many codes that were.
-  extended(code, [kind, ...levels]) {
-    const color =
-      kind === 5
-        ? indexedColor(levels[0] & 255)
-        : `rgb(${levels.slice(0, 3).map(level => level & 255)})`;
-    if (code === 38) this.color = color;
-    else this.ground(color);
+  // Set a colour from 5;n or 2;r;g;b; return how many numbers that were.  After
+  // colons, a colour space may stand before r.
+  extended(code, [kind, ...levels], hasColons) {
+    if (hasColons && kind === 2 && levels.length > 3) levels.shift();
+    const [red = 0, green = 0, blue = 0] = levels.map(level => level & 255);
+    const color = kind === 5 ? red : RGB | (red << 16) | (green << 8) | blue;
+    if (code === 38) this.ink = color;
+    else if (code === 48) this.ground = color; // 58: of underlines, not shown
     return kind === 5 ? 2 : 4;
   }
 
-  style(isError) {
-    const {color, background, flags} = this;
-    if (!color && !background && !flags.size) return isError ? PLAIN_ERROR : PLAIN;
-    const [ink, ground] = flags.has("inv")
-      ? [background || "var(--screen)", color || "var(--screen-ink)"]
-      : [color, background];
-    const classes = [...flags, ...(isError ? ["err"] : [])].join(" ");
-    this.styles[isError] ||= {classes, color: ink, background: ground};
-    return this.styles[isError];
+  // The style of what is erased with it: only the background is kept.
+  get erased() {
+    return (this.ofErased ||= styleOf(0, DEFAULT_COLOR, this.ground));
+  }
+
+  // Return the current style, with more flags.
+  style(added = 0) {
+    return this.styles[added] ||=
+      styleOf(this.flags | added, this.ink, this.ground, this.link);
   }
 }
 
@@ -23244,7 +23297,7 @@ class Terminal {
   escape(token) {
     const last = token.at(-1);
     if (token[1] !== "[") return;
-    if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
+    if (last === "m") this.pen.set(parametersOf(token.slice(2, -1)));
     // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
     else if (last === "G") {
@@ -23254,7 +23307,7 @@ class Terminal {
   }
 
   put(text, isError) {
-    const style = this.pen.style(isError);
+    const style = this.pen.style(isError ? ERROR : 0);
     while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
     if (this.hasTabs && this.column < this.cells.length) this.splitTabs();
     for (let i = 0; i < text.length && this.column < MAX_LINE; i += 1) {
@@ -23383,7 +23436,7 @@ class Screen {
       runs = shown;
       const more = (length - LINE_LIMIT).toLocaleString();
       runs.push([`[… ${more} more characters, in the copy and the download]`,
-        {...PLAIN, classes: "dim"}]);
+        styleOf(DIM)]);
     }
     if (!length) line.append(h("br")); // a copied selection keeps the blank line
     for (const [text, style] of runs) {
@@ -23397,6 +23450,870 @@ class Screen {
       line.append(span);
     }
     return line;
+  }
+}
+
+// == terminal screen ==
+
+// An emulator of xterm without a document: bytes in; rows, cursor, modes and answers
+// out.  Where terminals differ, it does what xterm.js does, with which tests compare it.
+
+const SCROLLBACK = 5000; // rows that scrolled out
+const MAX_STRING = 4096; // characters of a title or a link; the rest is dropped
+const MAX_CONTROL = 256; // characters; a longer sequence is ignored
+const TAB_WIDTH = 8;
+
+// One place of the grid: a character with what combines with it.  Shared, not changed.
+class Cell {
+  constructor(text, width, style) {
+    this.text = text; // "" where nothing was written
+    this.width = width; // 2 of a wide character, 0 of the cell behind it
+    this.style = style;
+  }
+}
+
+// Cells by style: the blank one, the one behind a wide character, ASCII characters.
+const knownCells = new WeakMap();
+
+function cellsIn(style) {
+  let cells = knownCells.get(style);
+  if (!cells) {
+    cells = {blank: new Cell("", 1, style), rest: new Cell("", 0, style), ascii: []};
+    knownCells.set(style, cells);
+  }
+  return cells;
+}
+
+const blankIn = style => cellsIn(style).blank;
+
+// Characters without a width of their own, and those that take two cells.  Regional
+// indicators are emoji, but half of a flag is narrow.
+const ZERO_WIDTH = /[\p{Mn}\p{Me}\p{Cf}\u1160-\u11ff\ud7b0-\ud7ff]/u;
+const WIDE = new RegExp("(?![\\u{1f1e6}-\\u{1f1ff}])[\\p{Emoji_Presentation}" +
+  "\\u1100-\\u115f\\u2329\\u232a\\u2e80-\\u303e\\u3041-\\u3247\\u3250-\\u4dbf" +
+  "\\u4e00-\\ua4cf\\ua960-\\ua97f\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe10-\\ufe19" +
+  "\\ufe30-\\ufe6f\\uff01-\\uff60\\uffe0-\\uffe6\\u{16fe0}-\\u{18cff}" +
+  "\\u{1aff0}-\\u{1b2ff}\\u{1f200}-\\u{1f2ff}\\u{20000}-\\u{3fffd}]", "u");
+const widths = new Map(); // of characters beyond Latin; there are few in use
+
+function widthOf(character) {
+  let width = widths.get(character);
+  if (width === undefined) {
+    if (widths.size > 20_000) widths.clear();
+    width = character === "\u00ad" ? 1 : ZERO_WIDTH.test(character) ? 0 :
+      WIDE.test(character) ? 2 : 1;
+    widths.set(character, width);
+  }
+  return width;
+}
+
+// One line of the grid.
+class Row {
+  constructor(columns, cell) {
+    this.cells = new Array(columns).fill(cell);
+    this.goesOn = false; // the text of the row before continues in it
+    this.changes = 0; // counted, for whoever draws it
+  }
+
+  // Both halves of a wide character go when one does.
+  splitAt(x, cell) {
+    if (x > 0 && this.cells[x - 1].width === 2) this.cells[x - 1] = cell;
+  }
+
+  fill(from, to, cell) {
+    this.changes += 1;
+    this.splitAt(from, cell);
+    if (to < this.cells.length && this.cells[to - 1]?.width === 2)
+      this.cells[to] = cell;
+    this.cells.fill(cell, from, to);
+  }
+
+  insert(x, count, cell) {
+    this.changes += 1;
+    this.splitAt(x, cell);
+    const {cells} = this;
+    const end = cells.length;
+    cells.copyWithin(x + count, x);
+    cells.fill(cell, x, x + count);
+    if (cells[end - 1].width === 2) cells[end - 1] = cell;
+  }
+
+  delete(x, count, cell) {
+    this.changes += 1;
+    const {cells} = this;
+    cells.copyWithin(x, x + count);
+    cells.fill(cell, Math.max(x, cells.length - count));
+    this.splitAt(x, cell);
+    if (cells[x].width === 0) cells[x] = cell;
+  }
+
+  // Return how many cells are written to.
+  get length() {
+    const {cells} = this;
+    let end = cells.length;
+    while (end > 0 && !cells[end - 1].text && cells[end - 1].width) end -= 1;
+    return end;
+  }
+
+  get text() {
+    return this.cells.slice(0, this.length).map(cell => cell.text || " ").join("");
+  }
+}
+
+// The rows of one of the two screens, with a cursor.
+class Page {
+  constructor(columns, height, keeps) {
+    this.height = height;
+    this.keeps = keeps; // rows that scrolled out
+    this.dropped = 0; // rows before the first one
+    this.saved = {x: 0, row: 0, pen: null, charset: null};
+    this.clear(columns, blankIn(PLAIN));
+  }
+
+  clear(columns, cell) {
+    Object.assign(this, {x: 0, y: 0, top: 0, bottom: this.height - 1});
+    this.rows = Array.from({length: this.height}, () => new Row(columns, cell));
+    this.setTabs(columns);
+  }
+
+  setTabs(columns) {
+    this.tabs = new Set();
+    for (let x = 0; x < columns; x += TAB_WIDTH) this.tabs.add(x);
+  }
+
+  // Index of the first row on the screen.
+  get base() {
+    return this.rows.length - this.height;
+  }
+
+  get row() {
+    return this.rows[this.base + this.y];
+  }
+
+  // Scroll the region up by one row.
+  scroll(row) {
+    const {rows, base} = this;
+    if (this.top > 0) {
+      rows.splice(base + this.top, 1);
+      rows.splice(base + this.bottom, 0, row);
+      return;
+    }
+    if (this.bottom === this.height - 1) rows.push(row); // faster than splice()
+    else rows.splice(base + this.bottom + 1, 0, row);
+    const over = rows.length - this.height - this.keeps;
+    if (over <= this.keeps / 10) return; // many at once
+    rows.splice(0, over);
+    this.dropped += over;
+  }
+
+  // Insert `count` rows at `y`, or delete them there; the rest of the region moves.
+  insertRows(y, count, make) {
+    this.moveRows(this.bottom, y, Math.min(count, this.bottom - y + 1), make);
+  }
+
+  deleteRows(y, count, make) {
+    this.moveRows(y, this.bottom, Math.min(count, this.bottom - y + 1), make);
+  }
+
+  moveRows(from, to, count, make) {
+    const {rows, base} = this;
+    for (let n = 0; n < count; n += 1) {
+      rows.splice(base + from, 1);
+      rows.splice(base + to, 0, make());
+    }
+  }
+
+  // Cut or fill the rows: whoever drew them draws them anew.
+  crop(columns, height) {
+    const extra = this.rows.length - height;
+    if (extra > 0) {
+      const below = Math.min(extra, this.height - 1 - this.y);
+      this.rows.splice(this.rows.length - below, below);
+      this.rows.splice(0, extra - below);
+      this.y -= extra - below;
+    }
+    const blank = blankIn(PLAIN);
+    for (const row of this.rows) {
+      const {length} = row.cells;
+      row.cells.length = columns;
+      if (length < columns) row.cells.fill(blank, length);
+      else if (row.cells[columns - 1].width === 2) row.cells[columns - 1] = blank;
+    }
+    while (this.rows.length < height) this.rows.push(new Row(columns, blank));
+    this.setSize(columns, height);
+  }
+
+  setSize(columns, height) {
+    Object.assign(this, {height, top: 0, bottom: height - 1});
+    this.x = Math.min(this.x, columns - 1);
+    this.setTabs(columns);
+  }
+
+  // Break long lines anew.  The first row of the screen stays the first one, as far
+  // as there is something below it to show.
+  reflow(columns, height) {
+    const {rows, base} = this;
+    const cursor = base + this.y;
+    let end = rows.length;
+    while (end > cursor + 1 && !rows[end - 1].length) end -= 1;
+    const wasFull = end === rows.length;
+    const blank = blankIn(PLAIN);
+    const made = [];
+    let [newBase, newCursor, newX] = [0, 0, 0];
+    for (let first = 0; first < end;) {
+      let last = first + 1;
+      while (last < end && rows[last].goesOn) last += 1;
+      // The cells of a whole line, and where in it the cursor and the screen begin.
+      const line = [];
+      let [cursorAt, baseAt] = [-1, -1];
+      for (let n = first; n < last; n += 1) {
+        if (n === cursor) cursorAt = line.length + this.x;
+        if (n === base) baseAt = line.length;
+        const {cells, length} = rows[n];
+        // A wide character that did not fit left the last cell of its row unused.
+        const unused = n + 1 < last && rows[n + 1].cells[0].width === 2 &&
+          !cells.at(-1).text && cells.at(-1).width === 1;
+        line.push(...cells.slice(0, n + 1 === last ? length :
+          cells.length - unused));
+      }
+      let at = 0;
+      do {
+        let to = Math.min(line.length, at + columns);
+        if (line[to - 1]?.width === 2 && to < line.length && columns > 1) to -= 1;
+        const row = new Row(columns, blank);
+        row.goesOn = at > 0;
+        for (let x = 0; x < to - at; x += 1) row.cells[x] = line[at + x];
+        if (baseAt >= at && baseAt <= to) newBase = made.length;
+        if (cursorAt >= at) [newCursor, newX] = [made.length, cursorAt - at];
+        made.push(row);
+        at = to;
+      } while (at < line.length);
+      first = last;
+    }
+    if (wasFull) newBase = Math.min(newBase, made.length - height);
+    newBase = Math.max(0, newBase, newCursor - height + 1);
+    if (made.length > newBase + height)
+      newBase = Math.min(made.length - height, newCursor);
+    made.length = Math.min(made.length, newBase + height);
+    while (made.length < newBase + height) made.push(new Row(columns, blank));
+    const over = Math.max(0, made.length - height - this.keeps);
+    made.splice(0, over);
+    this.rows = made;
+    this.dropped += over;
+    Object.assign(this, {x: newX, y: newCursor - newBase});
+    this.setSize(columns, height);
+  }
+}
+
+// DEC's characters for drawing lines, from "`" on.
+const LINE_DRAWING = "◆▒␉␌␍␊°±␤␋┘┐┌└┼⎺⎻─⎼⎽├┤┴┬│≤≥π≠£·";
+const CHARSETS = {
+  0: character => LINE_DRAWING[character.charCodeAt(0) - 96] || character,
+  A: character => (character === "#" ? "£" : character),
+};
+
+// Names of DEC's private modes (DECSET).
+const PRIVATE_MODES = {1: "cursorKeys", 6: "origin", 7: "wraps", 12: "blinks",
+  25: "showsCursor", 45: "wrapsBack", 66: "keypad", 1004: "focus", 1006: "sgrMouse",
+  2004: "bracketedPaste", 2026: "synchronized"};
+const MOUSE_MODES = [9, 1000, 1002, 1003];
+const SCREEN_MODES = [47, 1047, 1049]; // the other screen
+const FIRST_MODES = {cursorKeys: false, origin: false, wraps: true, blinks: false,
+  showsCursor: true, wrapsBack: false, keypad: false, focus: false, sgrMouse: false,
+  bracketedPaste: false, synchronized: false, inserts: false, newLine: false, mouse: 0};
+const KEPT_BY_SOFT_RESET = ["blinks", "sgrMouse", "newLine", "mouse"];
+
+const GROUND = 0; // states of the parser (vt100.net's)
+const ESCAPE = 1;
+const CONTROL = 2; // CSI
+const STRING = 3; // OSC
+const IGNORED = 4; // DCS, SOS, PM, APC
+
+const PRINTABLE = /[^\x00-\x1f\x7f-\x9f]+/y;
+const STRING_BODY = /[^\x00-\x1f\x80-\x9f]+/y;
+const CONTROL_SEQUENCE = /^([<=>?]?)([\d:;]*)([ -/]*)$/;
+
+const SCREEN_COLORS = {10: "rgb:dddd/e2e2/e7e7", 11: "rgb:1616/1919/1d1d"};
+
+const ESCAPES = {
+  7: screen => screen.save(),
+  8: screen => screen.restore(),
+  D: screen => screen.index(),
+  E(screen) {
+    screen.page.x = 0;
+    screen.index();
+  },
+  H: ({page}) => page.tabs.add(page.x),
+  M: screen => screen.reverseIndex(),
+  c: screen => screen.reset(),
+  n: screen => screen.shift(2),
+  o: screen => screen.shift(3),
+  "=": ({modes}) => (modes.keypad = true),
+  ">": ({modes}) => (modes.keypad = false),
+  "#8": screen => screen.align(),
+};
+
+// Control sequences by prefix, intermediates and final character.  They get their
+// first parameter, where it counts something at least 1, and all of them.
+const COUNTED = {
+  "@": (screen, n) => screen.changeCells("insert", n),
+  A: (screen, n) => screen.up(n),
+  B: (screen, n) => screen.down(n),
+  C: (screen, n) => screen.moveBy(n, 0),
+  D: (screen, n) => screen.moveBy(-n, 0),
+  E(screen, n) {
+    screen.down(n);
+    screen.page.x = 0;
+  },
+  F(screen, n) {
+    screen.up(n);
+    screen.page.x = 0;
+  },
+  G: (screen, n) => screen.moveToColumn(n - 1),
+  H: (screen, n, all) => screen.moveTo((all[1]?.[0] || 1) - 1, n - 1),
+  I: (screen, n) => screen.tab(n),
+  L: (screen, n) => screen.changeRows("insertRows", n),
+  M: (screen, n) => screen.changeRows("deleteRows", n),
+  P: (screen, n) => screen.changeCells("delete", n),
+  S: (screen, n) => screen.page.deleteRows(screen.page.top, n, () => screen.newRow()),
+  T: (screen, n) =>
+    screen.page.insertRows(screen.page.top, n, () => screen.newRow(blankIn(PLAIN))),
+  X: (screen, n) => screen.eraseCells(n),
+  Z: (screen, n) => screen.tab(-n),
+  "`": (screen, n) => screen.moveToColumn(n - 1),
+  a: (screen, n) => screen.moveBy(n, 0),
+  b: (screen, n) => screen.repeat(n),
+  d: (screen, n) => screen.moveTo(screen.page.x, n - 1),
+  e: (screen, n) => screen.moveBy(0, n),
+  f: (screen, n, all) => screen.moveTo((all[1]?.[0] || 1) - 1, n - 1),
+};
+const CONTROLS = {
+  J: (screen, n) => screen.eraseScreen(n),
+  K: (screen, n) => screen.eraseLine(n),
+  c: (screen, n) => n || screen.answer("\x1b[?1;2c"),
+  ">c": (screen, n) => n || screen.answer("\x1b[>0;276;0c"),
+  g: (screen, n) => screen.clearTabs(n),
+  h: (screen, n, all) => all.forEach(([mode]) => screen.setMode(mode, true)),
+  l: (screen, n, all) => all.forEach(([mode]) => screen.setMode(mode, false)),
+  "?h": (screen, n, all) => all.forEach(([mode]) => screen.setPrivateMode(mode, true)),
+  "?l": (screen, n, all) => all.forEach(([mode]) => screen.setPrivateMode(mode, false)),
+  m: (screen, n, all) => screen.pen.set(all),
+  n: (screen, n) => screen.report(n, ""),
+  "?n": (screen, n) => screen.report(n, "?"),
+  "!p": screen => screen.softReset(),
+  "$p": (screen, n) => screen.answer(`\x1b[${n};${screen.modeState(n, false)}$y`),
+  "?$p": (screen, n) => screen.answer(`\x1b[?${n};${screen.modeState(n, true)}$y`),
+  r: (screen, n, all) => screen.setRegion(n, all[1]?.[0]),
+  s: screen => screen.save(),
+  t: (screen, n, all) => screen.reportSize(n, all[1]?.[0]),
+  u: screen => screen.restore(),
+};
+
+class Emulator {
+  constructor(columns, height) {
+    Object.assign(this, {columns, height});
+    this.decoder = new TextDecoder("utf-8", {ignoreBOM: true});
+    this.answer = () => null; // called with texts for the program
+    this.reset();
+  }
+
+  // Begin anew.
+  reset() {
+    const {columns, height} = this;
+    this.primary = new Page(columns, height, SCROLLBACK);
+    this.alternate = new Page(columns, height, 0);
+    this.page = this.primary;
+    this.pen = new Pen();
+    this.charsets = [];
+    this.charset = null;
+    this.level = 0; // of the charset in use
+    this.modes = {...FIRST_MODES};
+    this.title = "";
+    this.titles = []; // pushed
+    this.bells = 0; // counted
+    this.last = null; // the character before, for combining and repeating
+    this.state = GROUND;
+    this.sequence = "";
+    this.epoch = (this.epoch || 0) + 1; // other rows than before
+  }
+
+  get isAlternate() {
+    return this.page === this.alternate;
+  }
+
+  resize(columns, height) {
+    if (columns === this.columns && height === this.height) return;
+    Object.assign(this, {columns, height});
+    this.primary.reflow(columns, height);
+    this.alternate.crop(columns, height);
+    this.epoch += 1;
+  }
+
+  write(bytes) {
+    this.parse(this.decoder.decode(bytes, {stream: true}));
+  }
+
+  parse(text) {
+    for (let at = 0; at < text.length;) {
+      const inGround = this.state === GROUND;
+      if (inGround || this.state >= STRING) {
+        const pattern = inGround ? PRINTABLE : STRING_BODY;
+        pattern.lastIndex = at;
+        const run = pattern.exec(text)?.[0];
+        if (run) {
+          at += run.length;
+          if (inGround) this.print(run);
+          else if (this.state === STRING) this.collect(run, MAX_STRING);
+          continue;
+        }
+      }
+      this.step(text[at]);
+      at += 1;
+    }
+  }
+
+  collect(text, limit) {
+    if (this.sequence.length <= limit) this.sequence += text;
+  }
+
+  enter(state) {
+    this.state = state;
+    this.sequence = "";
+  }
+
+  // Take one character that is not printed.
+  step(character) {
+    const code = character.charCodeAt(0);
+    if (code === 0x1b || (code >= 0x80 && code < 0xa0)) {
+      if (this.state === STRING) this.endString();
+      this.enter(code === 0x9c ? GROUND : ESCAPE);
+      // 8-bit controls are like ESC and a character.
+      if (code !== 0x1b && code !== 0x9c) this.step(String.fromCharCode(code - 0x40));
+    } else if (code === 0x18 || code === 0x1a) this.enter(GROUND);
+    else if (this.state === STRING) {
+      if (code === 7) {
+        this.endString();
+        this.enter(GROUND);
+      }
+    } else if (this.state === IGNORED) return;
+    else if (code < 0x20) this.execute(code);
+    else if (code === 0x7f || this.state === GROUND) return;
+    else if (this.state === ESCAPE) this.escape(character, code);
+    else if (code < 0x40) this.collect(character, MAX_CONTROL);
+    else {
+      const {sequence} = this;
+      const found = sequence.length <= MAX_CONTROL && CONTROL_SEQUENCE.exec(sequence);
+      this.enter(GROUND);
+      if (found && code < 0x7f) this.control(found[1] + found[3] + character, found[2]);
+      this.last = null;
+    }
+  }
+
+  escape(character, code) {
+    if (code < 0x30) {
+      this.collect(character, MAX_CONTROL);
+      return;
+    }
+    const before = this.sequence;
+    this.enter(GROUND);
+    if (code > 0x7e) return;
+    if (!before && character === "[") {
+      this.enter(CONTROL);
+      return;
+    }
+    this.last = null;
+    if (!before && character === "]") this.enter(STRING);
+    else if (!before && "PX^_".includes(character)) this.enter(IGNORED);
+    else if ("()*+-.".includes(before) && before)
+      this.setCharset("()*+-.".indexOf(before) % 4 + (before > "," ? 1 : 0), character);
+    else ESCAPES[before + character]?.(this);
+  }
+
+  execute(code) {
+    const {page} = this;
+    this.last = null;
+    if (code === 7) this.bells += 1;
+    else if (code === 8) this.backspace();
+    else if (code === 9) this.tab(1);
+    else if (code >= 10 && code <= 12) {
+      if (this.modes.newLine) page.x = 0;
+      this.lineFeed();
+      page.x = Math.min(page.x, this.columns - 1);
+    } else if (code === 13) page.x = 0;
+    else if (code === 14 || code === 15) this.shift(15 - code);
+  }
+
+  // Printing
+
+  print(text) {
+    const {page, columns, charset, modes} = this;
+    const style = this.pen.style();
+    const cells = cellsIn(style);
+    let {row} = page;
+    row.changes += 1;
+    row.splitAt(page.x, cells.blank);
+    for (let at = 0; at < text.length;) {
+      const code = text.codePointAt(at);
+      let cell;
+      if (code < 0x7f && !charset)
+        cell = cells.ascii[code] ||= new Cell(text[at], 1, style);
+      else {
+        let character = String.fromCodePoint(code);
+        if (code < 0x7f) character = charset(character);
+        const width = code < 0x300 ? 1 : widthOf(character);
+        if (!width) {
+          this.combine(row, character);
+          at += character.length;
+          continue;
+        }
+        cell = new Cell(character, width, style);
+      }
+      at += code > 0xffff ? 2 : 1;
+      if (page.x + cell.width > columns) {
+        if (modes.wraps) row = this.wrap(row, cells.blank);
+        else {
+          page.x = columns - 1;
+          if (cell.width === 2) continue;
+        }
+      }
+      if (modes.inserts) row.insert(page.x, cell.width, cells.blank);
+      row.cells[page.x] = cell;
+      page.x += 1;
+      if (cell.width === 2) {
+        row.cells[page.x] = cells.rest;
+        page.x += 1;
+      }
+      this.last = cell;
+    }
+    if (row.cells[page.x]?.width === 0) row.cells[page.x] = cells.blank;
+  }
+
+  // Go on in the next row.
+  wrap(row, blank) {
+    const {page} = this;
+    if (page.x < this.columns) row.cells.fill(blank, page.x); // of a wide character
+    page.x = 0;
+    if (page.y === page.bottom) page.scroll(this.newRow());
+    else page.y = Math.min(page.y + 1, this.height - 1);
+    const next = page.row;
+    next.goesOn = true;
+    next.changes += 1;
+    return next;
+  }
+
+  combine(row, character) {
+    const at = this.page.x - (row.cells[this.page.x - 1]?.width === 0 ? 2 : 1);
+    const before = row.cells[at];
+    if (!before?.text || before.text.length > 32) return;
+    this.last = new Cell(before.text + character, before.width, before.style);
+    row.cells[at] = this.last;
+  }
+
+  // Movement
+
+  // The style of what is erased: only its background is kept.
+  get erased() {
+    return blankIn(this.pen.erased);
+  }
+
+  newRow(cell = this.erased) {
+    return new Row(this.columns, cell);
+  }
+
+  restrict(limit = this.columns - 1) {
+    const {page, modes} = this;
+    const [low, high] = modes.origin ? [page.top, page.bottom] : [0, this.height - 1];
+    page.x = Math.min(limit, Math.max(0, page.x));
+    page.y = Math.min(high, Math.max(low, page.y));
+  }
+
+  moveTo(x, y) {
+    this.page.x = x;
+    this.page.y = y + (this.modes.origin ? this.page.top : 0);
+    this.restrict();
+  }
+
+  moveToColumn(x) {
+    this.page.x = x;
+    this.restrict();
+  }
+
+  moveBy(x, y) {
+    this.restrict();
+    this.page.x += x;
+    this.page.y += y;
+    this.restrict();
+  }
+
+  up(count) {
+    const room = this.page.y - this.page.top;
+    this.moveBy(0, -(room >= 0 ? Math.min(room, count) : count));
+  }
+
+  down(count) {
+    const room = this.page.bottom - this.page.y;
+    this.moveBy(0, room >= 0 ? Math.min(room, count) : count);
+  }
+
+  lineFeed() {
+    const {page} = this;
+    if (page.y === page.bottom) page.scroll(this.newRow());
+    else if (page.y + 1 < this.height) {
+      page.y += 1;
+      page.row.goesOn = false;
+    }
+  }
+
+  index() {
+    this.restrict();
+    const {page} = this;
+    if (page.y === page.bottom) page.scroll(this.newRow());
+    else page.y = Math.min(page.y + 1, this.height - 1);
+    this.restrict();
+  }
+
+  reverseIndex() {
+    this.restrict();
+    const {page} = this;
+    if (page.y === page.top) page.insertRows(page.top, 1, () => this.newRow());
+    else page.y -= 1;
+    this.restrict();
+  }
+
+  backspace() {
+    const {page, modes} = this;
+    this.restrict(modes.wrapsBack ? this.columns : undefined);
+    if (page.x > 0) page.x -= 1;
+    else if (modes.wrapsBack && page.y > page.top && page.y <= page.bottom &&
+      page.row.goesOn) {
+      page.row.goesOn = false;
+      page.y -= 1;
+      page.x = this.columns - 1;
+      const {text, width} = page.row.cells[page.x];
+      if (width && !text) page.x -= 1;
+    }
+    this.restrict();
+  }
+
+  tab(count) {
+    const {page} = this;
+    if (page.x >= this.columns) return;
+    for (let n = Math.min(Math.abs(count), this.columns); n > 0; n -= 1) {
+      const step = Math.sign(count);
+      do page.x += step;
+      while (page.x > 0 && page.x < this.columns && !page.tabs.has(page.x));
+      page.x = Math.min(this.columns - 1, Math.max(0, page.x));
+    }
+  }
+
+  shift(level) {
+    this.level = level;
+    this.charset = this.charsets[level] || null;
+  }
+
+  setCharset(level, name) {
+    this.charsets[level] = CHARSETS[name] || null;
+    if (level === this.level) this.charset = this.charsets[level];
+  }
+
+  save() {
+    const {page, pen} = this;
+    const {flags, ink, ground} = pen;
+    page.saved = {x: page.x, row: page.dropped + page.base + page.y,
+      pen: {flags, ink, ground}, charset: this.charset};
+  }
+
+  restore() {
+    const {page, pen} = this;
+    const {saved} = page;
+    page.x = saved.x;
+    page.y = Math.max(0, saved.row - page.dropped - page.base);
+    Object.assign(pen, saved.pen || {flags: 0, ink: DEFAULT_COLOR,
+      ground: DEFAULT_COLOR});
+    pen.changed();
+    this.charset = saved.charset;
+    this.restrict();
+  }
+
+  // Erasing
+
+  eraseRow(y) {
+    const {page} = this;
+    const row = page.rows[page.base + y];
+    row.fill(0, this.columns, this.erased);
+    row.goesOn = false;
+  }
+
+  eraseScreen(what) {
+    this.restrict(this.columns);
+    const {page, columns, erased} = this;
+    const {row, x, y} = page;
+    if (what === 0) {
+      row.fill(x, columns, erased);
+      if (x === 0) row.goesOn = false;
+      for (let n = y + 1; n < this.height; n += 1) this.eraseRow(n);
+    } else if (what === 1) {
+      row.fill(0, x + 1, erased);
+      row.goesOn = false;
+      const next = page.rows[page.base + y + 1];
+      if (x + 1 >= columns && next) next.goesOn = false;
+      for (let n = 0; n < y; n += 1) this.eraseRow(n);
+    } else if (what === 2)
+      for (let n = 0; n < this.height; n += 1) this.eraseRow(n);
+    else if (what === 3) {
+      page.dropped += page.base;
+      page.rows.splice(0, page.base);
+      this.epoch += 1;
+    }
+  }
+
+  eraseLine(what) {
+    this.restrict(this.columns);
+    const {page, columns, erased} = this;
+    const {row, x} = page;
+    if (what === 0) row.fill(x, columns, erased);
+    else if (what === 1) row.fill(0, x + 1, erased);
+    else if (what === 2) row.fill(0, columns, erased);
+    if (what === 2 || (what === 0 && x === 0)) row.goesOn = false;
+  }
+
+  // Change rows of the region, with the cursor in it.
+  changeRows(change, count) {
+    this.restrict();
+    const {page} = this;
+    if (page.y < page.top || page.y > page.bottom) return;
+    page[change](page.y, count, () => this.newRow());
+    page.x = 0;
+  }
+
+  changeCells(change, count) {
+    this.restrict();
+    const {page} = this;
+    page.row[change](page.x, Math.min(count, this.columns - page.x), this.erased);
+  }
+
+  eraseCells(count) {
+    this.restrict();
+    const {x, row} = this.page;
+    row.fill(x, Math.min(x + count, this.columns), this.erased);
+  }
+
+  clearTabs(which) {
+    if (which === 0) this.page.tabs.delete(this.page.x);
+    else if (which === 3) this.page.tabs.clear();
+  }
+
+  repeat(count) {
+    const {last, columns, height} = this;
+    if (last) this.print(last.text.repeat(Math.min(count, columns * height)));
+  }
+
+  align() {
+    this.moveTo(0, 0);
+    const cell = new Cell("E", 1, this.pen.style());
+    const {page} = this;
+    for (const row of page.rows.slice(page.base)) {
+      row.fill(0, this.columns, cell);
+      row.goesOn = false;
+    }
+  }
+
+  setRegion(top, bottom) {
+    const first = (top || 1) - 1;
+    const last = (bottom > 0 && bottom <= this.height ? bottom : this.height) - 1;
+    if (last <= first) return;
+    Object.assign(this.page, {top: first, bottom: last});
+    this.moveTo(0, 0);
+  }
+
+  // Modes
+
+  setMode(number, value) {
+    if (number === 4) this.modes.inserts = value;
+    else if (number === 20) this.modes.newLine = value;
+  }
+
+  setPrivateMode(number, value) {
+    const {modes} = this;
+    if (number in PRIVATE_MODES) modes[PRIVATE_MODES[number]] = value;
+    if (number === 6) this.moveTo(0, 0);
+    else if (MOUSE_MODES.includes(number)) modes.mouse = value ? number : 0;
+    else if (number === 1048) value ? this.save() : this.restore();
+    else if (SCREEN_MODES.includes(number)) {
+      if (value && number === 1049) this.save();
+      this.switchPage(value);
+      if (!value && number === 1049) this.restore();
+    }
+  }
+
+  switchPage(toAlternate) {
+    if (toAlternate === this.isAlternate) return;
+    const {x, y} = this.page;
+    const {alternate, primary} = this;
+    alternate.clear(this.columns, toAlternate ? this.erased : blankIn(PLAIN));
+    this.page = toAlternate ? alternate : primary;
+    Object.assign(this.page, {x, y});
+    this.epoch += 1;
+  }
+
+  softReset() {
+    const {page, modes} = this;
+    const kept = KEPT_BY_SOFT_RESET.map(name => [name, modes[name]]);
+    Object.assign(modes, FIRST_MODES, Object.fromEntries(kept));
+    Object.assign(page, {top: 0, bottom: this.height - 1});
+    page.saved = {x: 0, row: page.dropped + page.base, pen: null, charset: null};
+    this.pen.link = "";
+    this.pen.reset();
+    this.charsets = [];
+    this.charset = null;
+    this.level = 0;
+  }
+
+  // Return what DECRQM answers: 1 set, 2 not set, 0 unknown.
+  modeState(number, isPrivate) {
+    const {modes} = this;
+    const known = isPrivate ? PRIVATE_MODES[number] :
+      {4: "inserts", 20: "newLine"}[number];
+    let value = known && modes[known];
+    if (isPrivate && MOUSE_MODES.includes(number)) value = modes.mouse === number;
+    if (isPrivate && SCREEN_MODES.includes(number)) value = this.isAlternate;
+    return value === undefined ? 0 : value ? 1 : 2;
+  }
+
+  report(what, prefix) {
+    if (what === 5 && !prefix) this.answer("\x1b[0n");
+    if (what !== 6) return;
+    const {x, y, top} = this.page;
+    const row = y + 1 - (this.modes.origin ? top : 0);
+    this.answer(`\x1b[${prefix}${row};${Math.min(x + 1, this.columns)}R`);
+  }
+
+  // Report the size, or push and pop the title.
+  reportSize(what, which) {
+    if (what === 18) this.answer(`\x1b[8;${this.height};${this.columns}t`);
+    else if (what === 22 && which !== 1)
+      this.titles = [...this.titles, this.title].slice(-10);
+    else if (what === 23 && which !== 1) this.title = this.titles.pop() ?? this.title;
+  }
+
+  // Take a title, a link or a question for a colour.  What would set the clipboard
+  // or the colours of this page is ignored.
+  endString() {
+    const [, number, rest] = /^(\d*);?(.*)$/s.exec(this.sequence) || [];
+    const isWhole = this.sequence.length <= MAX_STRING;
+    if (number === "0" || number === "2") this.title = rest;
+    else if (number === "8" && isWhole) {
+      this.pen.link = rest.slice(rest.indexOf(";") + 1);
+      this.pen.changed();
+    } else if (rest === "?" && SCREEN_COLORS[number])
+      this.answer(`\x1b]${number};${SCREEN_COLORS[number]}\x1b\\`);
+  }
+
+  control(name, text) {
+    const parameters = parametersOf(text);
+    const [[first]] = parameters;
+    if (COUNTED[name]) COUNTED[name](this, first || 1, parameters);
+    else CONTROLS[name]?.(this, first, parameters);
   }
 }
 

@@ -130,7 +130,7 @@ def test_no_name_is_defined_below_its_use_at_load_time():
     """The script's sections stand in the order that its first lines give."""
     script = moltis.WEB_JS
     sections = re.findall(r"^// == (?:view: )?(.+?) ==$", script, re.M)
-    order = ["dom", "words", "terminal", "Markdown", "socket", "job logs", "state"]
+    order = ["dom", "words", "terminal", "terminal screen", "Markdown", "socket"]
     assert sections[: len(order)] == order
     assert sections[-1] == "start"
 
