@@ -17834,7 +17834,7 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
+PAGE_PATHS = ("/chat/", "/nodes", "/nodes/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -19148,6 +19148,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-menu" d="M3 6h14M3 10h14M3 14h14"/>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
+<path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
@@ -19213,32 +19214,23 @@ WEB_HTML = r"""<!doctype html>
 </footer>
 </article></template>
 
-<template id="meter"><div class="meter">
-<dt data-part="label"></dt><dd data-part="value"></dd>
-<span class="track" aria-hidden="true"><i data-part="bar"></i></span></div></template>
-
-<template id="node-card"><article class="node card">
-<header>
-<span class="dot" data-part="dot"></span>
-<h2 data-part="name"></h2>
-<span class="tools">
-<button class="bare" data-part="rename" data-icon="pen" title="Rename"></button>
-<button class="bare" data-part="use" data-icon="chat" title="Use in the chat"></button>
-<button class="bare" data-part="revoke" data-icon="bin"
- title="Revoke its token"></button>
-</span>
-</header>
-<p class="since" data-part="since"></p>
-<p class="about" data-part="about"></p>
-<p class="warn" data-part="outdated" hidden></p>
-<div class="cpu"><dl data-part="cpuMeter"></dl>
+<template id="figure"><div class="figure">
+<span class="label" data-part="label"></span>
+<span class="value" data-part="value"></span>
 <svg class="spark" data-part="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
- role="img"><path class="area"/><path class="trace"/></svg></div>
-<dl class="meters" data-part="meters"></dl>
-<p class="facts" data-part="facts"></p>
-<dl class="lists" data-part="lists"></dl>
-<ul class="running" data-part="running" aria-label="Running commands"></ul>
-</article></template>
+ role="img"><path class="area"/><path class="trace"/></svg>
+<span class="detail" data-part="detail"></span></div></template>
+
+<template id="node-row"><li class="node">
+<div class="who"><span class="dot" data-part="dot"></span>
+<a class="name" data-part="name"></a>
+<span class="detail" data-part="state"></span></div>
+<div class="does" data-part="does"></div>
+<div class="figures" data-part="figures"></div>
+<span class="seen detail" data-part="seen"></span>
+<button class="bare" data-part="use" data-icon="chat" data-needs="write"
+ title="Use in the chat"></button>
+</li></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -19275,7 +19267,7 @@ is also in a file on the gateway’s machine:</p>
 <div class="side-foot">
 <h2 id="settings-head">Settings</h2>
 <ul aria-labelledby="settings-head">
-<li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
+<li><a id="to-nodes" href="/nodes" data-icon="node">Nodes <span
  id="node-count" class="count"></span></a></li>
 <li><a id="to-commands" href="/settings/commands" data-icon="list">Commands</a></li>
 <li><a id="to-models" href="/settings/models" data-icon="chip">Models</a></li>
@@ -19340,15 +19332,48 @@ is also in a file on the gateway’s machine:</p>
 
 <section id="nodes" class="settings" aria-labelledby="nodes-title" hidden>
 <header class="bar"><h1 id="nodes-title">Nodes</h1>
-<button id="new-token" class="button main"
- data-icon="plus">Generate Token</button></header>
+<button id="new-token" class="button main" data-needs="pairing"
+ data-icon="plus">Add a machine</button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machines">
-<p id="nodes-summary" class="lead"></p>
-<div id="node-cards"></div>
-<section id="unused" aria-labelledby="unused-title" hidden>
-<h2 id="unused-title">Unused tokens</h2>
-<ul id="unused-list" class="rows"></ul>
+<p id="nodes-headline" class="headline"></p>
+<details id="unused" hidden><summary id="unused-count"></summary>
+<ul id="unused-list" class="rows"></ul></details>
+<div id="node-find" class="find">
+<input id="find-node" type="search" placeholder="Search machines"
+ aria-label="Search machines">
+<div id="node-chips" class="chips" role="group" aria-label="Show"></div>
+</div>
+<div class="node node-head" aria-hidden="true"><span>Machine</span><span>Runs</span>
+<span class="figures"><span>CPU</span><span>Memory</span><span>Disk</span></span>
+<span>Seen</span></div>
+<ul id="node-cards" aria-label="Machines"></ul>
+<p id="nodes-empty" class="lead" hidden>No machine matches.</p>
+<button id="nodes-more" class="button small" hidden></button>
+</div>
 </section>
+
+<section id="node" class="settings" aria-labelledby="node-title" hidden>
+<header class="bar"><a class="bare" href="/nodes" aria-label="All machines"
+ title="All machines" data-icon="back"></a><h1 id="node-title"></h1>
+<button id="node-rename" class="bare" data-icon="pen" title="Rename"
+ data-needs="write"></button>
+<button id="node-use" class="button main" data-icon="chat" data-needs="write">Use<span
+ class="wider"> in the chat</span></button></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Machine">
+<p id="node-state" class="headline"></p>
+<div id="node-figures" class="figures large"></div>
+<div class="columns">
+<section aria-labelledby="node-about-head"><h2 id="node-about-head">About</h2>
+<dl id="node-facts" class="facts"></dl></section>
+<section aria-labelledby="node-jobs-head"><h2 id="node-jobs-head">Commands</h2>
+<ul id="node-jobs" class="rows jobs"></ul>
+<p id="node-no-jobs" class="lead" hidden>None yet.</p></section>
+<section id="node-token" aria-labelledby="node-token-head" data-needs="pairing">
+<h2 id="node-token-head">Token</h2>
+<p id="node-token-text" class="lead"></p>
+<button id="node-revoke" class="button" data-icon="bin">Revoke its token</button>
+</section>
+</div>
 </div>
 </section>
 
@@ -19403,21 +19428,24 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <dialog id="token" aria-labelledby="token-title">
 <form id="token-form">
 <h2 id="token-title">Add a machine</h2>
-<p>A token admits one machine. Give it a name; you can change it later.</p>
+<p>Any machine with Python 3.8 that can reach this gateway. Nothing connects to it: it
+dials out.</p>
 <label for="token-name">Name</label>
 <input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button id="token-cancel" class="button"
  type="button">Cancel</button>
-<button class="button main" type="submit">Generate Token</button></div>
+<button class="button main" type="submit">Show the command</button></div>
 </form>
 <div id="token-made" hidden>
 <h2 id="token-made-title" tabindex="-1"></h2>
 <div id="token-warnings"></div>
-<div id="token-lines"></div>
+<div id="token-ways" class="tabs" role="tablist" aria-label="How"></div>
+<div id="token-lines" role="tabpanel" aria-label="Command"></div>
 <p id="token-wait" role="status"></p>
-<div class="actions"><button id="token-chat" class="button"
- hidden>Use it in the chat</button>
+<div class="actions"><button id="token-again" class="button"
+ hidden>Make another link</button>
+<button id="token-chat" class="button" hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
@@ -19490,7 +19518,8 @@ button:disabled { opacity: .5; cursor: default; }
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
   background: var(--surface); border: var(--rule); }
-.bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
+.bar h1, .where, #prompt, .does code, .jobs code, .pick-label, .who .name,
+.who .detail, #sessions .name,
 #sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
@@ -19523,6 +19552,8 @@ input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
 .edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
 .bad { color: var(--bad); }
 p.bad:empty { display: none; }
+#app:not(.may-write) [data-needs=write], #app:not(.may-pairing) [data-needs=pairing],
+#app:not(.may-admin) [data-needs=admin] { display: none; }
 .warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
   background: var(--wait-tint); color: var(--wait); }
 .dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
@@ -19748,47 +19779,96 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
 .lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
-#node-cards { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); }
-.card { padding: 16px 18px; border-radius: 15px; }
-.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
-.node h2 { min-width: 0; }
-.since { font-size: 13.5px; }
-.about, .facts { font-size: 13px; color: var(--soft); }
-.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
-.facts:empty, .about:empty { display: none; }
-.node .warn { margin-top: 8px; }
-.away .since { color: var(--soft); }
-.away :is(.cpu, .meters, .facts) { display: none; }
-.away h2 { color: var(--soft); }
-.stale .since { color: var(--wait); }
-.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
-.cpu > dl { flex: 1; }
-.spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
-.spark.none { visibility: hidden; }
-.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
+.headline { margin-bottom: 16px; font-size: 20px; font-weight: 600;
+  letter-spacing: -.015em; text-wrap: balance; }
+.headline .detail { display: block; margin-top: 2px; font-size: 14px; font-weight: 400;
+  letter-spacing: 0; }
+.headline.trouble { color: var(--bad); }
+#unused { margin: 0 0 14px; }
+.find { position: sticky; top: -20px; z-index: 2; display: flex; flex-wrap: wrap;
+  gap: 10px; padding: 10px 0; background: var(--paper); }
+.find input { flex: 0 1 260px; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; }
+.chips button, .tabs button { min-height: 36px; padding: 4px 12px; border: var(--rule);
+  border-radius: 18px; background: none; color: var(--soft); white-space: nowrap; }
+.chips button:hover, .tabs button:hover { background: var(--hover); }
+.chips [aria-pressed=true] { background: var(--tint); border-color: transparent;
+  color: var(--ink); font-weight: 560; }
+.node { display: grid; align-items: center; gap: 4px 18px; padding: 9px 12px;
+  grid-template-columns: minmax(190px, 1.3fr) minmax(90px, 1fr) minmax(300px, 1.5fr)
+    84px 34px; }
+.node-head { padding-block: 4px; font-size: 12.5px; color: var(--soft); }
+#node-cards { border: var(--rule); border-radius: 13px; background: var(--surface); }
+#node-cards:empty { display: none; }
+#node-cards .node { position: relative; min-height: 62px; content-visibility: auto;
+  contain-intrinsic-size: auto 62px; }
+#node-cards .node + .node { border-top: var(--rule); }
+#node-cards .node:first-child { border-radius: 12px 12px 0 0; }
+#node-cards .node:last-child { border-radius: 0 0 12px 12px; }
+#node-cards .node:hover { background: var(--hover); }
+.who { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 10px;
+  align-items: center; }
+.who .name { font-weight: 560; color: var(--ink); text-decoration: none; }
+.who .name::after { content: ""; position: absolute; inset: 0; border-radius: inherit; }
+.who .name:focus-visible { outline: none; }
+.who .name:focus-visible::after { outline: 2px solid var(--accent);
+  outline-offset: -2px; }
+.who .detail { grid-column: 2; }
+.node .bare { position: relative; z-index: 1; }
+.node.away :is(.name, .value) { color: var(--soft); }
+.node.trouble .who .detail { color: var(--bad); }
+.does { display: flex; gap: 8px; min-width: 0; align-items: center; font-size: 13px;
+  color: var(--soft); }
+.figures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 18px; }
+.figure { display: grid; grid-template-columns: minmax(0, 3.2em) minmax(0, 1fr);
+  align-items: center; gap: 0 8px; font-size: 13.5px;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+#node-cards .figure .label { position: absolute; width: 1px; height: 1px;
+  overflow: hidden; clip-path: inset(50%); }
+#node-cards .figure .detail { display: none; }
+.figure[data-level=wait] { --level: var(--wait); }
+.figure[data-level=bad] { --level: var(--bad); }
+.figure[data-level=wait] .value, .figure[data-level=bad] .value { color: var(--level);
+  font-weight: 620; }
+.spark { width: 100%; height: 24px; border-bottom: var(--rule); }
+.spark .trace { fill: none; stroke: var(--level, var(--accent)); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.spark .area { fill: var(--accent); opacity: .13; }
-.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
-.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
-.meter dt { flex: 1; color: var(--soft); }
-.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
-  overflow: hidden; background: var(--line); }
-.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
-  transition: width .5s; }
-.high .track i { background: var(--bad); }
-.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
-  margin-top: 12px; font-size: 13px; }
-.lists:empty { display: none; }
-.lists dt { color: var(--soft); padding-top: 1px; }
-.lists dd { min-width: 0; }
-.running { margin-top: 8px; padding-top: 8px; border-top: var(--rule); }
-.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
-.running code { flex: 1; }
-#unused { margin-top: 30px; }
+.spark .area { fill: var(--level, var(--accent)); opacity: .16; }
+.figures.large { max-width: 1100px; margin-bottom: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(220px, 100%), 1fr)); }
+.figures.large .figure { grid-template-columns: minmax(0, 1fr) auto; padding: 14px 16px;
+  border: var(--rule); border-radius: 13px; background: var(--surface); }
+.figures.large .label { color: var(--soft); }
+.figures.large .value { grid-column: 1; font-size: 24px; font-weight: 600; }
+.figures.large .label + .value { margin-top: -2px; }
+.figures.large .spark { grid-column: 1 / -1; order: 5; height: 64px; margin-top: 8px; }
+.figures.large .detail { grid-column: 2; grid-row: 1; }
+.columns { display: grid; gap: 28px 40px; max-width: 1400px;
+  grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); }
+.columns h2 { margin-bottom: 8px; }
+.facts { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 6px 18px;
+  font-size: 14px; }
+.facts dt { color: var(--soft); }
+.facts dd { overflow-wrap: anywhere; }
+.tabs { display: flex; flex-wrap: wrap; gap: 4px; margin-top: 14px; padding: 3px;
+  border-radius: 20px; background: var(--sunken); width: fit-content; }
+.tabs button { min-height: 32px; border-color: transparent; }
+.tabs [aria-selected=true] { background: var(--surface); color: var(--ink);
+  font-weight: 560; box-shadow: 0 1px 3px rgb(0 0 0 / .12); }
+.ready { margin-top: 12px; }
+.ready pre { padding: 13px 15px; border-radius: 10px; font-size: 13.5px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.ready .button { min-height: 44px; width: 100%; margin-top: 8px; font-size: 16px; }
+.ready .detail { margin-top: 8px; }
+#token-lines details { margin-top: 12px; }
+.mend { display: block; }
+.mend .secret { margin-top: 8px; color: var(--ink); }
 .rows { max-width: 640px; margin-top: 8px; }
-.rows li { padding: 6px 0; border-bottom: var(--rule); font-size: 14px; }
+.rows li { display: flex; align-items: center; gap: 9px; padding: 6px 0;
+  border-bottom: var(--rule); font-size: 14px; }
+.jobs code { flex: 1; min-width: 60px; }
+.jobs .detail { flex: none; }
 .rows .name { flex: 1; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
 .scroll > * + h2, .scroll > form { margin-top: 28px; }
@@ -19835,7 +19915,20 @@ details label input { flex: 0 1 420px; }
   #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
   #hint, .size { display: none; }
-  .meters { grid-template-columns: 1fr; gap: 10px; }
+  .wider, .node-head { display: none; }
+  .node { grid-template-columns: minmax(0, 1fr) auto; gap: 6px 10px; padding: 12px; }
+  .node .who { grid-area: 1 / 1; }
+  .node .bare { grid-area: 1 / 2; }
+  .node .does, .node .figures { grid-column: 1 / -1; }
+  .node .does:empty, .node .seen { display: none; }
+  .node .figures { gap: 12px; }
+  #node-cards .figure { grid-template-columns: auto minmax(0, 1fr); }
+  #node-cards .figure .label { position: static; width: auto; height: auto;
+    clip-path: none; color: var(--soft); }
+  #node-cards .spark { grid-column: 1 / -1; }
+  .find { top: -14px; }
+  .find input { flex: 1 1 100%; }
+  .headline { font-size: 18px; }
   #welcome { padding-top: 5vh; }
   .scroll { padding: 14px; }
   .command > header { flex-wrap: wrap; }
@@ -20135,12 +20228,14 @@ function formatTime(ms) {
   return today ? clock : `${dayFormat.format(date)}, ${clock}`;
 }
 
-function ago(ms) {
-  const seconds = (Date.now() - ms) / 1000;
-  if (seconds < 60) return "just now";
-  const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
-  return `${count} ${unit} ago`;
+// Return how long ago a time is, in one unit.
+function roughly(ms) {
+  const minutes = Math.floor((Date.now() - ms) / 60_000);
+  const [count, unit] = formatDuration(Math.max(1, minutes) * 60).split(" ");
+  return `${count} ${unit}`;
 }
+
+const ago = ms => (Date.now() - ms < 60_000 ? "just now" : `${roughly(ms)} ago`);
 
 // Characters that hide part of a text: controls, bidirectional marks, those without
 // width, spaces other than U+0020, and many blanks or line ends, which push the rest
@@ -21074,11 +21169,13 @@ class JobLog {
 const MAIN = "main"; // key of the session that cannot be deleted
 const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
+const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
 const PAGE_SIZE = 100; // rows of the audit per request
 const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
-const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
+const HISTORY_SPAN = 30 * 60_000; // ms; usage in a sparkline
+const ROWS_SHOWN = 300; // machines at first; the search finds the others
 
 const state = {
   link: "connecting", // "up", "down", "out" (not signed in)
@@ -21089,7 +21186,9 @@ const state = {
   models: [],
   nodes: [],
   devices: [],
-  usage: new Map(), // node id → [[ms, percent], …]
+  usage: new Map(), // node id → [[ms, percents of CPU, memory, disk], …]
+  nodeView: {filter: "all", search: "", limit: ROWS_SHOWN},
+  nodeJobs: [], // newest jobs of the machine whose page is shown
   chats: new Map(), // session key → Chat
   followed: new Map(), // job id → Chat, for jobs whose logs the gateway sends
   running: [], // open jobs
@@ -21098,8 +21197,9 @@ const state = {
   storage: null,
   keys: [],
   logins: [],
-  pin: "", // of the gateway's certificate, if no public CA signed it
-  token: null, // {deviceId, name} of the machine that the dialog waits for
+  server: {}, // what the gateway said of itself
+  scopes: [], // of the operator's key
+  token: null, // of the machine that the dialog waits for, and how it is to join
   search: "",
 };
 
@@ -21255,11 +21355,20 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
+const nameOrder = new Intl.Collator([], {numeric: true, sensitivity: "base"});
+const byName = (a, b) => nameOrder.compare(a.displayName, b.displayName);
+
 // Return machines in display order: Local, connected, offline.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
-  const name = node => node.displayName;
-  return [...nodes].sort((a, b) => rank(a) - rank(b) || name(a).localeCompare(name(b)));
+  return [...nodes].sort((a, b) => rank(a) - rank(b) || byName(a, b));
+}
+
+// Whether the operator's key has a scope, or one that includes it.
+function may(scope) {
+  const {scopes} = state;
+  return scopes.includes("operator.admin") || scopes.includes(`operator.${scope}`) ||
+    (scope === "read" && scopes.includes("operator.write"));
 }
 
 function currentSession() {
@@ -21410,6 +21519,14 @@ async function loadAudit(older = false) {
   touch("audit");
 }
 
+// Return the usage of CPU, memory and disk, in percent; null where it is not known.
+function sharesOf({cpuUsage, memTotal, memAvailable, diskTotal, diskAvailable}) {
+  const used = (total, left) =>
+    total && left != null ? (100 * (total - left)) / total : null;
+  return [cpuUsage ?? null, used(memTotal, memAvailable),
+    used(diskTotal, diskAvailable)];
+}
+
 async function loadUsage(node) {
   if (state.usage.has(node.nodeId)) return;
   state.usage.set(node.nodeId, []);
@@ -21433,8 +21550,8 @@ function onTelemetry(payload) {
   Object.assign(node, {telemetry, lastSeenAt: Date.now()});
   if (providers) node.providers = providers;
   const points = state.usage.get(nodeId);
-  if (points && telemetry.cpuUsage != null) {
-    points.push([Date.now(), telemetry.cpuUsage]);
+  if (points) {
+    points.push([Date.now(), ...sharesOf(telemetry)]);
     while (points[0][0] < Date.now() - HISTORY_SPAN) points.shift();
   }
   touch("nodes");
@@ -21457,7 +21574,8 @@ function onChat(event) {
 }
 
 function refreshCommands() {
-  if (state.route.page === "nodes") refresh("running");
+  if (["nodes", "node"].includes(state.route.page)) refresh("running");
+  if (state.route.page === "node") loadNodeJobs();
   if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
     loadAudit();
 }
@@ -21475,8 +21593,8 @@ const HANDLERS = {
 };
 
 const link = new Link({
-  async up({server}) {
-    Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
+  async up({server, auth}) {
+    Object.assign(state, {link: "up", wasUp: true, server, scopes: auth.scopes});
     touch("link");
     try {
       await link.call("subscribe", {events: EVENTS});
@@ -21518,6 +21636,7 @@ const PAGES = {
 };
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices", "running"],
+  node: ["nodes", "devices", "running"],
   models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
@@ -21526,7 +21645,9 @@ const PAGE_TOPICS = {
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
+  if (area === "nodes" && !rest) return {page: "nodes"};
   try {
+    if (area === "nodes") return {page: "node", ref: decodeURIComponent(rest)};
     if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
   } catch {
     // Not percent-encoded text: show the last chat.
@@ -21563,7 +21684,7 @@ function enterRoute() {
   const {page} = state.route;
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
-  else refresh(...PAGE_TOPICS[page]);
+  else refresh(...PAGE_TOPICS[page]).then(() => page === "node" && loadNodeJobs());
 }
 
 // == widgets ==
@@ -21777,6 +21898,7 @@ function drawLink() {
   const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
+  for (const scope of SCOPES) app.classList.toggle(`may-${scope}`, may(scope));
   // Show the page when it is connected, or when connecting failed.
   app.hidden = out || (state.link === "connecting" && appears);
   // Not on touch screens: focus opens the keyboard.
@@ -21799,9 +21921,12 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  for (const name of ["chat", ...Object.keys(PAGES)]) $(name).hidden = name !== page;
-  for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === page);
-  const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
+  for (const name of ["chat", "node", ...Object.keys(PAGES)])
+    $(name).hidden = name !== page;
+  const of = page === "node" ? "nodes" : page;
+  for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
+  const title = page === "chat" ? sessionName(currentSession())
+    : page === "node" ? state.route.ref : PAGES[page];
   document.title = `${title} · moltis`;
 }
 
@@ -21858,8 +21983,9 @@ function drawSessions() {
       `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
     ),
   );
-  const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
-  setText($("node-count"), online ? `${online} online` : "");
+  const online = state.nodes.filter(node => node.connected).length;
+  const of = online < state.nodes.length ? ` of ${state.nodes.length}` : "";
+  setText($("node-count"), state.nodes.length ? `${online}${of} online` : "");
 }
 
 async function newChat() {
@@ -22131,7 +22257,7 @@ function drawWelcome(chat, rows) {
     : `${model} can run commands on ${node} to answer.`;
   const others = state.nodes.some(other => other.nodeId !== LOCAL)
     ? "Choose another machine at the top."
-    : h("a", {href: `${ROOT}/settings/nodes`}, "Add a machine");
+    : h("a", {href: `${ROOT}/nodes`}, "Add a machine");
   fill(box,
     h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
     h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
@@ -22271,173 +22397,243 @@ const pickers = [
 
 // == view: nodes ==
 
-// A figure with a bar.
-class Meter {
-  constructor(parent, label, limit = 0.9) {
-    Object.assign(this, copyOf("meter"));
-    this.label.textContent = label;
-    this.limit = limit; // above it the bar is red
+// Percentages from which a figure deserves a look, and from which it is trouble.  A CPU
+// is there to be used.
+const LEVELS = {cpu: [80, Infinity], memory: [80, 95], disk: [80, 90]};
+const FIGURES = Object.keys(LEVELS); // in the order of the gateway's history
+const LABELS = {cpu: "CPU", memory: "Memory", disk: "Disk"};
+const HEADLINE_LIMIT = 3; // troubles that the headline names
+
+function levelOf(kind, share) {
+  const [look, trouble] = LEVELS[kind];
+  return share >= trouble ? "bad" : share >= look ? "wait" : "fine";
+}
+
+// Return what is wrong with a machine: predicates of its name.
+function troublesOf(node) {
+  const {connected, lastSeenAt, outdated} = node;
+  if (!connected)
+    return [`is offline${lastSeenAt ? ` for ${roughly(lastSeenAt)}` : ""}`];
+  const telemetry = node.telemetry || {};
+  const full = sharesOf(telemetry).map((share, n) =>
+    levelOf(FIGURES[n], share) === "bad" && `${FIGURES[n]} ${Math.round(share)} %`);
+  return [...full, telemetry.stale && "sends no figures",
+    outdated && "runs an old moltis"].filter(Boolean);
+}
+
+const runningOn = ({nodeId}) => state.running.filter(job => job.nodeId === nodeId);
+
+const isBusy = node =>
+  node.connected && (node.telemetry?.cpuUsage >= LEVELS.cpu[0] ||
+    runningOn(node).length > 0);
+
+const FILTERS = {
+  all: ["All", () => true],
+  trouble: ["Trouble", node => troublesOf(node).length > 0],
+  offline: ["Offline", node => !node.connected],
+  busy: ["Busy", isBusy],
+};
+
+// Return the headline: what is wrong, by machine.
+function headline(nodes) {
+  const away = nodes.filter(node => !node.connected);
+  const here = nodes.filter(node => node.connected);
+  const named = away.length > 2 ? here : [...away, ...here];
+  const parts = named.flatMap(node =>
+    troublesOf(node).map(trouble => `${node.displayName} ${trouble}`));
+  if (away.length > 2) parts.unshift(`${away.length} machines are offline`);
+  if (!parts.length) return "All well";
+  const more = parts.length - HEADLINE_LIMIT;
+  const shown = parts.slice(0, HEADLINE_LIMIT).join(", ");
+  return more > 0 ? `${shown} and ${more} more` : shown;
+}
+
+function countText(nodes) {
+  const online = nodes.filter(node => node.connected).length;
+  const busy = nodes.filter(isBusy).length;
+  return dotted(plural(nodes.length, "machine"),
+    online < nodes.length && `${online} online`, busy && `${busy} busy`);
+}
+
+// Return the machines that have no figures or a search leaves, trouble first.
+function shownNodes() {
+  const {filter, search} = state.nodeView;
+  const words = search.toLowerCase().split(/\s+/);
+  const [, keeps] = FILTERS[filter];
+  const found = state.nodes.filter(node => {
+    const {hostname, system, user} = node.telemetry || {};
+    const text = [node.displayName, node.nodeId, node.remoteIp, node.platform, hostname,
+      system, user].join("\n").toLowerCase();
+    return keeps(node) && words.every(word => text.includes(word));
+  });
+  const trouble = new Map(found.map(node => [node, troublesOf(node).length > 0]));
+  return found.sort((a, b) => trouble.get(b) - trouble.get(a) || byName(a, b));
+}
+
+// A machine's usage of one thing: a number, its last half hour.
+class Figure {
+  constructor(parent, kind) {
+    Object.assign(this, copyOf("figure"));
+    this.kind = kind;
+    setText(this.label, LABELS[kind]);
     parent.append(this.root);
   }
 
-  update(used, text) {
-    this.root.hidden = used == null || Number.isNaN(used);
-    setText(this.value, text);
-    this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
-    this.root.classList.toggle("high", used > this.limit);
+  update(share, detail, points) {
+    const level = levelOf(this.kind, share);
+    this.root.dataset.level = level;
+    const word = level === "bad" ? "nearly full" : "high";
+    this.root.title = share == null ? "" : dotted(detail, level !== "fine" && word);
+    setText(this.value, share == null ? "–" : `${Math.round(share)} %`);
+    setText(this.detail, detail);
+    if (points) this.drawSpark(points);
+  }
+
+  // `points`: pairs of ms and percent, of the last half hour.
+  drawSpark(points) {
+    const now = Date.now();
+    const recent = points.filter(([ms, share]) =>
+      ms > now - HISTORY_SPAN && share != null);
+    const x = ms => Math.min(120, 120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+    const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
+    const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
+    const [area, line] = this.spark.children;
+    const drawn = recent.length > 1;
+    line.setAttribute("d", drawn ? `M${trace}` : "");
+    area.setAttribute("d", drawn
+      ? `M${x(recent[0][0])} 28L${trace}L${x(recent.at(-1)[0])} 28Z` : "");
+    const most = Math.round(Math.max(...recent.map(([, share]) => share)));
+    this.spark.setAttribute("aria-label", drawn
+      ? `${LABELS[this.kind]} of the last half hour, at most ${most} percent`
+      : `${LABELS[this.kind]}: no history yet`);
   }
 }
 
-// Draw a node's CPU usage over the last 30 minutes.
-function drawSpark(svg, points) {
-  const now = Date.now();
-  const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
-  svg.classList.toggle("none", recent.length < 2);
-  if (recent.length < 2) return;
-  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
-  const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
-  const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
-  const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
-  const [area, line] = svg.children;
-  line.setAttribute("d", `M${trace}`);
-  area.setAttribute("d", `M${first} 28L${trace}L${last} 28Z`);
-  const top = Math.round(Math.max(...recent.map(([, usage]) => usage)));
-  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
+// Three figures of a machine.
+class Figures {
+  constructor(parent) {
+    this.all = FIGURES.map(kind => new Figure(parent, kind));
+  }
+
+  // `draws`: whether to draw the history, too.
+  update(node, draws) {
+    const telemetry = (node.connected && node.telemetry) || {};
+    const {memTotal, memAvailable, diskTotal, diskAvailable, cpuCount} = telemetry;
+    const used = (total, left) =>
+      total && left != null && `${formatBytes(total - left)} of ${formatBytes(total)}`;
+    const details = [cpuCount && plural(cpuCount, "core"), used(memTotal, memAvailable),
+      used(diskTotal, diskAvailable)];
+    const history = draws && state.usage.get(node.nodeId);
+    sharesOf(telemetry).forEach((share, n) =>
+      this.all[n].update(share, details[n] || "",
+        history && history.map(reading => [reading[0], reading[n + 1]])));
+  }
 }
 
-class NodeCard {
-  constructor({nodeId}) {
-    Object.assign(this, copyOf("node-card"));
-    this.cpu = new Meter(this.cpuMeter, "CPU", 1);
-    this.memory = new Meter(this.meters, "Memory");
-    this.disk = new Meter(this.meters, "Disk");
-    this.rename.hidden = this.revoke.hidden = nodeId === LOCAL;
-    on(this.rename, "click", () => this.editName());
-    on(this.revoke, "click", () => this.revokeToken());
-    on(this.use, "click", () => this.chat());
+// Tells the rows that are in view, or nearly: the others draw no history.
+const rowWatch = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) {
+    target.view.isNear = isIntersecting;
+    if (isIntersecting) target.view.update(target.view.node);
+  }
+}, {rootMargin: "300px"});
+
+const nodePath = ({nodeId, displayName}) => {
+  const sameName = node => node.displayName === displayName;
+  const isOnly = state.nodes.filter(sameName).length === 1;
+  return `${ROOT}/nodes/${encodeURIComponent(isOnly ? displayName : nodeId)}`;
+};
+
+class NodeRow {
+  constructor() {
+    Object.assign(this, copyOf("node-row"));
+    this.shares = new Figures(this.figures);
+    on(this.use, "click", () => useNode(this.node));
+    this.root.view = this;
+    rowWatch.observe(this.root);
   }
 
   update(node) {
     this.node = node;
-    const telemetry = node.telemetry || {};
+    const troubles = troublesOf(node);
+    const {hostname, system} = node.telemetry || {};
+    const what = dotted(node.nodeId === LOCAL && "this gateway",
+      hostname !== node.displayName && hostname, system || platformName(node.platform));
+    const wrong = troubles.map(text => text.replace(/^is /, "")).join(", ");
     this.root.classList.toggle("away", !node.connected);
-    this.root.classList.toggle("stale", Boolean(telemetry.stale) && node.connected);
-    this.dot.className = `dot ${node.connected ? "on" : "off"}`;
-    if (!this.name.dataset.edited) setText(this.name, node.displayName);
-    setText(this.since, this.stateText(node));
-    const version = node.version && `moltis ${node.version}`;
-    setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
-    this.outdated.hidden = !node.outdated;
-    setText(this.outdated,
-      `It runs ${version || "an old version of moltis"}: update moltis there.`);
-    this.drawTelemetry(telemetry);
-    this.drawLists(node.providers || [], telemetry);
-    const own = state.running.filter(row => row.nodeId === node.nodeId);
-    fillIfChanged(this.running, own, rows => rows.map(runningItem));
-    this.running.hidden = !own.length;
-  }
-
-  stateText(node) {
-    if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (!node.connected) return offlineText(node);
-    const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its telemetry is out of date" : "";
-    return `Connected${since}${stale}`;
-  }
-
-  drawTelemetry(telemetry) {
-    const {cpuUsage, cpuCount, load, uptimeSecs, temperature} = telemetry;
-    const cores = cpuCount ? ` of ${plural(cpuCount, "core")}` : "";
-    this.cpu.update(cpuUsage == null ? null : cpuUsage / 100,
-      `${Math.round(cpuUsage)} %${cores}`);
-    for (const [meter, total, available] of [
-      [this.memory, telemetry.memTotal, telemetry.memAvailable],
-      [this.disk, telemetry.diskTotal, telemetry.diskAvailable],
-    ]) {
-      const used = total - available;
-      meter.update(used / total, `${formatBytes(used)} of ${formatBytes(total)}`);
-    }
-    drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
-    const facts = dotted(
-      load?.length && `load ${load.map(n => n.toFixed(2)).join(" ")}`,
-      uptimeSecs && `up ${formatDuration(Math.max(60, uptimeSecs))}`,
-      temperature != null && `${Math.round(temperature)} °C`,
-    );
-    setText(this.facts, facts);
-  }
-
-  drawLists(providers, telemetry) {
-    const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
-    const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
-    const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
-    const provided = ({provider, models}) =>
-      models?.length ? `${provider}: ${models.join(", ")}` : provider;
-    const rows = [
-      ["GPU", gpus.map(gpuText)],
-      ["Runtimes", runtimes.map(runtime)],
-      ["Services", services],
-      ["Models", providers.map(provided)],
-    ].filter(([, names]) => names.length);
-    fillIfChanged(this.lists, rows, () =>
-      rows.map(([label, names]) => [h("dt", label),
-        h("dd", names.map(name => h("span", {class: "chip"}, name)))]),
-    );
-  }
-
-  editName() {
-    editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
-      await attempt("node.rename", {nodeId: this.node.nodeId, displayName: name});
-      refresh("nodes", "devices");
-    });
-  }
-
-  async chat() {
-    const key = lastKey();
-    await selectNode(key, this.node.nodeId);
-    go(chatPath(key));
-    $("text").focus();
-  }
-
-  revokeToken() {
-    const {deviceId, nodeId, displayName} = this.node;
-    const known = state.devices.find(device => device.nodeId === nodeId);
-    revokeDevice(deviceId || known?.deviceId, displayName);
+    this.root.classList.toggle("trouble", troubles.length > 0);
+    this.dot.className = `dot ${nodeDot(node)}`;
+    setText(this.name, node.displayName);
+    this.name.href = nodePath(node);
+    setText(this.state, wrong ? capitalized(wrong) : what);
+    this.use.setAttribute("aria-label", `Use ${node.displayName} in the chat`);
+    const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
+    setText(this.seen, seen || "never");
+    const jobs = runningOn(node);
+    fillIfChanged(this.does, jobs.map(job => job.command), commands =>
+      [commands.length > 0 && h("span", {class: "dot run"}),
+        commands.length > 0 && h("code", {title: commands[0]}, commands[0]),
+        commands.length > 1 && h("span", `+${commands.length - 1}`)]);
+    if (this.isNear) loadUsage(node);
+    this.shares.update(node, this.isNear);
   }
 }
 
-async function revokeDevice(deviceId, name) {
-  const question = `Revoke the token of ${name || "this machine"}?`;
-  const text = "It is disconnected at once and needs a new token to connect again.";
-  if (!(await confirmed(question, text, "Revoke"))) return;
-  await attempt("device.token.revoke", {deviceId});
-  refresh("nodes", "devices");
+const nodeDot = node =>
+  !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
+
+async function useNode({nodeId}) {
+  const key = lastKey();
+  await selectNode(key, nodeId);
+  go(chatPath(key));
+  $("text").focus();
 }
 
-const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
-  h("li", h("span", {class: `dot ${jobKind(job)}`}), h("code", command),
-    h("span", {class: "detail"}, `${words} since ${formatTime(startedAt || askedAt)}`),
-    iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
+const nodeRows = new Keyed($("node-cards"), n => n.nodeId, () => new NodeRow());
 
-const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
+// Return `nodes` with those that are shown in the order in which they are: rows do not
+// change places under a pointer or with the focus in one of them.
+function steady(nodes) {
+  const list = $("node-cards");
+  if (!list.matches(":hover") && !list.contains(document.activeElement)) return nodes;
+  const place = new Map([...list.children].map((row, n) => [row.view.node.nodeId, n]));
+  const at = ({nodeId}) => place.get(nodeId) ?? Infinity;
+  return [...nodes].sort((a, b) => at(a) - at(b) || 0);
+}
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
-  const nodes = inOrder(state.nodes);
-  if (state.link === "up") nodes.forEach(loadUsage);
-  nodeCards.show(nodes);
-  const others = nodes.filter(node => node.nodeId !== LOCAL);
-  const online = others.filter(node => node.connected).length;
-  setText($("nodes-summary"),
-    others.length
-      ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
-      : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.");
+  const {nodes, nodeView} = state;
+  const isWell = !nodes.some(node => troublesOf(node).length);
+  $("nodes-headline").classList.toggle("trouble", !isWell);
+  fillIfChanged($("nodes-headline"), nodes.length > 0 && [headline(nodes),
+    countText(nodes)], texts => texts && [texts[0], h("span", {class: "detail"},
+    texts[1])]);
+  $("node-find").hidden = nodes.length < 2;
+  const chips = Object.entries(FILTERS).map(([value, [label, keeps]]) =>
+    [value, label, nodes.filter(keeps).length, value === nodeView.filter]);
+  fillIfChanged($("node-chips"), chips, all =>
+    all.map(([value, label, count, isChosen]) =>
+      h("button", {"aria-pressed": String(isChosen), "data-key": value,
+        onclick: () => showNodes({filter: value})}, `${label} ${count}`)));
+  const found = shownNodes();
+  nodeRows.show(steady(found.slice(0, nodeView.limit)));
+  $("nodes-empty").hidden = found.length > 0 || !nodes.length;
+  $("nodes-more").hidden = found.length <= nodeView.limit;
+  setText($("nodes-more"), `Show all ${found.length.toLocaleString()}`);
   drawUnused();
+}
+
+function showNodes(change) {
+  Object.assign(state.nodeView, change);
+  touch("nodes");
 }
 
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
+  const count = devices.length === 1 ? "1 token waits" : `${devices.length} tokens wait`;
+  setText($("unused-count"), `${count} for a machine`);
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
       listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
@@ -22446,7 +22642,136 @@ function drawUnused() {
   );
 }
 
-// == view: Generate Token ==
+async function revokeDevice(deviceId, name) {
+  const question = `Revoke the token of ${name || "this machine"}?`;
+  const text = "It is disconnected at once and needs a new token to connect again.";
+  if (!(await confirmed(question, text, "Revoke"))) return false;
+  const done = await attempt("device.token.revoke", {deviceId});
+  refresh("nodes", "devices");
+  return done !== null;
+}
+
+// == view: one node ==
+
+// Return the machine of the current route, by its id or its name.
+function routeNode() {
+  const {route} = state;
+  const wanted = route.ref.toLowerCase();
+  const node = nodeById(route.nodeId || route.ref) ||
+    state.nodes.find(({displayName}) => displayName.toLowerCase() === wanted);
+  route.nodeId = node?.nodeId; // it may be renamed while it is shown
+  return node;
+}
+
+function nodeStateText(node) {
+  if (!node.connected) return offlineText(node);
+  const troubles = troublesOf(node);
+  if (troubles.length) return capitalized(troubles.join(", "));
+  return runningOn(node).length ? "Busy" : "All well";
+}
+
+const VIRTUAL = {no: "no, real hardware", container: "a container"};
+
+// Return pairs of a label and texts.
+function nodeFacts(node) {
+  const telemetry = node.telemetry || {};
+  const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
+  const {load, uptimeSecs, temperature, virtual} = telemetry;
+  const provided = ({provider, models}) =>
+    models?.length ? `${provider}: ${models.join(", ")}` : provider;
+  const chips = texts => texts.map(text => h("span", {class: "chip"}, text));
+  return [
+    ["Host name", telemetry.hostname],
+    ["System", telemetry.system || platformName(node.platform)],
+    ["Virtual", virtual && (VIRTUAL[virtual] || virtual)],
+    ["User", telemetry.user],
+    ["Address", node.nodeId === LOCAL ? "this gateway’s own machine" : node.remoteIp],
+    ["Cores", telemetry.cpuCount],
+    ["Load", load?.length && load.map(n => n.toFixed(2)).join(" ")],
+    ["Up for", uptimeSecs && formatDuration(Math.max(60, uptimeSecs))],
+    ["Temperature", temperature != null && `${Math.round(temperature)} °C`],
+    ["GPU", gpus.length && chips(gpus.map(({name, memTotal}) =>
+      `${name} ${formatBytes(memTotal)}`.trim()))],
+    ["Runtimes", runtimes.length && chips(runtimes.map(name =>
+      `${name} ${runtimeVersions[name] || ""}`.trim()))],
+    ["Services", services.length && chips(services)],
+    ["Models", node.providers?.length && chips(node.providers.map(provided))],
+    ["moltis", dotted(node.version, node.outdated && "too old: update it there")],
+    ["Connected", node.connected && node.connectedAt &&
+      `since ${formatTime(node.connectedAt)}`],
+    ["Id", h("code", node.nodeId)],
+  ].filter(([, text]) => text);
+}
+
+const nodeFigures = new Figures($("node-figures"));
+
+const jobItem = ({id, command, words, startedAt, askedAt, ...job}) =>
+  h("li", {"data-key": id}, h("span", {class: `dot ${jobKind(job)}`}),
+    h("code", {title: command}, command),
+    h("span", {class: "detail"},
+      `${capitalized(words)}, ${formatTime(startedAt || askedAt)}`),
+    OPEN.has(job.state) && may("write") &&
+      iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
+
+function drawNode() {
+  if (state.route.page !== "node" || !state.wasUp) return;
+  const node = routeNode();
+  const isKnown = Boolean(node);
+  for (const id of ["node-figures", "node-rename", "node-use"]) $(id).hidden = !isKnown;
+  document.querySelector("#node .columns").hidden = !isKnown;
+  $("node-state").classList.toggle("trouble",
+    !isKnown && state.nodes.length > 0 || isKnown && troublesOf(node).length > 0);
+  if (!isKnown) {
+    setText($("node-title"), state.route.ref);
+    setText($("node-state"), state.nodes.length
+      ? `There is no machine called ${state.route.ref}.` : "");
+    return;
+  }
+  if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
+  $("node-rename").hidden = node.nodeId === LOCAL;
+  setText($("node-state"), nodeStateText(node));
+  loadUsage(node);
+  nodeFigures.update(node, true);
+  const facts = nodeFacts(node);
+  const shown = facts.map(([label, text]) =>
+    [label, [text].flat().map(part => part.textContent ?? part)]);
+  fillIfChanged($("node-facts"), shown, () =>
+    facts.map(([label, text]) => [h("dt", label), h("dd", text)]));
+  const open = runningOn(node);
+  const jobs = [...open, ...state.nodeJobs.filter(job =>
+    job.nodeId === node.nodeId && !open.some(({id}) => id === job.id))];
+  fillIfChanged($("node-jobs"), jobs, all => all.map(jobItem));
+  $("node-no-jobs").hidden = jobs.length > 0;
+  const device = state.devices.find(({nodeId}) => nodeId === node.nodeId);
+  $("node-token").hidden = !device;
+  setText($("node-token-text"), device
+    ? `Made ${formatTime(device.createdAt)}. Without it the machine is no longer a ` +
+      "node, and its commands end." : "");
+}
+
+async function loadNodeJobs() {
+  const node = routeNode();
+  if (!node) return;
+  const rows = await attempt("job.list", {nodeId: node.nodeId, limit: 20});
+  if (!rows) return;
+  state.nodeJobs = rows;
+  touch("nodes");
+}
+
+function renameNode() {
+  const {nodeId, displayName} = routeNode();
+  editInPlace($("node-title"), displayName, "Name of the machine", async name => {
+    await attempt("node.rename", {nodeId, displayName: name});
+    refresh("nodes", "devices");
+  });
+}
+
+async function revokeNode() {
+  const {deviceId, displayName} = routeNode();
+  if (await revokeDevice(deviceId, displayName)) go(`${ROOT}/nodes`, true);
+}
+
+// == view: Add a machine ==
 
 function openToken() {
   $("token-form").hidden = false;
@@ -22462,12 +22787,24 @@ async function generateToken() {
   try {
     const named = name ? {displayName: name} : {};
     const made = await link.call("device.token.create", named);
-    state.token = {deviceId: made.deviceId, name};
-    showToken(made);
+    state.token = {...made, name, expiresAt: Date.now() + JOIN_LIFETIME, way: "curl"};
+    $("token-form").hidden = true;
+    $("token-made").hidden = false;
+    setText($("token-made-title"), `Run this on ${name || "the machine"}`);
+    drawToken();
+    $("token-made-title").focus();
     refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), error.message);
   }
+}
+
+// Replace a link that has expired; its token was never used.
+async function renewToken() {
+  const {deviceId, name} = state.token;
+  await attempt("device.token.revoke", {deviceId});
+  $("token-name").value = name;
+  generateToken();
 }
 
 const copyLine = (label, line) =>
@@ -22478,75 +22815,120 @@ const copyLine = (label, line) =>
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
-function showToken({deviceToken, joinCode}) {
-  const {protocol} = location;
+const JOIN_LIFETIME = 600_000; // ms; the gateway's JOIN_CODE_LIFETIME
+const LOOPBACK = /^(?:localhost|127\..*|\[::1\])$/;
+
+// Return the address of this gateway for other machines, which ends with "/".
+function joinBase() {
+  const {url, openWith} = state.server;
+  return LOOPBACK.test(location.hostname) && url && !openWith ? `${url}/` : BASE;
+}
+
+// By way: its label; the line, from what was made; what it does.
+const WAYS = {
+  curl: ["With curl", ({download, join}) => `${download} | python3 - node add ${join}`,
+    "It needs curl and Python 3.8 or later, and installs a service that starts with " +
+      "the machine."],
+  installed: ["moltis is installed", ({join}) => `moltis node add ${join}`,
+    "It installs a service that starts with the machine."],
+  once: ["Try it once",
+    ({download, join}) => `${download} | python3 - node add ${join} --foreground`,
+    "It installs nothing, and is a node until you press Ctrl+C."],
+};
+
+function drawToken() {
+  if (!state.token || $("token-made").hidden) return;
+  const {joinCode, deviceToken, name, way} = state.token;
   // The pin replaces a CA: curl accepts only this gateway's certificate.
-  const pin = protocol === "https:" && state.pin;
+  const base = joinBase();
+  const pin = base.startsWith("https:") && state.server.fingerprint;
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
     : ["curl -fsSL", ""];
-  const name = state.token.name && ` --name ${shellWord(state.token.name)}`;
-  const options = `--host ${socketAddress()} --token ${deviceToken}${name}`;
-  const add = `${curl} ${BASE}moltis.py | python3 - node add`;
-  const lines = [
-    ["The token, shown only once", deviceToken],
-    ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
-    ["If moltis is installed there", `moltis node add ${options}${pinned}`],
-    ["Valid for ten minutes, without the token in the shell’s history",
-      `${add} --join ${BASE}join/${joinCode}${pinned}`],
-    ["Until you press Ctrl+C, without installing a service",
-      `${add} ${options}${pinned} --foreground`],
-  ].map(line => copyLine(...line));
-  $("token-form").hidden = true;
-  $("token-made").hidden = false;
-  setText($("token-made-title"), `Run this on ${state.token.name || "the machine"}`);
-  fill($("token-lines"), lines.slice(0, 3),
-    h("details", h("summary", "Other ways"), lines.slice(3)));
-  fill($("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
-  $("token-chat").hidden = true;
+  const parts = {download: `${curl} ${base}moltis.py`,
+    join: `--join ${base}join/${joinCode}${pinned}`};
+  const tabs = Object.entries(WAYS).map(([key, [label]]) => [key, label, key === way]);
+  fillIfChanged($("token-ways"), tabs, all =>
+    all.map(([key, label, isChosen]) =>
+      h("button", {role: "tab", type: "button", "data-key": key,
+        "aria-selected": String(isChosen), "aria-controls": "token-lines",
+        tabindex: isChosen ? 0 : -1, onclick: () => chooseWay(key)}, label)));
+  const [, make, what] = WAYS[way];
+  const named = name && ` --name ${shellWord(name)}`;
+  const ws = `${base.replace("http", "ws")}ws`;
+  fillIfChanged($("token-lines"), [make(parts), what], ([line, text]) =>
+    h("div", {class: "ready"},
+      h("pre", {tabindex: 0}, h("code", line)),
+      onClickCopy(h("button", {class: "button main", type: "button"},
+        icon("copy"), "Copy"), () => line),
+      h("p", {class: "detail"}, `It works once, within ten minutes. ${text}`),
+      h("details", h("summary", "Show the token instead"),
+        copyLine("For a machine that cannot use the link", deviceToken),
+        copyLine("As a command", `moltis node add --host ${ws} --token ` +
+          `${deviceToken}${named}${pinned}`))));
+  const warnings = tokenWarnings();
+  fillIfChanged($("token-warnings"), warnings.map(node => node.textContent),
+    () => warnings);
   drawTokenWait();
-  $("token-made-title").focus();
+}
+
+function chooseWay(way) {
+  state.token.way = way;
+  drawToken();
 }
 
 function tokenWarnings() {
   const {hostname, protocol} = location;
-  if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
-    return [
-      `${hostname} means this machine: these lines work here only. ` +
-        "For others, start the gateway with --bind 0.0.0.0 and open this page under " +
-        "its network name.",
-    ];
+  const {url, openWith} = state.server;
+  if (LOOPBACK.test(hostname) && openWith) {
+    return [h("div", {class: "warn mend"},
+      `Only this machine reaches ${hostname}. For others, stop the gateway, and start ` +
+        `it so; the line then names ${url}`,
+      copyLine("", openWith))];
   }
-  if (protocol === "https:") return [];
-  return [
+  if (joinBase().startsWith("https:")) return [];
+  return [h("p", {class: "warn"}, icon("warn"), protocol === "https:" ? "" :
     "Without TLS others on the network can read what you see. Start the gateway " +
-      "with --tls. (Nodes prove their token without sending it.)",
-  ];
+      "with --tls. (Nodes prove their token without sending it.)")];
 }
 
 function drawTokenWait() {
   if (!state.token || $("token-made").hidden) return;
-  const {deviceId, name} = state.token;
+  const {deviceId, name, expiresAt} = state.token;
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const text = here
-    ? `${node.displayName} is connected`
-    : `Waiting for ${name || "the machine"} to connect…`;
+  const expired = !here && Date.now() > expiresAt;
+  const text = here ? `${node.displayName} is connected`
+    : expired ? "The link has expired."
+      : `Waiting for ${name || "the machine"} to connect…`;
   fillIfChanged($("token-wait"), text, () =>
     [here ? icon("check") : h("span", {class: "dot wait"}), text]);
   $("token-wait").classList.toggle("here", here);
+  $("token-again").hidden = !expired;
   $("token-chat").hidden = !here;
   $("token-chat").onclick = () => {
     $("token").close();
-    nodeCards.views.get(node.nodeId)?.chat();
+    useNode(node);
   };
 }
 
 function forgetToken() {
   state.token = null;
-  fill($("token-lines"));
+  for (const id of ["token-lines", "token-warnings"]) {
+    fill($(id));
+    $(id).shown = null;
+  }
+}
+
+// The arrow keys choose among tabs.
+function tabKey(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (!step) return;
+  const ways = Object.keys(WAYS);
+  const at = ways.indexOf(state.token.way) + step;
+  chooseWay(ways.at(at % ways.length));
+  $("token-ways").querySelector("[aria-selected=true]").focus();
 }
 
 // == view: commands ==
@@ -22663,8 +23045,6 @@ function useNamedModel() {
 }
 
 // == view: access ==
-
-const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
 
 async function changeAccess(method, params) {
   await attempt(method, params);
@@ -22784,6 +23164,7 @@ function followLink(event) {
 
 function tick() {
   if (state.link === "down") drawBanner();
+  drawTokenWait();
   for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
@@ -22799,6 +23180,11 @@ const CLICKS = {
   "new-token": openToken,
   "token-cancel": () => $("token").close(),
   "token-done": () => $("token").close(),
+  "token-again": renewToken,
+  "nodes-more": () => showNodes({limit: Infinity}),
+  "node-rename": renameNode,
+  "node-use": () => useNode(routeNode()),
+  "node-revoke": revokeNode,
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -22816,7 +23202,8 @@ function start() {
   watch("route sessions nodes", drawSessions);
   watch("route chat sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
-  watch("nodes devices", drawTokenWait);
+  watch("route nodes devices running", drawNode);
+  watch("nodes devices link", drawToken);
   watch("route audit", drawAudit);
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
@@ -22844,6 +23231,8 @@ function start() {
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
   on($("token"), "close", forgetToken);
+  on($("token-ways"), "keydown", tabKey);
+  on($("find-node"), "input", event => showNodes({search: event.target.value}));
   on($("text"), "keydown", composerKey);
   on($("text"), "input", keepDraft);
   on($("transcript"), "scroll", onScroll);
