@@ -18161,7 +18161,12 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/nodes", "/nodes/", "/settings/")  # of views; all are answered with the page
+PAGE_PATHS = (
+    "/chat/",
+    "/nodes",
+    "/nodes/",
+    "/settings/",
+)  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -22958,8 +22963,7 @@ function showNodes(change) {
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
-  const count = devices.length === 1 ? "1 token waits" : `${devices.length} tokens wait`;
-  setText($("unused-count"), `${count} for a machine`);
+  setText($("unused-count"), plural(devices.length, "unused token"));
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
       listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
@@ -23208,8 +23212,8 @@ function tokenWarnings() {
   const {url, openWith} = state.server;
   if (LOOPBACK.test(hostname) && openWith) {
     return [h("div", {class: "warn mend"},
-      `Only this machine reaches ${hostname}. For others, stop the gateway, and start ` +
-        `it so; the line then names ${url}`,
+      `Only this machine reaches ${hostname}. To let others in, stop the gateway and ` +
+        `start it with this command; the line below then names ${url}`,
       copyLine("", openWith))];
   }
   if (joinBase().startsWith("https:")) return [];

@@ -215,7 +215,7 @@ def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
         page.errors.clear()  # Chromium reports every 401
         page.fill("#key", site.key)
         page.press("Enter")
-        page.wait_for_text("Generate Token")
+        page.wait_for_text("Add a machine")
         assert page.evaluate("location.pathname") == "/settings/nodes"
         assert page.errors == []
 
@@ -414,9 +414,11 @@ def test_output_goes_on_when_a_person_comes_back_to_the_chat(site, make_page):
     type_line(page, "for n in $(seq 600); do echo line $n; sleep 0.2; done")
     page.wait_for(shows(LAST, "line 1\n"))
     page.click("#to-nodes")
-    page.wait_for(shows("#node-cards > :nth-child(2) .running", "for n in"))
-    page.wait_for(shows("#node-cards > :nth-child(2) .running", "running since"))
-    page.evaluate("history.back()")
+    page.wait_for(shows("#node-cards > :nth-child(1) .does", "for n in"))
+    page.click("#node-cards > :nth-child(1) .name")
+    page.wait_for(shows("#node-jobs", "Running"))
+    page.wait_for(f"{shows('#node-state', 'Busy')}")
+    page.evaluate("history.go(-2)")
     page.wait_for(shows(LAST, "line 12\n"))
     lines = page.text(f"{LAST} .lines").split("\n")
     assert lines[:12] == [f"line {n}" for n in range(1, 13)]
@@ -464,7 +466,7 @@ def test_back_and_forward_go_through_the_views(site, make_page):
     open_new_chat(page)
     chat = page.evaluate("location.pathname")
     page.click("#to-nodes")
-    page.wait_for_text("Generate Token")
+    page.wait_for_text("Add a machine")
     page.click("#to-commands")
     page.wait_for("!document.querySelector('#commands').hidden")
     page.evaluate("history.go(-2)")
@@ -531,37 +533,44 @@ def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_pa
 # -- nodes ---------------------------------------------------------------------
 
 
+CHOSEN_LINE = "document.querySelector('#token-lines .ready > pre')?.innerText"
+DEMO_ROW = "#node-cards > :nth-child(1)"  # of the demo node: D stands before L
+
+
 def test_a_machine_joins_by_the_printed_line_and_goes_when_revoked(site, make_page):
-    page = make_page(site, "/settings/nodes")
+    page = make_page(site, "/nodes")
     page.click("#new-token")
     page.fill("#token-name", "Build Server")
     page.press("Enter")
     page.wait_for_text("Waiting for Build Server")
-    assert "works here only" in page.text("#token-warnings").replace("work", "works")
     take_screenshot(page, "token")
-    lines = page.evaluate(
-        "[...document.querySelectorAll('#token-lines code')].map(e => e.textContent)"
+    assert page.wait_for(CHOSEN_LINE).startswith(
+        f"curl -fsSL {site.url}/moltis.py | python3 - node add --join {site.url}/join/"
     )
-    assert lines[1].startswith(f"curl -fsSL {site.url}/moltis.py | python3 - node add ")
-    with site.run(f"{lines[2]} --foreground") as node:
+    page.press("Tab")
+    page.press("ArrowRight")
+    page.wait_for(f"{CHOSEN_LINE}.startsWith('moltis node add --join ')")
+    page.press("ArrowLeft")
+    page.press("ArrowLeft")
+    page.wait_for(f"{CHOSEN_LINE}.endsWith('--foreground')")
+    line = page.evaluate(CHOSEN_LINE).partition(" - ")[2]
+    with site.run(f"moltis {line}") as node:
         page.wait_for_text("Build Server is connected")
-        assert shlex.split(lines[2])[-1] == "Build Server"
-        assert lines[0] not in json.dumps(site.call("device.pair.list"))
         page.click("#token-chat")
         page.wait_for(shows("#node-button", "Build Server"))
         assert (
             run(page, "echo $((6 * 7)) on the new one").strip() == "42 on the new one"
         )
-        page.goto(f"{site.url}/settings/nodes")
+        page.goto(f"{site.url}/nodes")
         page.wait_for(shows("#node-cards", "Build Server"))
         take_screenshot(page, "nodes")
-        revoke = (
-            "[...document.querySelectorAll('.node')].find(e => e.innerText.includes("
-        )
-        revoke += "'Build Server')).querySelector('[aria-label^=Revoke]').click()"
-        page.evaluate(revoke)
+        page.click("#node-cards > :nth-child(1) .name")
+        page.wait_for("location.pathname === '/nodes/Build%20Server'")
+        page.wait_for(shows("#node-jobs", "on the new one"))
+        page.click("#node-revoke")
         page.wait_for(shows("#confirm", "Revoke the token of Build Server?"))
         page.click("#confirm-yes")
+        page.wait_for("location.pathname === '/nodes'")
         page.wait_for(
             "!document.querySelector('#node-cards').innerText.includes('Build')"
         )
@@ -570,21 +579,67 @@ def test_a_machine_joins_by_the_printed_line_and_goes_when_revoked(site, make_pa
         choose(page, "Local")
 
 
-def test_a_card_shows_live_telemetry_and_takes_a_new_name(site, make_page):
-    page = make_page(site, "/settings/nodes")
-    card = "#node-cards > :nth-child(2)"
-    page.wait_for(shows(card, "Demo node"))
-    page.wait_for(f"{shows(card, 'Memory')} && {shows(card, 'python3')}", 20)
-    page.click(f"{card} [aria-label=Rename]")
+def test_on_loopback_the_command_that_lets_others_in_is_there_to_copy(site, make_page):
+    page = make_page(site, "/nodes")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    mend = page.wait_for("document.querySelector('.mend code')?.innerText")
+    assert mend.endswith(
+        f"moltis.py gateway --port {site.port} --demo-node --bind 0.0.0.0"
+    )
+    assert f":{site.port}" in page.text(".mend p, .mend")
+    page.press("Escape")
+    revoke_unused(page)
+
+
+def test_a_machine_has_a_page_with_its_facts_and_takes_a_new_name(site, make_page):
+    page = make_page(site, "/settings/nodes")  # as older links have it
+    page.wait_for(shows(DEMO_ROW, "Demo node"))
+    level = "document.querySelector('#node-cards .figure .value').innerText"
+    page.wait_for(f"{level}.endsWith('%')", 20)
+    page.click(f"{DEMO_ROW} .name")
+    page.wait_for(shows("#node-facts", "python3"), 20)
+    facts = page.text("#node-facts")
+    for label in ("Host name", "System", "User", "Address", "moltis", "Id"):
+        assert label in facts
+    page.click("#node-rename")
     page.wait_for("document.activeElement.className === 'edit'")
     page.type("Attic")
     page.press("Enter")
-    page.wait_for(shows(card, "Attic"))
-    assert "Attic" in nodes(site)
-    site.call(
-        "node.rename", nodeId=nodes(site)["Attic"]["nodeId"], displayName="Demo node"
-    )
-    page.wait_for(shows(card, "Demo node"))
+    page.wait_for(shows("#node-title", "Attic"))
+    wait_for(lambda: "Attic" in nodes(site), what="the new name")
+    node_id = nodes(site)["Attic"]["nodeId"]
+    page.goto(f"{site.url}/nodes/{node_id}")
+    page.wait_for(shows("#node-title", "Attic"))
+    site.call("node.rename", nodeId=node_id, displayName="Demo node")
+    page.goto(f"{site.url}/nodes/demo%20NODE")
+    page.wait_for(shows("#node-title", "Demo node"))
+    page.goto(f"{site.url}/nodes/nobody")
+    page.wait_for_text("There is no machine called nobody")
+
+
+def test_nodes_says_what_is_wrong_in_words_with_trouble_first(own_site, make_page):
+    for name in ("Alpha", "Zulu"):
+        made = own_site.call("device.token.create", displayName=name)
+        join = f"--host {own_site.url} --token {made['deviceToken']}"
+        node = own_site.run(f"moltis node add {join} --foreground")
+        wait_for(lambda name=name: name in connected(own_site), what=name)
+    page = make_page(own_site, "/nodes")
+    page.wait_for(shows("#nodes-headline", "3 machines"))
+    assert page.text("#nodes-headline").startswith("All well")
+    node.end(9)
+    page.wait_for(shows("#nodes-headline", "Zulu is offline"))
+    order = "[...document.querySelectorAll('#node-cards .name')].map(e => e.innerText)"
+    page.wait_for(f"String({order}) === 'Zulu,Alpha,Local'")
+    assert "2 of 3 online" in page.text("#node-count")
+    page.click("#node-chips [data-key=offline]")
+    page.wait_for(f"String({order}) === 'Zulu'")
+    page.click("#node-chips [data-key=all]")
+    page.fill("#find-node", "alp")
+    page.wait_for(f"String({order}) === 'Alpha'")
+    page.fill("#find-node", "no such")
+    page.wait_for_text("No machine matches.")
 
 
 def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
@@ -613,38 +668,52 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
     page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
 
 
+def revoke_unused(page):
+    """Revoke the token that waits for a machine."""
+    revoke = "document.querySelector('#unused-list [aria-label=Revoke]')"
+    page.wait_for(f"{revoke} !== null")
+    page.evaluate(f"{revoke}.click()")
+    page.click("#confirm-yes")
+    page.wait_for(f"{revoke} === null")
+
+
 def test_a_machine_without_a_name_is_called_by_its_host_name(site, make_page):
-    page = make_page(site, "/settings/nodes")
+    page = make_page(site, "/nodes")
     page.click("#new-token")
     page.click("#token-name")
     page.press("Enter")
     page.wait_for_text("Waiting for the machine to connect")
-    lines = page.text("#token-lines")
+    lines = page.evaluate("document.querySelector('#token-lines').textContent")
     assert "node add" in lines
     assert "--name" not in lines
     page.press("Escape")
-    page.wait_for(shows("#unused-list", "Unnamed"))
-    page.evaluate("document.querySelector('#unused-list [aria-label=Revoke]').click()")
-    page.click("#confirm-yes")
+    page.wait_for("document.querySelector('#unused-list').textContent.match('Unnamed')")
+    revoke_unused(page)
 
 
 @pytest.mark.parametrize("way_out", ["Escape", "Done"])
 def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out):
-    page = make_page(site, "/settings/nodes")
+    page = make_page(site, "/nodes")
     page.click("#new-token")
     page.fill("#token-name", f"Left with {way_out}")
     page.press("Enter")
-    token = page.wait_for("document.querySelector('#token-lines code')?.innerText")
+    line = page.wait_for(CHOSEN_LINE)
+    secrets = [line.rpartition("/")[2]]  # the join code
+    assert "mdt_" not in page.text("#token")
+    page.click("#token-lines summary")
+    secrets += [page.text("#token-lines .secret code")]
+    assert secrets[1].startswith("mdt_")
     if way_out == "Done":
         page.click("#token-done")
     else:
         page.press(way_out)
     page.wait_for("!document.querySelector('#token').open")
     html = "document.documentElement.outerHTML"
-    page.wait_for(f"!{html}.includes({json.dumps(token)})")
-    page.wait_for(shows("#unused-list", f"Left with {way_out}"))
-    page.evaluate("document.querySelector('#unused-list [aria-label=Revoke]').click()")
-    page.click("#confirm-yes")
+    for secret in secrets:
+        page.wait_for(f"!{html}.includes({json.dumps(secret)})")
+    waiting = "document.querySelector('#unused-list').textContent"
+    page.wait_for(f"{waiting}.includes('Left with {way_out}')")
+    revoke_unused(page)
 
 
 # -- models, access ------------------------------------------------------------
@@ -836,7 +905,8 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
     chat = page.evaluate("location.pathname")
     for name, path in [
         ("chat", chat),
-        ("nodes", "/settings/nodes"),
+        ("nodes", "/nodes"),
+        ("node", "/nodes/Demo%20node"),
         ("commands", "/settings/commands"),
         ("models", "/settings/models"),
         ("access", "/settings/access"),
@@ -847,7 +917,7 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
         assert findings(page, axe) == []
         take_screenshot(page, f"{name}-{size}-{scheme}")
     if size == "desktop":
-        page.goto(f"{site.url}/settings/nodes")
+        page.goto(f"{site.url}/nodes")
         page.click("#new-token")
         page.press("Enter")
         page.wait_for_text("Waiting for")
