@@ -547,7 +547,7 @@ def test_a_machine_joins_by_the_printed_line_and_goes_when_revoked(site, make_pa
     assert page.wait_for(CHOSEN_LINE).startswith(
         f"curl -fsSL {site.url}/moltis.py | python3 - node add --join {site.url}/join/"
     )
-    page.press("Tab")
+    page.evaluate("document.querySelector('#token-ways [tabindex=\"0\"]').focus()")
     page.press("ArrowRight")
     page.wait_for(f"{CHOSEN_LINE}.startsWith('moltis node add --join ')")
     page.press("ArrowLeft")
