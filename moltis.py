@@ -23636,10 +23636,10 @@ class Figure {
 
   // `points`: pairs of ms and percent, of the last half hour.
   drawSpark(points) {
-    const now = now();
+    const end = now();
     const recent = points.filter(([ms, share]) =>
-      ms > now - HISTORY_SPAN && share != null);
-    const x = ms => Math.min(120, 120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+      ms > end - HISTORY_SPAN && share != null);
+    const x = ms => Math.min(120, 120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
     const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
     const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
     const [area, line] = this.spark.children;
