@@ -34,6 +34,7 @@ Contents
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls, a client's sign-in
     Commands                  one shell command as a process group, what it inherits
+    Files                     files as one stream of bytes, and back
     Language models           Ollama, OpenAI-compatible, Anthropic
     Telemetry                 what a machine has and how it is doing
     Machine                   the works of one computer, and its jobs by id
@@ -1662,6 +1663,8 @@ class NodeSettings(SettingsFile):
     auth: str = "scram"  # or "bearer", for Moltis gateways
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
+    files: bool = True  # files may be read and written, with `allow` only in these:
+    allow_files: Sequence[str] = ()  # directories; none: all
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
     # The certificate of the gateway that proved itself: the pin of a self-made one, or
     # "ca" if a CA vouches for it, since a renewal may change its key.
@@ -5768,6 +5771,874 @@ class Excerpt:
 
 
 # ==============================================================================
+# Files
+# Uses: Wire protocol
+#
+# Files and directories as one stream of bytes, and back: a tar archive (POSIX pax),
+# then the SHA-256 of all of it.  No file has its name before that was compared, and the
+# names in a stream are not trusted.  Nodes and the command line share this; transport
+# is left to them.
+# ==============================================================================
+
+FILE_PIECE = MAX_FRAME_DATA  # bytes of one read, and of one frame of a log
+TAR_BLOCK = 512  # bytes; headers and contents are padded to whole blocks
+MAX_PAX = 64 * 1024  # bytes of one extended header
+MAX_UNSIZED = 16 * 1024 * 1024  # bytes of a file that says 0 and has more, as in /proc
+MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
+PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
+DIGEST_SIZE = 32  # bytes; SHA-256
+PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
+TOO_SHORT = "the sender ended in the middle; nothing was replaced"
+IN_THE_WAY = "a file or a link is where a directory has to be"
+
+
+def encode_path(path: str) -> str:
+    """Return a path as JSON can carry it: bytes that are not UTF-8 after a NUL."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "\0" + b64encode(os.fsencode(path))
+    return path
+
+
+def decode_path(text: str) -> str:
+    """Raises RpcError INVALID_REQUEST for a NUL in a path."""
+    if text.startswith("\0"):
+        with contextlib.suppress(ValueError):
+            text = os.fsdecode(base64.b64decode(text[1:], validate=True))
+    if "\0" in text:
+        raise RpcError("INVALID_REQUEST", "a path holds a NUL character")
+    return text
+
+
+def shown_path(path: str) -> str:
+    """Return a path for people, on one line."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return clip(visible(text).replace("\n", "\\n").replace("\t", "\\t"), 400)
+
+
+def file_problem(path: str, problem: OSError | str) -> str:
+    if isinstance(problem, OSError):
+        problem = problem.strerror or str(problem)
+    return f"{shown_path(path)}: {problem}"
+
+
+class FileRead(Value):
+    """The spec of work `file.read`: files and directories to send."""
+
+    paths: Sequence[str]  # of encode_path(); relative to the working directory
+    recursive: bool = False  # directories with all below, links as links
+    patterns: bool = False  # `*`, `?` and `[…]` in the paths are expanded
+
+
+class FileWrite(Value):
+    """The spec of work `file.write`: where to put the files of a stream."""
+
+    path: str  # of encode_path(); relative to the working directory
+    into: bool = False  # it is a directory, or shall be one
+    mkdir: bool = False  # make missing directories
+    bare: bool = False  # the stream is one file's bytes, without an archive
+
+
+class FilePlaces:
+    """The directories that may be read and written: all, or those below some."""
+
+    def __init__(self, base: str, below: Sequence[str] = ()) -> None:
+        """`base` is where relative paths begin."""
+        self._base = base
+        self._below = tuple(os.path.realpath(path) for path in below)
+
+    def absolute(self, path: str) -> str:
+        """Return an absolute path without `.` and `..`.
+
+        Raises RpcError FORBIDDEN unless it is in an allowed directory.
+        """
+        path = os.path.join(self._base, os.path.expanduser(path))
+        if not self._below:
+            return os.path.abspath(path)
+        path = os.path.normpath(path)
+        if not self._root(path):
+            allowed = ", ".join(map(shown_path, self._below))
+            raise RpcError(
+                "FORBIDDEN",
+                f"{shown_path(path)}: this machine's owner allows only files below "
+                f"{allowed}",
+            )
+        return path
+
+    def target(self, path: str) -> str:
+        """Return the file that a typed path means: that of a link, if links count."""
+        return path if self._below else os.path.realpath(path)
+
+    def is_directory(self, path: str) -> bool:
+        try:
+            os.close(self.open_directory(path))
+        except OSError:
+            return False
+        return True
+
+    def open_directory(self, path: str) -> int:
+        """Return a descriptor of a directory.  Raises OSError.
+
+        Below an allowed directory no link is followed: it could lead out, also while
+        we look.
+        """
+        if not self._below:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        root = self._root(path)
+        rest = os.path.relpath(path, root)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        return descend(descriptor, [] if rest == "." else rest.split("/"))
+
+    @property
+    def follows_links(self) -> bool:
+        """Whether a typed path may end with a link."""
+        return not self._below
+
+    def _root(self, path: str) -> str:
+        for root in self._below:
+            if path == root or path.startswith(root.rstrip("/") + "/"):
+                return root
+        return ""
+
+
+def descend(descriptor: int, names: Iterable[str]) -> int:
+    """Return the directory `names` below `descriptor`, which is closed.
+
+    Follows no link.  Raises OSError.
+    """
+    for name in names:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            below = os.open(name, flags, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = below
+    return descriptor
+
+
+# -- reading -------------------------------------------------------------------
+
+
+class FileSource:
+    """Files and directories as a stream of bytes."""
+
+    def __init__(
+        self,
+        spec: FileRead,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        progress: Callable[[str, int], None] = lambda _name, _count: None,
+    ) -> None:
+        """`note` gets a sentence for each file that is left out, `progress` its name
+        and each number of bytes read.
+
+        Raises RpcError if none of the paths can be read.
+        """
+        self._recursive = spec.recursive
+        self._places = places
+        self._note = note
+        self._progress = progress
+        self.files = 0
+        self.bytes = 0
+        self.sha256 = ""  # in hex, at the end
+        self._paths = self._readable(spec)
+
+    @property
+    def result(self) -> JsonObject:
+        return {"files": self.files, "bytes": self.bytes, "sha256": self.sha256}
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the whole stream.  Raises RpcError."""
+        digest, gathered = hashlib.sha256(), bytearray()
+        for piece in itertools.chain(self._archive(), [bytes(2 * TAR_BLOCK)]):
+            digest.update(piece)
+            gathered += piece
+            while len(gathered) >= FILE_PIECE:  # small files share a frame
+                yield bytes(memoryview(gathered)[:FILE_PIECE])
+                del gathered[:FILE_PIECE]
+        self.sha256 = digest.hexdigest()
+        yield bytes(gathered)
+        yield digest.digest()
+
+    def measure(self) -> int:
+        """Return about how many bytes will be read."""
+        return sum(map(self._size, self._paths))
+
+    def _readable(self, spec: FileRead) -> list[str]:
+        """Return the paths, expanded; note those that cannot be read."""
+        found, first_problem = [], RpcError("INVALID_REQUEST", "no path is given")
+        for encoded in spec.paths:
+            path = self._places.absolute(decode_path(encoded))
+            for name in self._expanded(path) if spec.patterns else [path]:
+                problem = self._problem(name)
+                if problem is None:
+                    found.append(name)
+                    continue
+                if found or first_problem.code != "INVALID_REQUEST":
+                    self._note(problem.message)
+                first_problem = problem
+        if not found:
+            raise first_problem
+        return found
+
+    def _expanded(self, pattern: str) -> list[str]:
+        import glob
+
+        return sorted(glob.glob(pattern)) or [pattern]
+
+    def _problem(self, path: str) -> RpcError | None:
+        try:
+            facts = self._stat(path)
+        except OSError as error:
+            return RpcError("NOT_FOUND", file_problem(path, error))
+        if stat.S_ISDIR(facts.st_mode) and not self._recursive:
+            problem = file_problem(path, "is a directory; -r copies directories")
+            return RpcError("CONFLICT", problem)
+        return None
+
+    def _size(self, path: str) -> int:
+        if not os.path.isdir(path):
+            return os.stat(path).st_size if os.path.exists(path) else 0
+        total = 0
+        for directory, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(directory, name)).st_size
+        return total
+
+    def _stat(self, path: str) -> os.stat_result:
+        """Raises OSError."""
+        if path == "/":
+            return os.stat(path)
+        parent = self._places.open_directory(os.path.dirname(path))
+        try:
+            return os.stat(
+                os.path.basename(path),
+                dir_fd=parent,
+                follow_symlinks=self._places.follows_links,
+            )
+        finally:
+            os.close(parent)
+
+    def _archive(self) -> Iterator[bytes]:
+        for path in self._paths:
+            name = os.path.basename(path) or "root"
+            try:
+                parent = self._places.open_directory(os.path.dirname(path))
+            except OSError as error:
+                self._note(file_problem(path, error))
+                continue
+            yield from self._tree(parent, os.path.basename(path) or "/", name)
+
+    def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
+        """Yield one file or directory, with all below it; `parent` is closed."""
+        follow = self._places.follows_links  # only the path that was named
+        waiting = [(parent, iter([entry]), os.path.dirname(name))]
+        try:
+            while waiting:
+                directory, entries, path = waiting[-1]
+                found = next(entries, None)
+                if found is None:
+                    waiting.pop()
+                    os.close(directory)
+                    continue
+                shown = name if len(waiting) == 1 else f"{path}/{found}"
+                try:
+                    below = yield from self._member(directory, found, shown, follow)
+                    if below is not None:
+                        waiting.append((below, iter(sorted(os.listdir(below))), shown))
+                except OSError as error:
+                    self._note(file_problem(shown, error))
+                follow = False
+        finally:
+            for directory, _, _ in waiting:
+                os.close(directory)
+
+    def _member(
+        self, directory: int, entry: str, name: str, follow: bool
+    ) -> Generator[bytes, None, int | None]:
+        """Yield one member; return the descriptor of a directory.  Raises OSError."""
+        facts = os.stat(entry, dir_fd=directory, follow_symlinks=follow)
+        flags = os.O_RDONLY | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+        if stat.S_ISLNK(facts.st_mode):
+            link = os.readlink(entry, dir_fd=directory)
+            yield tar_header(name, facts, b"2", link=link)
+        elif stat.S_ISDIR(facts.st_mode):
+            below = os.open(entry, flags | os.O_DIRECTORY, dir_fd=directory)
+            yield tar_header(name, facts, b"5")
+            return below
+        elif stat.S_ISREG(facts.st_mode):
+            descriptor = os.open(entry, flags | os.O_NONBLOCK, dir_fd=directory)
+            try:
+                yield from self._file(descriptor, name)
+            finally:
+                os.close(descriptor)
+        else:
+            self._note(file_problem(name, "is neither a file nor a directory"))
+        return None
+
+    def _file(self, descriptor: int, name: str) -> Iterator[bytes]:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
+            raise OSError(errno.EINVAL, "was replaced while it was opened")
+        size, ready = facts.st_size, b""
+        if size == 0:
+            ready = self._unsized(descriptor)
+            size = len(ready)
+        yield tar_header(name, facts, b"0", size=size)
+        left, problem = size, ""
+        while left and not problem:
+            try:
+                data = ready or os.read(descriptor, min(left, FILE_PIECE))
+            except OSError as error:
+                data, problem = b"", error.strerror or str(error)
+            ready = b""
+            if not data:
+                problem = problem or "became shorter while it was read"
+                break
+            left -= len(data)
+            self.bytes += len(data)
+            self._progress(name, len(data))
+            yield data
+        while left:
+            piece = bytes(min(left, FILE_PIECE))
+            left -= len(piece)
+            yield piece
+        yield bytes(-size % TAR_BLOCK)
+        if problem:
+            self._note(file_problem(name, f"{problem}; it is left out"))
+            yield tar_header(name, facts, b"0", failed=True)
+            return
+        self.files += 1
+        now = os.fstat(descriptor)
+        if (now.st_size, now.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns):
+            self._note(file_problem(name, "changed while it was read"))
+
+    def _unsized(self, descriptor: int) -> bytes:
+        """Return the content of a file that says it has none.  Raises OSError."""
+        data = bytearray()
+        while len(data) <= MAX_UNSIZED:
+            piece = os.read(descriptor, FILE_PIECE)
+            if not piece:
+                return bytes(data)
+            data += piece
+        limit = format_bytes(MAX_UNSIZED)
+        raise OSError(errno.EFBIG, f"does not say its size, and has more than {limit}")
+
+
+def tar_header(
+    name: str,
+    facts: os.stat_result,
+    kind: bytes,
+    *,
+    size: int = 0,
+    link: str = "",
+    failed: bool = False,
+) -> bytes:
+    """Return the header of a member, a whole number of blocks."""
+    import tarfile
+
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, size, link
+    member.mode = stat.S_IMODE(facts.st_mode) & 0o777
+    seconds, rest = divmod(facts.st_mtime_ns, 10**9)
+    member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    if failed:
+        member.pax_headers[PAX_FAILED] = "1"
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+# -- writing -------------------------------------------------------------------
+
+
+def _not_an_archive(problem: str) -> RpcError:
+    return RpcError("PROTOCOL_ERROR", f"the stream of files is malformed: {problem}")
+
+
+class CheckedStream:
+    """A stream of bytes that ends with its own SHA-256."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        """`read(size)` returns some bytes, and none at the end."""
+        self._read = read
+        self._digest = hashlib.sha256()
+        self._held = bytearray()  # its last DIGEST_SIZE bytes may be the digest
+        self._ended = False
+        self.sha256 = ""  # in hex, once it was compared
+
+    def some(self, size: int) -> bytes:
+        """Return at most `size` bytes of the content, none at its end."""
+        while len(self._held) <= DIGEST_SIZE and not self._ended:
+            data = self._read(FILE_PIECE)
+            self._ended = not data
+            self._held += data
+        count = min(size, max(0, len(self._held) - DIGEST_SIZE))
+        data = bytes(memoryview(self._held)[:count])
+        del self._held[:count]
+        self._digest.update(data)
+        return data
+
+    def exactly(self, size: int) -> bytes:
+        """Raises RpcError if the content ends before."""
+        found = bytearray()
+        while len(found) < size:
+            data = self.some(size - len(found))
+            if not data:
+                raise RpcError("UNAVAILABLE", TOO_SHORT)
+            found += data
+        return bytes(found)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Yield exactly `size` bytes.  Raises RpcError if the content ends before."""
+        while size:
+            data = self.some(min(size, FILE_PIECE))
+            if not data:
+                raise RpcError("UNAVAILABLE", TOO_SHORT)
+            size -= len(data)
+            yield data
+
+    def check(self) -> None:
+        """Read to the end, and compare the digest.  Raises RpcError."""
+        while self.some(FILE_PIECE):
+            pass
+        if not hmac.compare_digest(self._digest.digest(), bytes(self._held)):
+            raise RpcError(
+                "UNAVAILABLE", "what arrived is not what was sent; nothing was replaced"
+            )
+        self.sha256 = self._digest.hexdigest()
+
+
+class Member(Value):
+    """One header of an archive."""
+
+    name: str
+    kind: bytes  # as in the header: b"0" file, b"2" link, b"5" directory
+    size: int  # bytes
+    mode: int
+    mtime_ns: int
+    link: str
+    failed: bool  # the member before is not whole
+
+
+def _pax_fields(data: bytes) -> dict[str, str]:
+    """Return the records `LENGTH NAME=VALUE\\n` of an extended header."""
+    fields: dict[str, str] = {}
+    while data.strip(b"\0"):
+        length, space, _ = data[:20].partition(b" ")
+        if not (space and length.isdigit() and 0 < int(length) <= len(data)):
+            raise _not_an_archive("an extended header has no length")
+        record = data[len(length) + 1 : int(length) - 1]
+        name, _, value = record.partition(b"=")
+        fields[name.decode("utf-8", "replace")] = value.decode(
+            "utf-8", "surrogateescape"
+        )
+        data = data[int(length) :]
+    return fields
+
+
+def _mtime_ns(text: str) -> int:
+    match = re.fullmatch(r"(-?[0-9]{1,11})(?:\.([0-9]{1,9}))?", text)
+    if match is None:
+        raise _not_an_archive("a time is no number")
+    return int(match[1]) * 10**9 + int((match[2] or "").ljust(9, "0"))
+
+
+def read_members(stream: CheckedStream) -> Iterator[Member]:
+    """Yield the members of an archive; the caller reads the content of each.
+
+    Not with `tarfile`, which reads an extended header of any length into memory.
+    Raises RpcError.
+    """
+    import tarfile
+
+    fields: dict[str, str] = {}
+    while True:
+        block = stream.exactly(TAR_BLOCK)
+        if not block.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise _not_an_archive(str(error)) from error
+        if info.type == tarfile.XHDTYPE:
+            if not 0 <= info.size <= MAX_PAX:
+                raise _not_an_archive("an extended header is too long")
+            data = stream.exactly(info.size + -info.size % TAR_BLOCK)
+            fields = _pax_fields(data[: info.size])
+            continue
+        size = fields.get("size", str(info.size))
+        if not re.fullmatch("[0-9]{1,18}", size):
+            raise _not_an_archive("a size is no number")
+        yield Member(
+            fields.get("path", info.name),
+            info.type,
+            int(size),
+            info.mode & 0o777,
+            _mtime_ns(fields.get("mtime", str(int(info.mtime)))),
+            fields.get("linkpath", info.linkname),
+            PAX_FAILED in fields,
+        )
+        fields = {}
+
+
+def _components(name: str) -> tuple[str, ...]:
+    """Return the names of a path in an archive.  Raises RpcError if it leads out."""
+    names = tuple(name.rstrip("/").split("/"))
+    if any(n in ("", ".", "..") or "\0" in n for n in names):
+        raise _not_an_archive(f"{shown_path(name)!r} leads out of its directory")
+    return names
+
+
+def _leads_out(names: tuple[str, ...], link: str) -> bool:
+    """Return whether a link, at `names`, points outside of its first directory."""
+    depth = len(names) - 2  # directories between it and the first one
+    for part in link.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return link.startswith("/") or not link
+
+
+class _Pending(Value):
+    """A file that has arrived and has no name of its own yet."""
+
+    names: tuple[str, ...]
+    partial: str  # its name meanwhile, in the same directory
+    mode: int
+    mtime_ns: int
+
+
+class FileTarget:
+    """Writes a stream of files, each whole or not at all."""
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        progress: Callable[[str, int], None] = lambda _name, _count: None,
+        *,
+        umask: int,
+    ) -> None:
+        """`note` gets a sentence for each file that is left out, `progress` its name
+        and each number of bytes written.  `umask` is for directories and files whose
+        mode the stream does not say.
+        """
+        self._spec = spec
+        self._places = places
+        self._note = note
+        self._progress = progress
+        self._umask = umask
+        self.files = 0  # that have their names, links included
+        self.bytes = 0
+        self._parent = ""  # where the first names of the archive are
+        self._first = ""  # name in the archive
+        self._name = ""  # in its place; "": as it is
+        self._root = -1  # descriptor of _parent
+        self._pending: dict[tuple[str, ...], _Pending] = {}
+        self._links: list[tuple[tuple[str, ...], str]] = []
+        self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
+        self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
+        self._written: set[tuple[int, int]] = set()  # device and inode, at their names
+        self._complete = False
+
+    def receive(self, read: Callable[[int], bytes]) -> JsonObject:
+        """Write all files; return what was written.  Raises RpcError, OSError."""
+        stream = CheckedStream(read)
+        try:
+            if self._spec.bare:
+                self._receive_bare(stream)
+            else:
+                for member in read_members(stream):
+                    self._take(member, stream)
+            stream.check()
+            self._complete = True
+            self._flush()
+            self._commit()
+        finally:
+            self._discard()
+        path = os.path.join(self._parent, self._name)
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "sha256": stream.sha256,
+            "path": encode_path(path),
+        }
+
+    # -- where ---------------------------------------------------------------------
+
+    def _begin(self, *, is_directory: bool) -> None:
+        """Find the place of the first name in the archive, as cp does."""
+        spec, places = self._spec, self._places
+        typed = decode_path(spec.path)
+        path = places.absolute(typed)
+        into = (
+            spec.into or typed.endswith("/") or os.path.basename(typed) in (".", "..")
+        )
+        into = into or places.is_directory(path)
+        if into and spec.bare:
+            problem = file_problem(path, "is a directory; name the file in it as well")
+            raise RpcError("INVALID_REQUEST", problem)
+        if into:
+            self._open(path, make=spec.mkdir)
+        else:
+            path = places.target(path)
+            if is_directory and os.path.lexists(path):
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    file_problem(path, "is a file, which a directory does not replace"),
+                )
+            self._open(os.path.dirname(path), make=spec.mkdir)
+            self._name = os.path.basename(path)
+
+    def _open(self, path: str, *, make: bool = False) -> None:
+        """Raises RpcError for a directory that is not there."""
+        if make and not self._places.is_directory(path):
+            if not self._places.is_directory(os.path.dirname(path)):
+                self._open(os.path.dirname(path), make=True)
+            parent = self._places.open_directory(os.path.dirname(path))
+            try:
+                os.mkdir(os.path.basename(path), dir_fd=parent)
+                mode = 0o777 & ~self._umask  # not our own umask, which is narrower
+                os.chmod(os.path.basename(path), mode, dir_fd=parent)
+            except OSError as error:
+                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+            finally:
+                os.close(parent)
+        try:
+            descriptor = self._places.open_directory(path)
+        except OSError as error:
+            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
+            problem = file_problem(path, error) + hint
+            raise RpcError("NOT_FOUND", problem) from error
+        if self._root >= 0:
+            os.close(self._root)
+        self._parent, self._root = path, descriptor
+
+    def _placed(self, name: str) -> tuple[str, ...]:
+        """Return where a member goes, as names below _parent.  Raises RpcError."""
+        first, *rest = _components(name)
+        if self._name and self._first != first:
+            raise RpcError(
+                "INVALID_REQUEST",
+                file_problem(self._spec.path, "is not a directory, for several files"),
+            )
+        return (self._name or first, *rest)
+
+    def _directory(self, names: tuple[str, ...]) -> int:
+        """Return a descriptor of the directory `names`.  Raises OSError."""
+        return descend(os.dup(self._root), names)
+
+    def _shown(self, names: tuple[str, ...]) -> str:
+        return os.path.join(self._parent, *names)
+
+    def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
+        # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
+        links = (errno.ELOOP, errno.ENOTDIR)
+        if isinstance(problem, OSError) and problem.errno in links:
+            problem = IN_THE_WAY
+        self._note(file_problem(self._shown(names), problem))
+
+    # -- what arrives ----------------------------------------------------------------
+
+    def _take(self, member: Member, stream: CheckedStream) -> None:
+        if self._root < 0:
+            self._first = _components(member.name)[0]
+            self._begin(is_directory=member.kind == b"5")
+        names = self._placed(member.name)
+        content = stream.pieces(member.size)
+        if member.failed:
+            self._forget(names)
+        elif any(names[:depth] in self._blocked for depth in range(1, len(names))):
+            pass  # its directory was left out, and said so
+        elif member.kind == b"5":
+            self._make_directory(names, member)
+        elif member.kind == b"2":
+            self._links.append((names, member.link))
+        elif member.kind in (b"0", b"\0"):
+            self._write(names, member.mode, member.mtime_ns, content)
+        else:
+            self._leave_out(names, "is neither a file nor a directory")
+        for _ in content:
+            pass
+        stream.exactly(-member.size % TAR_BLOCK)
+
+    def _receive_bare(self, stream: CheckedStream) -> None:
+        self._begin(is_directory=False)
+        mode = 0o666 & ~self._umask
+        pieces = iter(partial(stream.some, FILE_PIECE), b"")
+        self._write((self._name,), mode, time.time_ns(), pieces)
+
+    def _make_directory(self, names: tuple[str, ...], member: Member) -> None:
+        try:
+            parent = self._directory(names[:-1])
+            try:
+                os.mkdir(names[-1], 0o700, dir_fd=parent)
+                self._made[names] = member
+            except FileExistsError:
+                os.close(descend(os.dup(parent), names[-1:]))
+            finally:
+                os.close(parent)
+        except OSError as error:
+            self._blocked.add(names)
+            self._leave_out(names, error)
+
+    def _write(
+        self,
+        names: tuple[str, ...],
+        mode: int,
+        mtime_ns: int,
+        content: Iterable[bytes],
+    ) -> None:
+        """Write a file under a name that says it is not complete."""
+        partial_name = f"{PARTIAL_PREFIX}{new_id()[-12:]}"
+        shown = shown_path("/".join(names))
+        try:
+            parent = self._directory(names[:-1])
+        except OSError as error:
+            self._leave_out(names, error)
+            return
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            descriptor = os.open(partial_name, flags, 0o600, dir_fd=parent)
+            self._pending[names] = _Pending(names, partial_name, mode, mtime_ns)
+            with open(descriptor, "wb", buffering=0) as file:
+                for piece in content:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[file.write(view) :]
+                    self.bytes += len(piece)
+                    self._progress(shown, len(piece))
+                if len(self._pending) <= MAX_FLUSHED:
+                    os.fsync(descriptor)
+        except OSError as error:
+            self._forget(names)
+            if len(names) == 1 and error.errno in (errno.EACCES, errno.EROFS):
+                problem = file_problem(self._parent, error)
+                raise RpcError("FORBIDDEN", problem) from error
+            self._leave_out(names, error)
+        finally:
+            os.close(parent)
+
+    # -- the end ---------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if len(self._pending) > MAX_FLUSHED:
+            os.sync()
+
+    def _commit(self) -> None:
+        """Give every file its name; then make links, and finish directories."""
+        for pending in list(self._pending.values()):
+            try:
+                parent = self._directory(pending.names[:-1])
+                try:
+                    self._name_file(pending, parent)
+                finally:
+                    os.close(parent)
+            except OSError as error:
+                self._leave_out(pending.names, error)
+        for names, link in self._links:
+            try:
+                self._make_link(names, link)
+            except OSError as error:
+                self._leave_out(names, error)
+        for names, member in reversed(list(self._made.items())):
+            try:
+                descriptor = self._directory(names)
+                try:
+                    os.fchmod(descriptor, member.mode)
+                    os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                self._leave_out(names, error)
+
+    def _name_file(self, pending: _Pending, parent: int) -> None:
+        """Raises OSError."""
+        name, mode = pending.names[-1], pending.mode
+        present = self._present(name, parent)
+        if present is not None and stat.S_ISDIR(present.st_mode):
+            self._leave_out(
+                pending.names, "is a directory, which a file does not replace"
+            )
+            return
+        if present is not None and (present.st_dev, present.st_ino) in self._written:
+            self._leave_out(
+                pending.names, "names that differ only in case are the same here"
+            )
+            return
+        if present is not None and stat.S_ISREG(present.st_mode):
+            mode = stat.S_IMODE(present.st_mode) & 0o777
+        flags = os.O_RDONLY | os.O_NOFOLLOW
+        descriptor = os.open(pending.partial, flags, dir_fd=parent)
+        try:
+            os.utime(descriptor, ns=(pending.mtime_ns, pending.mtime_ns))
+            os.fchmod(descriptor, mode)
+            facts = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
+        self._written.add((facts.st_dev, facts.st_ino))
+        del self._pending[pending.names]
+        self.files += 1
+
+    def _make_link(self, names: tuple[str, ...], link: str) -> None:
+        """Raises OSError."""
+        if _leads_out(names, link):
+            self._leave_out(
+                names, f"links to {shown_path(link)}, outside of what is copied"
+            )
+            return
+        parent = self._directory(names[:-1])
+        try:
+            present = self._present(names[-1], parent)
+            if present is not None and stat.S_ISDIR(present.st_mode):
+                self._leave_out(names, "is a directory, which a link does not replace")
+                return
+            partial_name = f"{PARTIAL_PREFIX}{new_id()[-12:]}"
+            os.symlink(link, partial_name, dir_fd=parent)
+            os.rename(partial_name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
+            self.files += 1
+        finally:
+            os.close(parent)
+
+    def _present(self, name: str, parent: int) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _forget(self, names: tuple[str, ...]) -> None:
+        """Remove a file that is not complete."""
+        pending = self._pending.pop(names, None)
+        if pending is not None:
+            with contextlib.suppress(OSError):
+                parent = self._directory(names[:-1])
+                try:
+                    os.unlink(pending.partial, dir_fd=parent)
+                finally:
+                    os.close(parent)
+
+    def _discard(self) -> None:
+        """Remove what has no name, and directories that were made for nothing."""
+        incomplete = list(self._pending)
+        for names in incomplete:
+            self._forget(names)
+        if not self._complete:
+            for names in reversed(list(self._made)):
+                with contextlib.suppress(OSError):  # it is not empty
+                    parent = self._directory(names[:-1])
+                    try:
+                        os.rmdir(names[-1], dir_fd=parent)
+                    finally:
+                        os.close(parent)
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+
+# ==============================================================================
 # Language models
 # Uses: Settings, HTTP client
 #
@@ -8047,7 +8918,7 @@ class TelemetrySource:
 
 # ==============================================================================
 # Machine
-# Uses: Wire protocol, Commands, Telemetry, Language models
+# Uses: Wire protocol, Commands, Files, Telemetry, Language models
 #
 # The jobs of one computer: the table of works, the lines, logs by id.  A node serves
 # its gateway with it; the gateway has one for `Local`, a node like the others.  It
@@ -8071,6 +8942,9 @@ MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 MAX_RUNNING = 16  # commands side by side
 MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
+MAX_COPIES = 4  # transfers of files each way side by side
+INPUT_PATIENCE = 900.0  # s without a byte; then a transfer to this machine is given up
+MAX_NOTES = 1000  # sentences about files that were left out; then only their number
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
 MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
@@ -8204,6 +9078,14 @@ class MachineOptions(Value):
     inherited: Inherited | None = None  # for commands; None: as this process has it
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
+    files: FilePlaces | None = None  # None: none are read or written
+
+
+def transfer_words(result: JsonObject) -> str:
+    """Return what a transfer of files did, for the audit."""
+    count, size = result["files"], result["bytes"]
+    files = "1 file" if count == 1 else f"{count:,} files"
+    return f"{files}, {size:,} bytes, SHA-256 {result['sha256']}"
 
 
 class Task(Protocol):
@@ -8225,9 +9107,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function, which returns a result and may write JSON lines."""
-
-    consumed = None
+    """A task that is one function, which returns a result and may write its log."""
 
     def __init__(
         self,
@@ -8244,6 +9124,10 @@ class Errand:
         self._room = threading.Event()  # set when the log has room, and by cancel()
         log.on_room = self._room.set
 
+    @property
+    def consumed(self) -> int | None:
+        return None
+
     def begin(self) -> None: ...
 
     def run(self) -> Ending:
@@ -8259,6 +9143,10 @@ class Errand:
             reason, result = str(error), {"kind": "context"}
         except (ModelError, RpcError) as error:
             reason = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if state == JobState.DONE and result and "sha256" in result:
+            reason = transfer_words(result)
         duration = round(time.monotonic() - started, 6)
         ending = Ending(state, reason=reason, result=result, started_at=started_at)
         return ending.replace(duration=duration)
@@ -8272,16 +9160,74 @@ class Errand:
         self.cancellation.cancel()
         self._room.set()
 
-    def write(self, value: Value) -> None:
-        """Append `value` as a line, once there is room.  Raises Cancelled."""
-        data = to_json(value).encode("utf-8", "replace") + b"\n"
+    def write(self, value: object, kind: int = STDOUT) -> None:
+        """Append `value` as a line of JSON, once there is room.  Raises Cancelled."""
+        self.write_bytes(to_json(value).encode("utf-8", "replace") + b"\n", kind)
+
+    def write_bytes(self, data: bytes, kind: int = STDOUT) -> None:
+        """Append `data`, once there is room.  Raises Cancelled."""
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
                 self._room.wait()
                 self._room.clear()
                 self.cancellation.pause(0)
-            self._log.append(STDOUT, data[start : start + MAX_FRAME_DATA])
+            self._log.append(kind, data[start : start + MAX_FRAME_DATA])
             self._log.ready()
+
+
+class InputErrand(Errand):
+    """An errand that reads input."""
+
+    def __init__(
+        self,
+        action: Callable[[MachineOptions, Any, InputErrand], JsonObject],
+        options: MachineOptions,
+        log: JobLog,
+        on_input: Callable[[int], None],
+        spec: Any,
+    ) -> None:
+        super().__init__(action, options, log, on_input, spec)  # type: ignore[arg-type]
+        self._on_input = on_input
+        self._arrived = threading.Condition()  # guards _input
+        self._input = InputWindow()
+        self._reported = 0  # offset
+
+    @property
+    def consumed(self) -> int | None:
+        return self._input.consumed
+
+    def input(self, offset: int, data: bytes) -> None:
+        """Raises RpcError."""
+        with self._arrived:
+            self._input.add(offset, data)
+            self._arrived.notify()
+
+    def cancel(self, reason: str = "") -> None:
+        super().cancel(reason)
+        with self._arrived:
+            self._arrived.notify()
+
+    def read(self, _size: int) -> bytes:
+        """Return what comes next, b"" at its end.  Raises Cancelled, RpcError."""
+        deadline = Deadline(INPUT_PATIENCE)
+        with self._arrived:
+            while True:
+                self.cancellation.pause(0)
+                data = self._input.peek()
+                if data or self._input.exhausted:
+                    break
+                if deadline.expired:
+                    waited = format_duration(INPUT_PATIENCE)
+                    raise RpcError("TIMEOUT", f"nothing came for {waited}")
+                self._arrived.wait(deadline.remaining())
+            self._input.consume(len(data))
+            consumed = self._input.consumed
+            due = consumed >= self._reported + LOG_WINDOW // 4
+            due = due or consumed == self._input.arrived
+        if due:
+            self._reported = consumed
+            self._on_input(consumed)
+        return data
 
 
 # --- The works ---
@@ -8354,6 +9300,48 @@ def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObj
     return {}
 
 
+def file_places(options: MachineOptions) -> FilePlaces:
+    """Raises RpcError FORBIDDEN."""
+    if options.files is None:
+        raise RpcError("FORBIDDEN", "this machine's owner does not share its files")
+    return options.files
+
+
+class Notes:
+    """What a transfer says of single files: JSON lines on its standard error."""
+
+    def __init__(self, errand: Errand) -> None:
+        self._errand = errand
+        self.count = 0
+
+    def __call__(self, text: str) -> None:
+        self.count += 1
+        if self.count <= MAX_NOTES:
+            self._errand.write({"note": text}, STDERR)
+
+
+def _transfer_result(result: JsonObject, notes: Notes) -> JsonObject:
+    return {**result, "notes": notes.count} if notes.count else result
+
+
+def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> JsonObject:
+    notes = Notes(errand)
+    source = FileSource(spec, file_places(options), notes)
+    errand.write({"bytes": source.measure()}, STDERR)
+    for piece in source.pieces():
+        errand.write_bytes(piece)
+    return _transfer_result(source.result, notes)
+
+
+def _write_files(
+    options: MachineOptions, spec: FileWrite, errand: InputErrand
+) -> JsonObject:
+    notes, inherited = Notes(errand), options.inherited
+    umask = 0o022 if inherited is None else inherited.umask
+    target = FileTarget(spec, file_places(options), notes, umask=umask)
+    return _transfer_result(target.receive(errand.read), notes)
+
+
 WorkFactory: TypeAlias = (
     "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
 )
@@ -8365,6 +9353,7 @@ class Work(Value):
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
     make: WorkFactory  # raises RpcError FORBIDDEN
     recorded: bool = False  # it has a row at the gateway
+    takes_input: bool = False  # whatever its spec says
     side_by_side: int = 8  # jobs
     line: int = 0  # jobs that may wait for a place; more are refused
     window: int = LOG_WINDOW
@@ -8382,7 +9371,23 @@ WORKS: Mapping[str, Work] = {
     "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
     "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
     "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
+    "file.read": Work(
+        FileRead.from_json,
+        partial(Errand, _read_files),
+        recorded=True,
+        side_by_side=MAX_COPIES,
+        line=MAX_LINE,
+    ),
+    "file.write": Work(
+        FileWrite.from_json,
+        partial(InputErrand, _write_files),
+        recorded=True,
+        takes_input=True,
+        side_by_side=MAX_COPIES,
+        line=MAX_LINE,
+    ),
 }
+FILE_WORKS = ("file.read", "file.write")
 
 
 def find_work(name: str) -> Work:
@@ -8403,6 +9408,17 @@ def check_spec(work: str, spec: JsonObject) -> JsonObject:
     """
     checked: JsonObject = encode_value(find_work(work).read_spec(spec))
     return checked
+
+
+def work_title(work: str, spec: JsonObject) -> str:
+    """Return a job's command for people: of other works what they do."""
+    if work == "file.read":
+        paths = [shown_path(decode_path(path)) for path in spec["paths"][:3]]
+        more = len(spec["paths"]) - len(paths)
+        return f"read {', '.join(paths)}{f' and {more} more' if more else ''}"
+    if work == "file.write":
+        return f"write {shown_path(decode_path(spec['path']))}"
+    return spec.get("command") or work
 
 
 class MachineJob:
@@ -8584,7 +9600,9 @@ class Machine:
 
     def _task(self, work: str, log: JobLog, spec: JsonObject) -> Task:
         row, allowed = find_work(work), self._options.allowed
-        if allowed is not None and work != "run" and not allowed.allows_work(work):
+        shared = self._options.files is not None and work in FILE_WORKS
+        named = work == "run" or shared  # these two look at the options themselves
+        if allowed is not None and not named and not allowed.allows_work(work):
             raise RpcError(
                 "FORBIDDEN", f"this machine's owner does not allow the work {work!r}"
             )
@@ -12742,7 +13760,7 @@ def new_job(
         node_id=node[0],
         node_name=node[1],
         work=work,
-        command=spec.get("command") or work,
+        command=work_title(work, spec),
         cwd=spec.get("cwd"),
         timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
         spec=spec,
@@ -15842,7 +16860,8 @@ def answer_request(
 
 
 def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+    spec = record.spec or {}
+    return WORKS[record.work].takes_input or bool(spec.get("stdin") or spec.get("tty"))
 
 
 STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
@@ -16431,6 +17450,11 @@ class JobMethods:
         """Return the job that the parameter `id` names.  Raises RpcError."""
         return self._jobs.get(required(params, "id", str))
 
+    def readable(self, job: Job, caller: Caller) -> None:
+        """Raises RpcError unless the caller may read the job's log."""
+        if job.record.work in FILE_WORKS:
+            caller.require(Scope.WRITE)  # files are more than the output of commands
+
     def start(
         self,
         call: RpcCall,
@@ -16487,6 +17511,7 @@ class JobMethods:
         """
         if hold:
             peer.caller.require(Scope.WRITE)
+        self.readable(job, peer.caller)
         peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
@@ -16501,9 +17526,10 @@ class JobMethods:
         peer.acknowledge(job_id, offset)
 
     def read(
-        self, job: Job, offset: int, wait: float, encoding: str
+        self, caller: Caller, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
         """Answer with output from `offset` on, waiting `wait` s for the first."""
+        self.readable(job, caller)
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -16800,7 +17826,7 @@ class Rpc:
                 *(jobs.start, write),
                 call=RpcCall,
                 jobs=objects_in,
-                work=one_of("run"),
+                work=one_of("run", *FILE_WORKS),
                 spec=dict,
                 keep=Optional(bool),
                 hold=flag,
@@ -16826,6 +17852,7 @@ class Rpc:
             ),
             "job.read": Method(
                 *(jobs.read, read),
+                caller=Caller,
                 job=jobs.job,
                 offset=offset,
                 wait=Optional(seconds(MAX_WAIT), 0.0),
@@ -23926,6 +24953,13 @@ def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
     return ModelCatalog(make_providers(environ, entered))
 
 
+def shared_files(settings: NodeSettings) -> FilePlaces | None:
+    """Return where a node's files may be read and written, None for nowhere."""
+    if not settings.files or (settings.allow and not settings.allow_files):
+        return None
+    return FilePlaces(settings.working_dir or home_directory(), settings.allow_files)
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -23952,6 +24986,7 @@ class RunningNode:
                 inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
+                files=shared_files(settings),
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
@@ -24589,6 +25624,8 @@ def node_settings(
         auth=args.auth or "scram",
         llm=not args.no_llm,
         allow=args.allow or (),
+        files=not args.no_files,
+        allow_files=[os.path.abspath(path) for path in args.allow_files or ()],
         ca=trust.ca,
         proxies=proxies_from(context.environ),
     )
@@ -26111,6 +27148,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg(
                 "--allow PATTERN",
                 "run only commands like this; may be given more than once",
+                action="append",
+            ),
+            arg("--no-files", "do not let files be read and written; so does --allow"),
+            arg(
+                "--allow-files DIR",
+                "only files in this directory; may be given more than once",
                 action="append",
             ),
             arg("--foreground", "run here until Ctrl+C, keep nothing"),
