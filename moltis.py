@@ -9157,7 +9157,8 @@ def transfer_words(result: JsonObject) -> str:
     """Return what a transfer of files did, for the audit."""
     count, size = result["files"], result["bytes"]
     files = "1 file" if count == 1 else f"{count:,} files"
-    return f"{files}, {size:,} bytes, SHA-256 {result['sha256']}"
+    left_out = f", {result['notes']:,} notes" if result["notes"] else ""
+    return f"{files}, {size:,} bytes, SHA-256 {result['sha256']}{left_out}"
 
 
 class Task(Protocol):
@@ -9384,16 +9385,18 @@ class Notes:
 
     def __init__(self, errand: Errand) -> None:
         self._errand = errand
-        self.count = 0
+        self._count = 0
 
     def __call__(self, text: str) -> None:
-        self.count += 1
-        if self.count <= MAX_NOTES:
+        self._count += 1
+        if self._count <= MAX_NOTES:
             self._errand.write({"note": text}, STDERR)
 
-
-def _transfer_result(result: JsonObject, notes: Notes) -> JsonObject:
-    return {**result, "notes": notes.count} if notes.count else result
+    def end(self, result: JsonObject) -> JsonObject:
+        """Write and return the result, with the number of notes."""
+        result = {**result, "notes": self._count}
+        self._errand.write({"result": result}, STDERR)
+        return result
 
 
 def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> JsonObject:
@@ -9402,7 +9405,7 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
     errand.write({"bytes": source.measure()}, STDERR)
     for piece in source.pieces():
         errand.write_bytes(piece)
-    return _transfer_result(source.result, notes)
+    return notes.end(source.result)
 
 
 def _write_files(
@@ -9411,7 +9414,7 @@ def _write_files(
     notes, inherited = Notes(errand), options.inherited
     umask = 0o022 if inherited is None else inherited.umask
     target = FileTarget(spec, file_places(options), notes, umask=umask)
-    return _transfer_result(target.receive(errand.read), notes)
+    return notes.end(target.receive(errand.read))
 
 
 WorkFactory: TypeAlias = (
@@ -24193,6 +24196,7 @@ class JobInput:
         self._sent = 0  # offset
         self._ended = False  # nothing follows what is kept
         self._flows = False  # the job was started
+        self._closed = False  # nobody waits for the rest
 
     def feed(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives, to its end, at most a window ahead of the job.
@@ -24202,11 +24206,19 @@ class JobInput:
         while not self._ended:
             data = read(MAX_LOG_MESSAGE)
             with self._changed:
-                while len(self._kept) + len(data) > LOG_WINDOW:
+                while len(self._kept) + len(data) > LOG_WINDOW and not self._closed:
                     self._changed.wait()  # for consumed()
+                if self._closed:
+                    return
                 self._kept += data
                 self._ended = not data
                 self._send_rest()
+
+    def close(self) -> None:
+        """End feed(), also while it waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def consumed(self, offset: int) -> None:
         """Forget what is before `offset`."""
@@ -24263,6 +24275,8 @@ class JobFeed:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._input is not None:
+            self._input.close()
         for job in self.open.values():
             # A connection that just ends would count as broken.
             self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
@@ -24866,7 +24880,11 @@ class LocalNode:
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         home = home_directory()
         options = MachineOptions(
-            environ, self._inventory, working_dir=home, inherited=inherited
+            environ,
+            self._inventory,
+            working_dir=home,
+            inherited=inherited,
+            files=FilePlaces(home),
         )
         machine = self._machine = Machine(options)
         self._link = LocalLink(machine)
@@ -25222,6 +25240,11 @@ class Output:
         if self._terminal:
             self._write(visible(text))
             self._status_shown = True
+
+    def remark(self, text: str) -> None:
+        """Write a line that only somebody at a terminal wants."""
+        if self._terminal:
+            self.say(text)
 
     def complain(self, text: str) -> None:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
@@ -26659,6 +26682,327 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
             return INTERRUPTED
 
 
+# -- moltis node cp ------------------------------------------------------------
+
+PROGRESS_INTERVAL = 0.2  # s between two updates of the line that shows progress
+BAR_WIDTH = 20  # characters
+
+
+class CopyPlace(Value):
+    """One source or the destination of a copy."""
+
+    nodes: tuple[str, ...]  # references; none: this machine
+    path: str
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it is our standard input or output."""
+        return not self.nodes and self.path == "-"
+
+
+def copy_place(text: str, working_dir: str | None) -> CopyPlace:
+    """Read `NODE:PATH`, `NODE,NODE:PATH` or a path, as scp does.
+
+    A colon after a slash is part of a path.
+    """
+    head, colon, path = text.partition(":")
+    if not colon or not head or "/" in head:
+        return CopyPlace((), text)
+    if working_dir and not path.startswith(("/", "~")):
+        path = f"{working_dir}/{path}"
+    return CopyPlace(tuple(filter(None, head.split(","))), path or ".")
+
+
+class CopyProgress:
+    """The line that shows how far a transfer is, and what it says of single files."""
+
+    def __init__(self, output: Output, label: str) -> None:
+        self._output = output
+        self._label = label
+        self._begin = time.monotonic()
+        self._shown_at = self._begin
+        self._name = ""
+        self._count = 0
+        self.total = 0  # bytes; 0: not known
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._output.complain(f"{self._label}{text}")
+
+    def add(self, name: str, count: int) -> None:
+        """Record `count` more bytes, of the file `name` if that is known."""
+        self._count += count
+        self._name = name or self._name
+        now = time.monotonic()
+        if now >= self._shown_at + PROGRESS_INTERVAL:
+            self._shown_at = now
+            self._output.status(self._line(now - self._begin))
+
+    def end(self, result: JsonObject) -> None:
+        """Say on a terminal what was copied."""
+        took = time.monotonic() - self._begin
+        files = "1 file" if result["files"] == 1 else f"{result['files']:,} files"
+        size, rate = result["bytes"], format_bytes(result["bytes"] / max(took, 0.001))
+        text = f"{self._label}{files}, {format_bytes(size)} in {format_duration(took)}"
+        self._output.remark(f"{text}, {rate}/s")
+
+    def _line(self, took: float) -> str:
+        rate = self._count / took
+        parts = [f"{self._label}{self._name[-40:]}"]
+        if self.total:
+            done = min(1.0, self._count / self.total)
+            parts.append(
+                "#" * round(done * BAR_WIDTH) + "." * round((1 - done) * BAR_WIDTH)
+            )
+            left = format_duration((self.total - self._count) / max(rate, 1))
+            parts.append(f"{format_bytes(self._count)} of {format_bytes(self.total)}")
+            parts += [f"{format_bytes(rate)}/s", f"{left} left"]
+        else:
+            parts += [format_bytes(self._count), f"{format_bytes(rate)}/s"]
+        return "  ".join(filter(None, parts))
+
+
+class RemoteFiles:
+    """One end of a transfer on a node: a job, and what it says."""
+
+    def __init__(
+        self,
+        feed: JobFeed,
+        node: tuple[str, str],
+        work: str,
+        spec: Value,
+        progress: CopyProgress,
+        waiting: Waiting,
+    ) -> None:
+        """`node`: what the gateway calls it, and its name for people."""
+        self.result: JsonObject = {}
+        self.stopped = False
+        self._feed = feed
+        self._progress = progress
+        self._waiting = waiting
+        self._said = bytearray()  # the begin of a line
+        request = {"work": work, "spec": encode_value(spec)}
+        (self._job,) = feed.start(dict([node]), request)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the job's standard output until it has ended.  Raises UserError."""
+        for news in self._feed.news(tick=1.0):
+            if self.stopped:
+                return
+            if isinstance(news, JobOutput):
+                for kind, data in news.frames:
+                    if kind == STDOUT:
+                        yield data
+                    elif kind == STDERR:
+                        self._hear(data)
+            elif isinstance(news, JobChange):
+                self._take_change()
+                if not self._feed.open:
+                    return
+            elif isinstance(news, GatewayChange):
+                change = self._waiting.end if news.reachable else self._waiting.begin
+                change("the gateway")
+            else:
+                self._waiting.show()
+
+    def _take_change(self) -> None:
+        job = self._job
+        if job.state.get("awayMs") is not None:
+            self._waiting.begin(job.name, job.state["awayMs"])
+        else:
+            self._waiting.end(job.name)
+        if job.error is not None:
+            raise job.error
+        if job.ending is not None and job.ending.state != JobState.DONE:
+            raise UserError(f"{job.name}: {job.ending.reason or job.ending.words()}")
+
+    def _hear(self, data: bytes) -> None:
+        *lines, rest = (bytes(self._said) + data).split(b"\n")
+        self._said = bytearray(rest)
+        for line in lines:
+            said = from_json(line)
+            if "note" in said:
+                self._progress.note(str(said["note"]))
+            self._progress.total = said.get("bytes", self._progress.total)
+            self.result = said.get("result", self.result)
+
+
+def one_by_one(pieces: Iterable[bytes]) -> Callable[[int], bytes]:
+    """Return a function that reads the pieces, then b""."""
+    left = filter(None, pieces)
+    return lambda _size: next(left, b"")
+
+
+def with_digest(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces, then their SHA-256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def counted(pieces: Iterable[bytes], progress: CopyProgress) -> Iterator[bytes]:
+    for piece in pieces:
+        progress.add("", len(piece))
+        yield piece
+
+
+def write_to_stdout(read: Callable[[int], bytes]) -> JsonObject:
+    """Write the one file in a stream to standard output.  Raises RpcError."""
+    stream, count = CheckedStream(read), 0
+    for number, member in enumerate(read_members(stream)):
+        if number or member.kind not in (b"0", b"\0"):
+            raise RpcError("INVALID_REQUEST", "- takes one file only")
+        for piece in stream.pieces(member.size):
+            sys.stdout.buffer.write(piece)
+            count += len(piece)
+        stream.exactly(-member.size % TAR_BLOCK)
+    sys.stdout.buffer.flush()
+    stream.check()
+    return {"files": 1, "bytes": count, "sha256": stream.sha256, "path": "-"}
+
+
+class FileCopy:
+    """`node cp`: streams of files from each source to each destination."""
+
+    def __init__(self, args: argparse.Namespace, context: Context) -> None:
+        self._args = args
+        self._output = context.output
+        self._waiting = Waiting(context.output)
+        self._dial = partial(operator_client, args, context)
+        inherited = context.inherited
+        self._umask = 0o022 if inherited is None else inherited.umask
+        self._several = False
+
+    def run(
+        self, sources: Sequence[CopyPlace], destination: CopyPlace
+    ) -> list[JsonObject]:
+        """Return what each transfer copied.  Raises UserError."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for source in sources:
+            for node in source.nodes or ("",):
+                groups.setdefault((node,), []).append(source.path)
+        targets = destination.nodes or ("",)
+        self._several = len(sources) > 1 or len(groups) > 1
+        with self._dial() as client:  # all names are checked before anything is copied
+            for node in {name for (name,) in groups} | set(targets) - {""}:
+                if node:
+                    client.call("node.describe", {"nodeId": node})
+        labels = len(groups) * len(targets) > 1
+        return [
+            self._transfer(source, paths, target, destination.path, labels=labels)
+            for (source,), paths in groups.items()
+            for target in targets
+        ]
+
+    def _transfer(
+        self, source: str, paths: list[str], target: str, path: str, *, labels: bool
+    ) -> JsonObject:
+        """Copy from one machine ("": this one) to one other."""
+        label = f"{target or source}: " if labels else ""
+        progress = CopyProgress(self._output, label)
+        try:
+            with contextlib.ExitStack() as stack:
+                pieces = self._pieces(source, paths, progress, stack)
+                result = self._deliver(pieces, target, path, progress, stack)
+        except RpcError as error:
+            raise user_error(error) from error
+        progress.end(result)
+        return {
+            "source": [f"{source}:{p}" if source else p for p in paths],
+            "destination": f"{target}:{path}" if target else path,
+            **{name: result.get(name) for name in ("files", "bytes", "sha256")},
+            "notes": progress.notes,
+        }
+
+    def _pieces(
+        self,
+        source: str,
+        paths: list[str],
+        progress: CopyProgress,
+        stack: contextlib.ExitStack,
+    ) -> Iterator[bytes]:
+        if not source and paths == ["-"]:
+            stdin = iter(partial(read_stdin, FILE_PIECE), b"")
+            return with_digest(counted(stdin, progress))
+        spec = FileRead(
+            [encode_path(path) for path in paths],
+            recursive=self._args.recursive,
+            patterns=bool(source),  # here the shell has expanded them
+        )
+        if source:
+            feed = stack.enter_context(JobFeed(self._dial))
+            node = (source, source)
+            remote = RemoteFiles(feed, node, "file.read", spec, progress, self._waiting)
+            stack.callback(setattr, remote, "stopped", True)
+            return counted(remote.pieces(), progress)
+        local = FileSource(spec, FilePlaces(os.getcwd()), progress.note, progress.add)
+        progress.total = local.measure()
+        return local.pieces()
+
+    def _deliver(
+        self,
+        pieces: Iterator[bytes],
+        target: str,
+        path: str,
+        progress: CopyProgress,
+        stack: contextlib.ExitStack,
+    ) -> JsonObject:
+        spec = FileWrite(
+            encode_path(path),
+            into=self._several,
+            mkdir=self._args.mkdir,
+            bare=self._args.paths[0] == "-",
+        )
+        if not target:
+            if path == "-":
+                return write_to_stdout(one_by_one(pieces))
+            here = FilePlaces(os.getcwd())
+            written = FileTarget(spec, here, progress.note, umask=self._umask)
+            return written.receive(one_by_one(pieces))
+        feed = stack.enter_context(JobFeed(self._dial))
+        node = (target, target)
+        remote = RemoteFiles(feed, node, "file.write", spec, progress, self._waiting)
+        problems: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                feed.feed_input(one_by_one(pieces))
+            except (MoltisError, OSError) as error:
+                problems.append(error)
+                remote.stopped = True
+
+        sender = threading.Thread(target=send, name="moltis-copy", daemon=True)
+        sender.start()
+        for _ in remote.pieces():  # a writer has no output
+            pass
+        if problems:
+            raise problems[0]
+        return remote.result
+
+
+def cmd_node_cp(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    if len(args.paths) < 2:
+        raise UsageError("name what to copy and where to: node cp app.tar pi:")
+    *sources, destination = (copy_place(p, args.working_dir) for p in args.paths)
+    if not destination.nodes and not all(source.nodes for source in sources):
+        raise UsageError(
+            "one side has to be on a node, as NODE:PATH; cp copies files of one machine"
+        )
+    pipes = [place for place in (*sources, destination) if place.is_pipe]
+    if pipes and len(sources) > 1:
+        raise UsageError("- takes one source and one destination")
+    if destination.is_pipe and len(sources[0].nodes) > 1:
+        raise UsageError("- takes the file of one node")
+    copies = FileCopy(args, context).run(sources, destination)
+    if args.json:
+        context.output.json(copies)
+    return EXIT_FAILURE if any(copy["notes"] for copy in copies) else EXIT_OK
+
+
 # -- moltis mcp ----------------------------------------------------------------
 
 
@@ -27332,6 +27676,20 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "print a job's output from its beginning, until it ends",
         "moltis node attach 5f0c",
         (arg("job ID", "from `node jobs`, or its beginning"), *GATEWAY),
+    ),
+    "node cp": Subcommand(
+        cmd_node_cp,
+        "copy files and directories to and from nodes",
+        "moltis node cp -r site/ web1,web2:/srv/www",
+        (
+            arg("paths PATH", "NODE:PATH, or a file of this machine", nargs="+"),
+            arg("-r --recursive", "copy directories, and links as links"),
+            arg("--mkdir", "make missing directories at the destination"),
+            arg("--working-dir DIR", "where relative paths on nodes begin"),
+            *GATEWAY,
+            JSON,
+        ),
+        usage="moltis node cp [-r] [--mkdir] [options] SOURCE [SOURCE ...] DESTINATION",
     ),
     "node rename": Subcommand(
         cmd_node_rename,
