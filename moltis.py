@@ -5988,19 +5988,19 @@ class FileSource:
 
     def _readable(self, spec: FileRead) -> list[str]:
         """Return the paths, expanded; note those that cannot be read."""
-        found, first_problem = [], RpcError("INVALID_REQUEST", "no path is given")
+        found, problems = [], []
         for encoded in spec.paths:
             path = self._places.absolute(decode_path(encoded))
             for name in self._expanded(path) if spec.patterns else [path]:
                 problem = self._problem(name)
                 if problem is None:
                     found.append(name)
-                    continue
-                if found or first_problem.code != "INVALID_REQUEST":
-                    self._note(problem.message)
-                first_problem = problem
+                else:
+                    problems.append(problem)
         if not found:
-            raise first_problem
+            raise next(iter(problems), RpcError("INVALID_REQUEST", "no path is given"))
+        for problem in problems:
+            self._note(problem.message)
         return found
 
     def _expanded(self, pattern: str) -> list[str]:
@@ -6016,6 +6016,9 @@ class FileSource:
         if stat.S_ISDIR(facts.st_mode) and not self._recursive:
             problem = file_problem(path, "is a directory; -r copies directories")
             return RpcError("CONFLICT", problem)
+        if stat.S_ISLNK(facts.st_mode) and not self._recursive:
+            problem = file_problem(path, "is a link, which is not followed here")
+            return RpcError("FORBIDDEN", problem)
         return None
 
     def _size(self, path: str) -> int:
@@ -17846,6 +17849,12 @@ def caller_origin(caller: Caller) -> Origin:
     return Origin(caller.kind, caller.id, caller.name, caller.address)
 
 
+def check_reader(job: Job, caller: Caller) -> None:
+    """Raises RpcError FORBIDDEN unless the caller may read the job's log."""
+    # Files are more than the output of commands.
+    caller.require(Scope.WRITE if job.record.work in FILE_WORKS else Scope.READ)
+
+
 class JobMethods:
     """The methods about jobs."""
 
@@ -17856,11 +17865,6 @@ class JobMethods:
     def job(self, params: JsonObject, _name: str) -> Job:
         """Return the job that the parameter `id` names.  Raises RpcError."""
         return self._jobs.get(required(params, "id", str))
-
-    def readable(self, job: Job, caller: Caller) -> None:
-        """Raises RpcError unless the caller may read the job's log."""
-        if job.record.work in FILE_WORKS:
-            caller.require(Scope.WRITE)  # files are more than the output of commands
 
     def start(
         self,
@@ -17918,7 +17922,7 @@ class JobMethods:
         """
         if hold:
             peer.caller.require(Scope.WRITE)
-        self.readable(job, peer.caller)
+        check_reader(job, peer.caller)
         peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
@@ -17936,7 +17940,7 @@ class JobMethods:
         self, caller: Caller, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
         """Answer with output from `offset` on, waiting `wait` s for the first."""
-        self.readable(job, caller)
+        check_reader(job, caller)
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -19751,8 +19755,10 @@ class HttpApp:
         job_id, _, what = request.path[len(JOBS_PATH) :].partition("/")
         if what != "output":
             return self._not_found(request)
-        self.caller(request).require(Scope.READ)
+        caller = self.caller(request)
+        caller.require(Scope.READ)
         job = self._jobs.get(job_id)
+        check_reader(job, caller)
         name = f"output-{job.id[:8]}.txt"
         return download_reply(name, job_output(job), "text/plain")
 
