@@ -26337,9 +26337,15 @@ def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
     return ModelCatalog(make_providers(environ, entered))
 
 
-def shared_files(settings: NodeSettings) -> FilePlaces | None:
-    """Return where a node's files may be read and written, None for nowhere."""
+def shared_places(settings: NodeSettings) -> list[str]:
+    """Return the directories whose files a node shares."""
     if not settings.files or (settings.allow and not settings.allow_files):
+        return []
+    return [*settings.allow_files] or ["/"]
+
+
+def shared_files(settings: NodeSettings) -> FilePlaces | None:
+    if not shared_places(settings):
         return None
     return FilePlaces(settings.working_dir or home_directory(), settings.allow_files)
 
@@ -27116,6 +27122,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
             "Node id": settings.node_id,
             "Gateway": settings.gateway_url,
             "Allows": settings.allow,
+            "Files": ", ".join(shared_places(settings)) or "not shared",
             "Service": service.status().state,
             "Log": spec.log,
         }
@@ -27277,6 +27284,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         "gateway": settings.gateway_url if settings else None,
         "proxy": node_proxy(settings) if settings else None,
         "allow": list(settings.allow) if settings else [],
+        "files": shared_places(settings) if settings else [],
         "service": status.state if status else "none",
         "pid": pid,
         "connected": connected,
@@ -27296,6 +27304,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
                 "Gateway": value["gateway"],
                 "Proxy": value["proxy"],
                 "Allows": value["allow"],
+                "Files": ", ".join(value["files"]) or (settings and "not shared"),
                 "Service": f"{value['service']}{f', process {pid}' if pid else ''}",
                 "Connected": f"{'yes' if connected else 'no'}{since}",
                 "Last error": value["lastError"] or None,
