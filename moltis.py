@@ -5861,6 +5861,21 @@ class FileWrite(Value):
     bare: bool = False  # the stream is one file's bytes, without an archive
 
 
+def descend(descriptor: int, names: Iterable[str]) -> int:
+    """Return the directory `names` below `descriptor`, which is closed.
+
+    Follows no link.  Raises OSError.
+    """
+    for name in names:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            below = os.open(name, flags, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = below
+    return descriptor
+
+
 class FilePlaces:
     """The directories that may be read and written: all, or those below some."""
 
@@ -5923,22 +5938,29 @@ class FilePlaces:
         return ""
 
 
-def descend(descriptor: int, names: Iterable[str]) -> int:
-    """Return the directory `names` below `descriptor`, which is closed.
-
-    Follows no link.  Raises OSError.
-    """
-    for name in names:
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-            below = os.open(name, flags, dir_fd=descriptor)
-        finally:
-            os.close(descriptor)
-        descriptor = below
-    return descriptor
-
-
 # -- reading -------------------------------------------------------------------
+
+
+def tar_header(
+    name: str,
+    facts: os.stat_result,
+    kind: bytes,
+    *,
+    size: int = 0,
+    link: str = "",
+    failed: bool = False,
+) -> bytes:
+    """Return the header of a member, a whole number of blocks."""
+    import tarfile
+
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, size, link
+    member.mode = stat.S_IMODE(facts.st_mode) & 0o777
+    seconds, rest = divmod(facts.st_mtime_ns, 10**9)
+    member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    if failed:
+        member.pax_headers[PAX_FAILED] = "1"
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 class FileSource:
@@ -6149,28 +6171,6 @@ class FileSource:
             data += piece
         limit = format_bytes(MAX_UNSIZED)
         raise OSError(errno.EFBIG, f"does not say its size, and has more than {limit}")
-
-
-def tar_header(
-    name: str,
-    facts: os.stat_result,
-    kind: bytes,
-    *,
-    size: int = 0,
-    link: str = "",
-    failed: bool = False,
-) -> bytes:
-    """Return the header of a member, a whole number of blocks."""
-    import tarfile
-
-    member = tarfile.TarInfo(name)
-    member.type, member.size, member.linkname = kind, size, link
-    member.mode = stat.S_IMODE(facts.st_mode) & 0o777
-    seconds, rest = divmod(facts.st_mtime_ns, 10**9)
-    member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
-    if failed:
-        member.pax_headers[PAX_FAILED] = "1"
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 # -- writing -------------------------------------------------------------------
@@ -26076,9 +26076,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Telemetry, Language models,
-#       Machine, Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat,
-#       Gateway, HTTP, Web page
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Files, Language models,
+#       Telemetry, Machine, Node agent, Store, Access, Fleet, Jobs, Agent,
+#       Model directory, Chat, Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -26488,7 +26488,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands,
+# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
 #       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
 #       Assembly
 #
