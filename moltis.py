@@ -29874,7 +29874,7 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 
 # -- moltis node cp ------------------------------------------------------------
 
-PROGRESS_INTERVAL = 0.2  # s between two updates of the line that shows progress
+COPY_UPDATE = 0.2  # s between two updates of the line that shows progress
 BAR_WIDTH = 20  # characters
 
 
@@ -29925,7 +29925,7 @@ class CopyProgress:
         self._count += count
         self._name = name or self._name
         now = time.monotonic()
-        if now >= self._shown_at + PROGRESS_INTERVAL:
+        if now >= self._shown_at + COPY_UPDATE:
             self._shown_at = now
             self._output.status(self._line(now - self._begin))
 
