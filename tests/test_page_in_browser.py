@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -704,6 +705,36 @@ def test_a_page_that_lost_its_gateway_comes_back_with_what_it_missed(own_site, b
         assert run(page, "echo after").strip() == "after"
         # Chromium reports each try to connect that failed, and nothing else went wrong.
         assert [e for e in page.errors if "WebSocket connection to" not in e] == []
+
+
+def test_messages_that_one_answer_has_no_room_for_can_be_shown(own_site, browser):
+    """The page is told of them when it comes back, too."""
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        run(page, "echo the beginning")
+        page.wait_for_text("the beginning")
+        own_site.stop()
+        db = sqlite3.connect(str(own_site.home / ".moltis/moltis.db"))
+        with closing(db), db:
+            (last,) = db.execute("SELECT max(created_at) FROM messages").fetchone()
+            (seq,) = db.execute("SELECT seq FROM sessions WHERE key = 'main'").fetchone()
+            details = json.dumps({"unknown": "x" * 3_000_000})
+            for n in range(3):
+                db.execute(
+                    "INSERT INTO messages (id, session_key, run_id, role, created_at,"
+                    " state, seq, text, details) VALUES (?, 'main', '', 'assistant', ?,"
+                    " 'done', ?, ?, ?)",
+                    (f"m{n}", last + 1 + n, seq, f"kept answer {n}", details),
+                )
+        own_site.start()
+        page.wait_for_text("kept answer 2")
+        for text in ("kept answer 1", "kept answer 0"):
+            page.wait_for("!document.querySelector('#older').hidden")
+            page.click("#older")
+            page.wait_for_text(text)
+        page.wait_for_text("the beginning")
+        page.wait_for("document.querySelector('#older').hidden")
 
 
 @pytest.fixture

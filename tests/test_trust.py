@@ -57,10 +57,13 @@ class Relay:
     """A man in the middle: passes on what it hears, and writes it down.
 
     With `files` it speaks TLS both ways, towards the client with that certificate.
+    Connections beyond the first `served` hear nothing.
     """
 
-    def __init__(self, port, files=None):
+    def __init__(self, port, files=None, served=1000):
         self.heard = b""
+        self.accepted = 0
+        self._served = served
         self._lock = threading.Lock()  # guards heard
         self._target = port
         self._tls = moltis.load_tls(files).context if files else None
@@ -80,8 +83,10 @@ class Relay:
             while True:
                 client, _ = self._listener.accept()
                 self._sockets.append(client)
-                with contextlib.suppress(OSError):
-                    self._connect(client)
+                self.accepted += 1
+                if self.accepted <= self._served:
+                    with contextlib.suppress(OSError):
+                        self._connect(client)
 
     def _connect(self, client):
         server = socket.create_connection(("127.0.0.1", self._target))
@@ -271,6 +276,26 @@ def test_a_ca_s_certificate_may_come_with_another_key_and_no_other_may(
                     changes["gateway_pin"] = "ca"
             finally:
                 node.close()
+
+
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_node_that_is_stopped_does_not_wait_for_a_silent_gateway(
+    tmp_path, issued_files, monkeypatch, served
+):
+    """Its second connection asks whether a CA vouches for what it keeps."""
+    ca, pair, *_ = issued_files
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
+    tls = moltis.ServerTls(lambda: pair)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "gateway", tls=tls))
+        relay = stack.enter_context(Relay(gateway.running.port, served=served))
+        url = f"wss://127.0.0.1:{relay.port}/ws"
+        settings = node_settings(gateway, url)
+        node = moltis.RunningNode(settings, gateway.environ, lambda *_: None)
+        stack.callback(node.close)
+        wait_for(lambda: relay.accepted > served, what="the silent connection")
+        node.close()
+        assert not node._thread.is_alive()
 
 
 def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway):
