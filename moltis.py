@@ -1936,7 +1936,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
     What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
-    through an anonymous file: no other user can write it, no directory of ours has to be
+    through an anonymous file: no other user can write it, no directory has to be
     writable, and there is no cache to check.  Returns where the program was imported,
     and where the system cannot do this; then all stays as it is.
     """
@@ -5224,7 +5224,7 @@ def _start_shell(
     return shell.pid
 
 
-def _account_name(user_id: int) -> str:
+def account_name(user_id: int) -> str:
     import pwd
 
     try:
@@ -5241,7 +5241,7 @@ class Survivor(Value):
     user_id: int
 
     def __str__(self) -> str:
-        user = _account_name(self.user_id)
+        user = account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
 
 
@@ -7473,7 +7473,17 @@ TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "runtime_versions": ("runtimeVersions", _versions),
     "gpus": ("gpus", _gpu_list),
     "providers": ("providers", _provider_list),
+    "hostname": ("hostname", _label),
+    "system": ("system", _label),
+    "user": ("user", _label),
+    "virtual": ("virtual", _label),
 }
+
+
+def _share_used(total: int | None, available: int | None) -> float | None:
+    if not total or available is None:
+        return None
+    return 100 * (total - available) / total
 
 
 class Telemetry(Value):
@@ -7493,6 +7503,10 @@ class Telemetry(Value):
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+    hostname: str | None = None  # here and below: see Host
+    system: str | None = None
+    user: str | None = None
+    virtual: str | None = None
 
     @classmethod
     def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
@@ -7537,6 +7551,11 @@ class Telemetry(Value):
         `stale`: the node is offline, or has not reported lately.
         """
         return {**self.replace(providers=None).to_json(), "stale": stale}
+
+    def shares_used(self) -> tuple[float | None, float | None, float | None]:
+        """Return the usage of CPU, memory and disk, from 0 to 100."""
+        memory = _share_used(self.mem_total, self.mem_available)
+        return self.cpu_usage, memory, _share_used(self.disk_total, self.disk_available)
 
 
 # -- the operating system ------------------------------------------------------
@@ -7872,9 +7891,58 @@ def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
 # -- what is installed ---------------------------------------------------------
 
 
+class Host(Value):
+    """What a machine is; "" where it does not say."""
+
+    hostname: str = ""
+    system: str = ""  # name and release, as in "Debian GNU/Linux 12 (bookworm)"
+    user: str = ""  # whom commands run as
+    virtual: str = ""  # "container", the maker of a virtual machine, or "no"
+
+
+_PRETTY_NAME = r"""(?m)^PRETTY_NAME=["']?([^"'\n]+)"""
+_PLIST_STRING = r"<key>%s</key>\s*<string>([^<]+)</string>"
+MACOS_VERSION = "System/Library/CoreServices/SystemVersion.plist"
+# What containers leave behind, by the programs that start them: docker, podman, and
+# systemd-nspawn, LXC and others, which follow systemd's Container Interface.
+CONTAINER_MARKS = (".dockerenv", "run/.containerenv", "run/systemd/container")
+
+
+def _system_name(root: Path) -> str:
+    found = re.search(_PRETTY_NAME, _read_text(root / "etc/os-release"))
+    if found:
+        return found[1]
+    version = _read_text(root / MACOS_VERSION)
+    keys = ("ProductName", "ProductVersion")
+    values = [re.search(_PLIST_STRING % key, version) for key in keys]
+    return " ".join(value[1] for value in values if value)
+
+
+def _virtual(root: Path) -> str:
+    if any((root / mark).exists() for mark in CONTAINER_MARKS):
+        return "container"
+    if "microsoft" in _read_text(root / "proc/version").lower():
+        return "WSL"
+    # CPUs show it to a guest of x86; the device tree, to one of ARM.
+    cpu = re.search(
+        r"(?m)^flags\s*:.*\bhypervisor\b", _read_text(root / "proc/cpuinfo")
+    )
+    if cpu or (root / "proc/device-tree/hypervisor").exists():
+        maker = _read_text(root / "sys/class/dmi/id/sys_vendor").strip()
+        return maker or "virtual machine"
+    return "no" if (root / "proc/cpuinfo").exists() else ""
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    """Return what this machine is, from its files alone."""
+    user = account_name(os.geteuid())
+    return Host(socket.gethostname(), _system_name(root), user, _virtual(root))
+
+
 class Equipment(Value):
     """What is installed on a machine."""
 
+    host: Host = Host()
     runtimes: tuple[str, ...] = ()
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
@@ -7949,6 +8017,7 @@ class Inventory:
                 self._cancel.pause(self._interval)
 
     def _take(self) -> None:
+        host = read_host()
         found = {name: self._programs.find(name) for name in RUNTIMES}
         paths = {
             name: path
@@ -7958,11 +8027,12 @@ class Inventory:
         keys = providers_with_keys(self._environ)
         if self._equipment == Equipment():
             # Names are quick to find; the first report does not wait for versions.
-            self._publish(Equipment(tuple(paths), providers=keys))
+            self._publish(Equipment(host, tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
         runtimes, versions = self._ask_versions(paths)
-        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
+        gpus = self._ask_gpus()
+        self._publish(Equipment(host, runtimes, versions, gpus, providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -8047,7 +8117,9 @@ class TelemetrySource:
     def read(self) -> Telemetry:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
-        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        equipment = self._inventory.equipment
+        claims = {**vars(vitals), **vars(equipment), **vars(equipment.host)}
+        claims = {name: value for name, value in claims.items() if value != ""}
         claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
@@ -12005,7 +12077,7 @@ MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
-CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
+HISTORY_READINGS = 60  # of each machine, half an hour; the oldest is dropped
 ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to answer
 REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
@@ -12111,6 +12183,29 @@ def _some(names: Sequence[str]) -> str:
     return f"{listed} and {more:,} more" if more > 0 else listed
 
 
+class History:
+    """Usage of CPU, memory and disk of one machine over the last half hour or so."""
+
+    # 11 bytes a reading: a list of numbers takes a hundred, with thousands of machines.
+    _READING = struct.Struct("<d3B")  # ms since 1970, percents
+    _UNKNOWN = 255
+
+    def __init__(self) -> None:
+        self._readings = bytearray()
+
+    def add(self, at_ms: int, shares: Iterable[float | None]) -> None:
+        percents = [self._UNKNOWN if s is None else round(s) for s in shares]
+        self._readings += self._READING.pack(at_ms, *percents)
+        del self._readings[: -HISTORY_READINGS * self._READING.size]
+
+    def rows(self) -> list[list[int | None]]:
+        """Return time (ms), CPU, memory, disk (percent or None) of each reading."""
+        return [
+            [int(at), *(None if p == self._UNKNOWN else p for p in percents)]
+            for at, *percents in self._READING.iter_unpack(self._readings)
+        ]
+
+
 class Fleet:
     """The machines this gateway can use, connected or not."""
 
@@ -12126,7 +12221,7 @@ class Fleet:
         self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
-        self._cpu: dict[str, collections.deque[tuple[int, float]]] = {}
+        self._histories: dict[str, History] = {}
 
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
@@ -12206,10 +12301,11 @@ class Fleet:
     def report_local(self, telemetry: Telemetry) -> None:
         self._announce_telemetry(LOCAL_ID, telemetry)
 
-    def cpu_history(self, node_id: str) -> list[tuple[int, float]]:
-        """Return pairs of time (ms) and percent, of the last half hour or so."""
+    def history(self, node_id: str) -> list[list[int | None]]:
+        """Return time (ms), CPU, memory, disk (percent) of the last half hour or so."""
         with self._lock:
-            return list(self._cpu.get(node_id, ()))
+            known = self._histories.get(node_id)
+            return known.rows() if known else []
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """Return id and name of the machine that `reference` means.
@@ -12355,11 +12451,8 @@ class Fleet:
     def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
         with self._lock:
             self._telemetry[node_id] = (telemetry, time.monotonic())
-            if telemetry.cpu_usage is not None:
-                points = self._cpu.setdefault(
-                    node_id, collections.deque(maxlen=CPU_HISTORY)
-                )
-                points.append((now_ms(), telemetry.cpu_usage))
+            history = self._histories.setdefault(node_id, History())
+            history.add(now_ms(), telemetry.shares_used())
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
@@ -16811,7 +16904,7 @@ class Rpc:
                 invokeId=text,
                 background=flag,
             ),
-            "telemetry.history": Method(fleet.cpu_history, read, nodeId=nodes.node_id),
+            "telemetry.history": Method(fleet.history, read, nodeId=nodes.node_id),
             "device.token.create": Method(
                 nodes.create_token, pairing, displayName=word, platform=word, by=Caller
             ),
@@ -17533,8 +17626,10 @@ class Gateway:
         *,
         require_scram: bool = False,
         fingerprint: Callable[[], str | None] = lambda: None,  # of the certificate
+        network: Callable[[], JsonObject] = dict,  # see RunningGateway.network
     ) -> None:
         self._fingerprint = fingerprint
+        self._network = network
         self._access = access
         self._require_scram = require_scram
         self._devices = devices
@@ -17708,6 +17803,7 @@ class Gateway:
             "host": socket.gethostname(),
             "connId": connection_id,
             "fingerprint": self._fingerprint(),
+            **({} if is_node else self._network()),
         }
         methods = [] if is_node else sorted(self.rpc.methods)
         hello = {
@@ -23730,6 +23826,7 @@ class GatewayOptions(Value):
     keep_chats: float | None = None  # days; None: for ever
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
     inherited: Inherited | None = None  # for commands on Local
+    command: str = "moltis gateway"  # that started it
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -23865,6 +23962,7 @@ class RunningGateway:
                 rpc,
                 require_scram=options.require_scram,
                 fingerprint=options.fingerprint,
+                network=self.network,
             )
             stack.callback(gateway.close)
             stack.callback(chats.close)  # before the nodes seem to be away
@@ -23887,6 +23985,18 @@ class RunningGateway:
         return self._access.operators.ensure_operator_key(
             previous.api_key if previous else None
         )
+
+    def network(self) -> JsonObject:
+        """Return the address for other machines.
+
+        While only this machine may connect, `openWith` is the command that lets
+        others in, and the address is the one that they would use.
+        """
+        if not is_loopback(self.options.bind):
+            return {"url": self.public_url}
+        opened = self.options.replace(bind="0.0.0.0")  # nosec B104: for people to do
+        command = f"{self.options.command} --bind {opened.bind}"
+        return {"url": opened.public_url(self.port), "openWith": command}
 
     @property
     def sign_in_link(self) -> str:
@@ -24430,6 +24540,12 @@ def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
     return ServerTls(own_files)
 
 
+def program_words() -> list[str]:
+    """Return how this program was called, for a command to be typed again."""
+    program = sys.argv[0]
+    return ["python3", program] if program.endswith(".py") else ["moltis"]
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -24454,6 +24570,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_chats=args.keep_chats,
         keep_output=round(args.keep_output * 1024**3),
         inherited=context.inherited,
+        command=shlex.join([*program_words(), *sys.argv[1:]]),
     )
 
 

@@ -519,9 +519,12 @@ def test_commands_of_chats_are_in_the_audit(gateway, chat):
 
 
 def test_the_load_of_the_last_half_hour_is_remembered(gateway):
-    for at, usage in gateway.call("telemetry.history", nodeId="local"):
+    readings = gateway.call("telemetry.history", nodeId="local")
+    assert readings
+    for at, *percents in readings:
         assert at > 1_600_000_000_000
-        assert 0 <= usage <= 100
+        assert len(percents) == 3  # CPU, memory, disk
+        assert all(0 <= p <= 100 for p in percents if p is not None)
 
 
 # -- models --------------------------------------------------------------------

@@ -574,7 +574,10 @@ def terminal_for(feed, nodes, command, **spec):
 
 @pytest.mark.parametrize(
     ("hangs_up", "when"),
-    [(True, "when gone is back"), (False, "once the gateway and the node answer again")],
+    [
+        (True, "when gone is back"),
+        (False, "once the gateway and the node answer again"),
+    ],
 )
 def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
     tmp_path, monkeypatch, capsys, hangs_up, when

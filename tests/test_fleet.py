@@ -340,3 +340,20 @@ def test_a_node_of_ours_before_jobs_is_outdated(world):
     assert world.fleet.view("id-old")["outdated"] is True
     world.connect("rusty", capabilities=("system.run",))
     assert "outdated" not in world.fleet.view("id-rusty")
+
+
+def test_the_last_half_hour_of_a_machine_is_kept_in_few_bytes():
+    history = moltis.History()
+    for n in range(1000):
+        history.add(1_700_000_000_000 + n, (n % 101, None, 33.4))
+    rows = history.rows()
+    assert len(rows) == moltis.HISTORY_READINGS
+    assert rows[-1] == [1_700_000_000_999, 999 % 101, None, 33]
+    assert len(history._readings) < 1000
+
+
+def test_a_report_adds_cpu_memory_and_disk_to_the_history(world, node):
+    report = {"cpuUsage": 50, "mem": {"total": 10, "available": 4}}
+    world.fleet.report(node, report)
+    ((_, *percents),) = world.fleet.history(node.node_id)
+    assert percents == [50, 60, None]

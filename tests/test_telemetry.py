@@ -354,6 +354,67 @@ def test_a_recorded_machine_is_read(tmp_path, machine):
     assert report.mem_available <= report.mem_total == total
 
 
+HOSTS = {
+    # what it is: (files, system, virtual)
+    "a Raspberry Pi": (
+        {
+            "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12"\n',
+            "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd evtstrm\n",
+        },
+        ("Debian GNU/Linux 12", "no"),
+    ),
+    "a cloud machine": (
+        {
+            "etc/os-release": "PRETTY_NAME='Ubuntu 24.04.1 LTS'\n",
+            "proc/cpuinfo": "processor\t: 0\nflags\t\t: fpu vme hypervisor lahf_lm\n",
+            "sys/class/dmi/id/sys_vendor": "QEMU\n",
+        },
+        ("Ubuntu 24.04.1 LTS", "QEMU"),
+    ),
+    "a guest without a name of its maker": (
+        {"proc/cpuinfo": "flags : hypervisor\n", "etc/os-release": "ID=x\n"},
+        ("", "virtual machine"),
+    ),
+    "a container on a cloud machine": (
+        {
+            ".dockerenv": "",
+            "etc/os-release": "PRETTY_NAME=Alpine\n",
+            "proc/cpuinfo": "flags : hypervisor\n",
+        },
+        ("Alpine", "container"),
+    ),
+    "Windows' Linux": (
+        {
+            "proc/version": "Linux version 5.15.1-microsoft-standard-WSL2 (gcc)\n",
+            "proc/cpuinfo": "flags : hypervisor\n",
+        },
+        ("", "WSL"),
+    ),
+    "a Mac": (
+        {
+            moltis.MACOS_VERSION: "<dict><key>ProductName</key>\n\t"
+            "<string>macOS</string><key>ProductVersion</key>\n\t"
+            "<string>14.6.1</string></dict>",
+        },
+        ("macOS 14.6.1", ""),
+    ),
+    "an unknown system": ({}, ("", "")),
+}
+
+
+@pytest.mark.parametrize("machine", HOSTS)
+def test_a_machine_tells_its_system_and_whether_it_is_virtual(tmp_path, machine):
+    files, expected = HOSTS[machine]
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    host = moltis.read_host(tmp_path)
+    assert (host.system, host.virtual) == expected
+    assert host.hostname
+    assert host.user
+
+
 def test_a_quota_of_cores_counts_up_and_never_beyond_those_of_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     counts = [moltis.usable_cpus(limit) for limit in (None, 0.2, 1.5, 64.0)]
@@ -870,6 +931,10 @@ class TestReports:
         assert len(load) == 3
         assert payload.pop("cpuCount") == moltis.usable_cpus(None)
         assert all(isinstance(v, int) for v in payload.pop("disk").values())
+        host = vars(moltis.read_host())
+        assert {k: v for k, v in host.items() if v} == {
+            name: payload.pop(name) for name in host if name in payload
+        }
         assert payload == {
             "nodeId": "n1",
             "mem": {"total": 3884360 * 1024, "available": 2913884 * 1024},
@@ -897,6 +962,10 @@ class TestReports:
             runtime_versions={"node": "20.1.0"},
             gpus=(moltis.Gpu("A100", 1), moltis.Gpu("B200")),
             providers=(moltis.Provider("ollama", ("a", "b")),),
+            hostname="attic",
+            system="Debian GNU/Linux 12 (bookworm)",
+            user="pi",
+            virtual="no",
         )
         text = moltis.to_json(telemetry.to_payload("n1"))
         assert moltis.Telemetry.from_payload(moltis.from_json(text)) == telemetry
