@@ -10766,6 +10766,64 @@ def name_key(name: str) -> str:
     return plain.casefold()
 
 
+# Code points that look like a Latin letter, in part from UTS #39: Greek, Cyrillic,
+# Armenian, Hebrew, Arabic, digits zero, Cherokee, Coptic, phonetic.
+_LOOK_ALIKES: Mapping[int, str] = {
+    int(code, 16): letter
+    for letter, codes in (
+        ("a", "391 3b1 410 430 13aa 251 1d00"),
+        ("b", "392 412 42c 44c 13f4 299"),
+        ("c", "3c2 421 441 13df 2ca4 2ca5 1d04"),
+        ("d", "500 501 13a0 1d05"),
+        ("e", "395 3b5 415 435 4bd 13ac 1d07"),
+        ("\u00eb", "401 451"),
+        ("g", "50c 581 13c0 261"),
+        ("h", "397 41d 4ba 4bb 570 13bb 29c"),
+        ("i", "399 3b9 406 456 131 269 13a5"),
+        ("\u00ef", "407 457"),
+        ("j", "37f 3f3 408 458 575 13ab"),
+        ("k", "39a 3ba 41a 43a 13e6 1d0b"),
+        ("l", "4c0 4cf 5d5 627 13de 1c0 29f 2223"),
+        ("m", "39c 41c 43c 13b7 1d0d"),
+        ("n", "39d 3b7 578 274"),
+        (
+            "o",
+            "39f 3bf 3c3 41e 43e 555 585 5e1 647 966 9e6 a66 ae6 be6 c66 ce6 d66 e50",
+        ),
+        ("o", "ed0 1040 10ff 2c9e 2c9f 1d0f 3007"),
+        ("p", "3a1 3c1 420 440 13e2 1d18"),
+        ("q", "51a 51b 566"),
+        ("r", "433 13a1 280 1d26"),
+        ("s", "405 455 13da a731"),
+        ("t", "3a4 3c4 422 442 13a2 1d1b"),
+        ("u", "3bc 3c5 57d 28b 1d1c"),
+        ("v", "3bd 474 475 13d9 1d20"),
+        ("w", "3c9 51c 51d 561 13b3 1d21"),
+        ("x", "3a7 3c7 425 445"),
+        ("y", "3a5 3b3 423 443 4ae 4af 13bd 28f"),
+        ("z", "396 13c3 1d22"),
+    )
+    for code in codes.split()
+}
+# Printable and not seen: joiners, fillers, variation selectors, a blank.
+_INVISIBLE: Mapping[int, str] = {
+    **dict.fromkeys((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0), ""),
+    **dict.fromkeys((*range(0x180B, 0x1810), *range(0xFE00, 0xFE10)), ""),
+    **dict.fromkeys(range(0xE0100, 0xE01F0), ""),
+    0x2800: " ",
+}
+
+
+def name_looks(name: str) -> str:
+    """Return a text that is equal for names that people cannot tell apart."""
+    if name.isascii():
+        return name_key(name)
+    import unicodedata
+
+    seen = unicodedata.normalize("NFKC", name.translate(_INVISIBLE))
+    return name_key(seen.translate(_LOOK_ALIKES))
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -10835,15 +10893,15 @@ class DevicesTable(Table):
 
     def clash(self, name: str, now: int, *, but: str) -> str:
         """Return why a name or an id could mean a device other than `but`, or ""."""
-        key = name_key(name)
+        key, looks = name_key(name), name_looks(name)
         for row in self._db.rows(
             "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
             f" WHERE id <> :but AND {self.CURRENT}",
             {"but": but, "now": now},
         ):
             node_id = row["node_id"].casefold()
-            if name_key(row["display_name"]) == key:
-                called = row["display_name"]
+            called = row["display_name"]
+            if name_key(called) == key or name_looks(called) == looks:
                 if node_id:
                     return f"another machine is called {called}"
                 return (
@@ -11862,11 +11920,11 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if name_key(name) in ("", OWNER_NAME, "moltis"):
+        if name_looks(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
         with self._naming:
             current = [key.name for key in self.keys() if key.revoked_at is None]
-            if name_key(name) in map(name_key, current):
+            if name_looks(name) in map(name_looks, current):
                 raise RpcError(
                     "CONFLICT",
                     f"there is a key {clip(name, 80)!r} already; choose another name, "
@@ -12072,6 +12130,7 @@ class Access:
 
 LOCAL_ID = "local"
 LOCAL_NAME = "Local"
+ROUGH = str.maketrans("0i1|", "olll")  # nobody may be taken for Local at a glance
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
@@ -12142,11 +12201,12 @@ class ConnectedNode:
 def valid_name(text: str) -> str:
     """Return a name for a node without surplus white space.  Raises RpcError."""
     name = " ".join(text.split())
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+    seen = name_looks(name)
+    if not seen or len(name) > MAX_NAME or not name.isprintable():
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name_key(name) == LOCAL_ID:
+    if seen.translate(ROUGH) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -12169,7 +12229,7 @@ def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or name_key(node_id) == LOCAL_ID:
+    if not fits or name_looks(node_id).translate(ROUGH) in ("", LOCAL_ID):
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "

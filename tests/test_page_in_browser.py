@@ -718,7 +718,9 @@ def test_messages_that_one_answer_has_no_room_for_can_be_shown(own_site, browser
         db = sqlite3.connect(str(own_site.home / ".moltis/moltis.db"))
         with closing(db), db:
             (last,) = db.execute("SELECT max(created_at) FROM messages").fetchone()
-            (seq,) = db.execute("SELECT seq FROM sessions WHERE key = 'main'").fetchone()
+            (seq,) = db.execute(
+                "SELECT seq FROM sessions WHERE key = 'main'"
+            ).fetchone()
             details = json.dumps({"unknown": "x" * 3_000_000})
             for n in range(3):
                 db.execute(
