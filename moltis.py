@@ -3154,7 +3154,7 @@ def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str
             return (
                 f"{target} has a certificate that is not trusted: {distrust}; for the "
                 "gateway's own one say --fingerprint sha256//…, which `moltis gateway` "
-                "prints when it starts"
+                "prints when it starts; for that of an authority of your own, --ca FILE"
             )
         reason = getattr(error, "reason", None)
         if reason:

@@ -421,6 +421,43 @@ def test_an_operator_may_have_the_certificate_vouched_for(gateway, tls_files):
         assert client.call("node.list", {})
 
 
+def test_the_command_line_takes_an_authority_of_one_s_own(tmp_path, home, issued_files):
+    """FAULTS B7: given with --ca, or as `node add --ca` kept it for that gateway."""
+    home.mkdir(exist_ok=True)
+    ca, pair, other = issued_files
+    tls = moltis.ServerTls(lambda: pair)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+
+        def listed(*options, host=gateway.url):
+            words = ("node", "list", "--host", host, *options)
+            done = run_moltis(*words, home=home, MOLTIS_API_KEY=gateway.api_key)
+            assert done.stderr.count("\n") <= 1  # one sentence
+            return done.returncode, done.stdout + done.stderr
+
+        status, text = listed("--ca", ca.certificate)
+        assert (status, "Local" in text) == (0, True)
+        none = tmp_path / "none.pem"
+        pin = gateway.trust.fingerprint
+        for options, expected, words in (
+            ((), 69, "--ca"),
+            (("--ca", other.certificate), 69, "not trusted"),
+            (("--ca", none), 78, f"cannot use the CA file {none}"),
+            (("--ca", __file__), 78, "it must be PEM"),
+            (("--ca", ca.certificate, "--fingerprint", pin), 2, "exclude each other"),
+        ):
+            status, text = listed(*options)
+            assert (status, words in text) == (expected, True), text
+        plain = gateway.url.replace("https", "http")
+        assert "need TLS" in listed("--ca", ca.certificate, host=plain)[1]
+
+        trusted = moltis.read_ca(str(ca.certificate))
+        settings = node_settings(gateway, gateway.websocket_url, ca=trusted)
+        settings.save(home / ".moltis")
+        assert listed()[0] == 0
+        elsewhere = gateway.url.replace("127.0.0.1", "localhost")
+        assert listed(host=elsewhere)[0] == 69
+
+
 def test_a_bearer_token_goes_to_nobody_without_a_trusted_certificate(gateway):
     """The node's side of --auth bearer, for gateways of the original Moltis."""
     settings = node_settings(gateway, gateway.websocket_url, auth="bearer")
