@@ -923,37 +923,6 @@ def test_it_says_in_one_line_why_it_cannot_connect(gateway, url, words):
     assert "\n" not in said[0]
 
 
-class DeafGateway(MoltisGateway):
-    """It takes connections, with `upgrades` opens WebSockets, and answers no more."""
-
-    def __init__(self, *, upgrades):
-        self.reached = threading.Event()
-        self._upgrades = upgrades
-        super().__init__()
-
-    def _serve(self, connection):
-        if self._upgrades:
-            super()._serve(connection)
-        else:
-            connection.recv(1)
-            self.reached.set()
-            while connection.recv(4096):
-                pass
-
-    def _answer(self, envelope):
-        self.reached.set()
-
-
-@pytest.mark.parametrize("upgrades", [False, True])
-def test_a_node_that_is_stopped_waits_for_no_answer_of_a_gateway(upgrades):
-    with DeafGateway(upgrades=upgrades) as deaf:
-        settings = moltis.NodeSettings(deaf.url, TOKEN, "n", "n")
-        node = moltis.RunningNode(settings, {}, lambda *_: None)
-        assert deaf.reached.wait(20)
-        node.close()
-        assert not node._thread.is_alive()
-
-
 def test_a_fault_inside_a_message_s_handler_does_not_end_the_node(gateway, monkeypatch):
     """Whatever it is: a node that ended would be out of reach for good."""
     with gateway.node("tough") as node:
@@ -1023,8 +992,7 @@ def test_closing_does_not_wait_for_a_handshake_that_is_stuck(tmp_path):
         with peer:
             assert peer.recv(4) == b"GET "
             close_aside(node)
-            assert node.running._thread.is_alive()  # it was stuck until now
-    node.running._thread.join(10)
+            assert not node.running._thread.is_alive()
 
 
 def test_closing_does_not_wait_for_a_sign_in_that_is_stuck(tmp_path):
@@ -1032,8 +1000,7 @@ def test_closing_does_not_wait_for_a_sign_in_that_is_stuck(tmp_path):
         node = node_for(gateway.url, tmp_path)
         assert gateway.connects.get(timeout=10)["method"] == "connect"
         close_aside(node)
-        assert node.running._thread.is_alive()
-    node.running._thread.join(10)
+        assert not node.running._thread.is_alive()
 
 
 CHATTY = 1_000_000  # bytes: within the window, and together beyond any buffer
