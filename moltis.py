@@ -184,11 +184,16 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openrouter": "OPENROUTER_API_KEY",
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
+    "ollama": "OLLAMA_API_KEY",
+}
+BEARER_VARIABLES: Mapping[str, str] = {  # of keys for `Authorization`; they come first
+    "anthropic": "ANTHROPIC_AUTH_TOKEN",
 }
 SECRET_VARIABLES = (
     "MOLTIS_API_KEY",
     "MOLTIS_DEVICE_TOKEN",
     *API_KEY_VARIABLES.values(),
+    *BEARER_VARIABLES.values(),
 )
 
 
@@ -1673,7 +1678,7 @@ class NodeSettings(SettingsFile):
     gateway_url: str  # ws:// or wss://, with the path
     device_token: str
     node_id: str
-    display_name: str
+    display_name: str = ""  # "": the token's, or else the host name
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
@@ -1691,7 +1696,7 @@ class NodeSettings(SettingsFile):
         settings = super().from_json(
             {**value, "working_dir": value.get("working_dir") or None}
         )
-        for name in ("gateway_url", "device_token", "node_id", "display_name"):
+        for name in ("gateway_url", "device_token", "node_id"):
             if not getattr(settings, name):
                 raise RpcError("INVALID_REQUEST", f"{name} is missing")
         return settings
@@ -1725,12 +1730,19 @@ PYTHON_OPTIONS = "-IS"
 # An import takes the compiled form from __pycache__; to compile a script of this size
 # takes seconds on a Pi Zero.  Nothing that it makes is garbage: not to look for any
 # takes 7 ms off the 40 of a start.
-IMPORT_AND_RUN = (
-    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
+# Until main() has a better answer, Ctrl+C ends the process without a traceback.  The
+# module `signal` itself takes milliseconds to import, this one is in the interpreter.
+BEGIN_QUIETLY = (
+    "import _signal as s; "
+    "s.getsignal(2) == s.default_int_handler and s.signal(2, s.SIG_DFL); "
+    "import gc, sys; gc.disable(); "
+)
+IMPORT_AND_RUN = BEGIN_QUIETLY + (
+    "sys.path.insert(0, sys.argv.pop(1)); import moltis; "
     "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
 )
-LOAD_AND_RUN = (  # the same from a descriptor, for restart_from_bytecode()
-    "import gc, marshal, sys; gc.disable(); file = open(int(sys.argv.pop(1)), 'rb'); "
+LOAD_AND_RUN = BEGIN_QUIETLY + (  # from a descriptor, for restart_from_bytecode()
+    "import marshal; file = open(int(sys.argv.pop(1)), 'rb'); "
     "code, known, sys.path[:] = marshal.loads(file.read()); file.close(); "
     "del sys.argv[0]; moltis = sys.modules['moltis'] = type(sys)('moltis'); "
     "vars(moltis).update(known); exec(code, vars(moltis)); del code; "
@@ -3130,9 +3142,16 @@ class WebSocket:
             self._channel.sock.close()
 
 
+# A gateway's reason for the status 400 of plain HTTP on its port.
+SPEAKS_TLS = "This gateway speaks TLS: use https:// or wss://"
+
+
 def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str:
     """Return one line for people about a connection that did not come about."""
     if isinstance(error, HandshakeError):
+        if SPEAKS_TLS in str(error):
+            secure = f"wss{str(target)[len('ws') :]}"
+            return f"{target} leads to a gateway that speaks TLS; use {secure}"
         return f"{target} answered {error}; is there a gateway, and is the path right?"
     if isinstance(error, socket.timeout):
         return (
@@ -4462,6 +4481,7 @@ CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
     "commands": ("extensions.moltis.commands", _texts),
     "instance": ("extensions.moltis.instance", _text),
     "jobs": ("extensions.moltis.jobs", _held_jobs),
+    "named": ("extensions.moltis.named", partial(optional, kind=bool)),
 }
 
 
@@ -4483,6 +4503,7 @@ class ConnectParams(Value):
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
     jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
+    named: bool = True  # by a person: the display name is not just the host's
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
@@ -4505,7 +4526,7 @@ class ConnectParams(Value):
         params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
         for field, (path, _) in CONNECT_FIELDS.items():
             item = getattr(self, field)
-            if item == "" or (field == "jobs" and not self.instance):
+            if item in ("", True) or (field == "jobs" and not self.instance):
                 continue
             *parents, name = path.split(".")
             value = params
@@ -6506,6 +6527,8 @@ class ProviderSpec(Value):
     base_url: str
     call_id: str = ".+"  # pattern of the ids of calls that it takes
     wants_reasoning: bool = False  # back, or it refuses the next message
+    key_headers: tuple[str, ...] = ("Authorization",)
+    own: bool = False  # a server that a person added
 
     @property
     def url_variable(self) -> str:
@@ -6518,6 +6541,7 @@ PROVIDERS = (
     ProviderSpec(
         *("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
         call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key",),
     ),
     ProviderSpec(
         *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
@@ -6623,8 +6647,9 @@ class ModelProvider:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        for name in self.spec.key_headers if self._api_key else ():
+            bearer = "Bearer " if name == "Authorization" else ""
+            headers[name] = bearer + self._api_key
         return headers
 
     def _check_header_texts(self) -> None:
@@ -7057,11 +7082,7 @@ class AnthropicProvider(ModelProvider):
     answer = AnthropicAnswer
 
     def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
+        return {**super()._headers(), "anthropic-version": ANTHROPIC_VERSION}
 
     def _body(self, request: ChatRequest) -> JsonObject:
         messages = settle_tool_calls(request.messages)
@@ -7144,10 +7165,11 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 
 
 class ProviderSettings(SnakeValue):
-    """What a person entered for one provider in Settings → Models."""
+    """What a person entered for one provider, in Settings → Models or a terminal."""
 
     api_key: str = ""
     base_url: str = ""
+    protocol: str = ""  # of OWN_SERVERS; of a provider that is not in PROVIDERS
 
     FILE: ClassVar[str] = "models.json"
 
@@ -7169,23 +7191,46 @@ class ProviderSettings(SnakeValue):
         write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
 
 
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
+OWN_SERVERS: Mapping[str, ProviderSpec] = {  # a person's, by protocol; the first: ""
+    "openai": ProviderSpec("", "", "openai", "", own=True),
+    "anthropic": ProviderSpec(
+        *("", "", "anthropic", ""),
+        call_id="[A-Za-z0-9_-]+",
+        key_headers=("x-api-key", "Authorization"),  # LiteLLM reads one, vLLM the other
+        own=True,
+    ),
+}
 
-    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
-    """
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and the servers that `settings` adds."""
     known = {spec.id for spec in PROVIDERS}
     return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
+        OWN_SERVERS.get(entry.protocol, OWN_SERVERS["openai"]).replace(
+            id=name, label=name, base_url=entry.base_url
+        )
         for name, entry in settings.items()
         if name not in known and entry.base_url and "/" not in name
     ]
 
 
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
+def _tidy_url(protocol: str, base_url: str) -> str:
+    """Return the address without the paths that requests add to it.
+
+    People copy the address of a request, or leave out the `/v1` of their LM Studio.
+    """
+    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base_url)
+    if protocol == "anthropic":
+        return re.sub("/v1$", "", url)
+    return url if urlsplit(url).path.strip("/") else url + "/v1"
+
+
+def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
+    """Return the variable that holds a provider's key, or the one that would."""
+    bearer = BEARER_VARIABLES.get(spec.id, "")
+    if spec.own or environ.get(bearer):
+        return "" if spec.own else bearer
+    return API_KEY_VARIABLES[spec.id]
 
 
 def make_providers(
@@ -7195,16 +7240,19 @@ def make_providers(
     providers = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        variable = _key_variable(spec, environ)
+        api_key = environ.get(variable) or entered.api_key
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
         protocol = spec.protocol
         if protocol == "responses" and base_url and "api.openai.com" not in base_url:
             protocol = "openai"  # an imitation
-        if protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
+        if protocol in OWN_SERVERS and base_url:
+            base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
+            if variable in BEARER_VARIABLES.values():
+                spec = spec.replace(key_headers=("Authorization",))  # noqa: PLW2901
             make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
@@ -7217,12 +7265,14 @@ def describe_providers(
     descriptions = []
     for spec in all_providers(settings):
         entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
+        variable = _key_variable(spec, environ)
         source = "settings" if entered.api_key else ""
         descriptions.append(
             {
                 "id": spec.id,
                 "label": spec.label,
+                "protocol": spec.protocol,
+                "own": spec.own,
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
@@ -7949,9 +7999,9 @@ class Equipment(Value):
     providers: tuple[Provider, ...] = ()
 
 
-def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+def find_ollama(environ: Mapping[str, str], cancel: Cancellation) -> Provider | None:
     """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
-    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
+    (provider,) = (p for p in make_providers(environ, {}) if p.spec.id == "ollama")
     try:
         listed = provider.listed(cancel)
     except ModelError:
@@ -7962,8 +8012,11 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    variables = API_KEY_VARIABLES.items()
-    return tuple(Provider(name) for name, key in variables if environ.get(key))
+    # A key for Ollama is worth nothing without one, which find_ollama() finds.
+    variables = ((n, key) for n, key in API_KEY_VARIABLES.items() if n != "ollama")
+    names = [n for n, key in variables if environ.get(key)]
+    names += [n for n, key in BEARER_VARIABLES.items() if environ.get(key)]
+    return tuple(Provider(name) for name in dict.fromkeys(names))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
@@ -8028,7 +8081,7 @@ class Inventory:
         if self._equipment == Equipment():
             # Names are quick to find; the first report does not wait for versions.
             self._publish(Equipment(host, tuple(paths), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        ollama = find_ollama(self._environ, self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
         runtimes, versions = self._ask_versions(paths)
         gpus = self._ask_gpus()
@@ -8909,13 +8962,19 @@ MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
 # Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
+# Called with fields of NodeSettings to keep: the gateway's pin, and its name for us.
+SettingsHandler: TypeAlias = "Callable[[Mapping[str, str]], None]"
+
+
+def _hello_extension(hello: JsonObject) -> JsonObject:
+    """Return what a hello says beyond Moltis' protocol; {} from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    return optional(extensions, "moltis", dict) or {}
 
 
 def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     """Return the offsets to send from, by job; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours = optional(extensions, "moltis", dict) or {}
-    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    jobs: JsonObject | None = optional(_hello_extension(hello), "jobs", dict)
     return jobs
 
 
@@ -9168,11 +9227,10 @@ class NodeAgent:
         machine: Machine,
         telemetry: TelemetrySource,
         on_state: NodeStateHandler,
-        on_pin: Callable[[str], None],
+        on_learned: SettingsHandler,
     ) -> None:
-        """`on_pin` gets what to keep as `settings.gateway_pin`."""
         self._settings = settings
-        self._on_pin = on_pin
+        self._on_learned = on_learned
         self._machine = machine
         self._telemetry = telemetry
         self._on_state = on_state
@@ -9250,6 +9308,9 @@ class NodeAgent:
                 hello = self._authenticate(ws)
                 self._proved_pin = _tls_pin(ws)
                 self._keep_pin(ws)
+            name = optional(_hello_extension(hello), "displayName", str)
+            if name and name != self._settings.display_name:
+                self._learn(display_name=printable(name))
             return ws, hello
         except Cancelled:
             ws.abort()
@@ -9282,6 +9343,11 @@ class NodeAgent:
         # Before the first proof any certificate will do: SCRAM binds to it.
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
+    def _learn(self, **fields: str) -> None:
+        self._settings = self._settings.replace(**fields)
+        with contextlib.suppress(UserError):  # a full disk, say: the next time
+            self._on_learned(fields)
+
     def _keep_pin(self, ws: WebSocket) -> None:
         """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
@@ -9294,15 +9360,15 @@ class NodeAgent:
             else:  # nothing is kept unless a CA that this system trusts vouches for it
                 target = ServerUrl.parse(self._settings.gateway_url)
                 dial(target.host, target.port, TlsTrust(), cancel=self._stop).close()
-            self._settings = self._settings.replace(gateway_pin=pin)
-            self._on_pin(pin)
+            self._learn(gateway_pin=pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
-            display_name=self._settings.display_name,
+            display_name=self._settings.display_name or socket.gethostname(),
+            named=bool(self._settings.display_name),
             version=__version__,
             platform=platform_name(),
             capabilities=self._machine.capabilities,
@@ -9777,7 +9843,10 @@ class SystemdService(ServiceManager):
         shown = self._try_systemctl("show", f"--property={names}", UNIT_NAME)
         installed = self.unit.exists()
         if shown.status != 0:
-            return ServiceStatus(installed, False, False, None, _last_line(shown.text))
+            why = "" if shown.status == 127 else f" ({_last_line(shown.text)})"
+            state = f"unknown: no systemd for this user answers{why}"
+            state = state if installed else "not installed"
+            return ServiceStatus(installed, False, False, None, state)
         lines = shown.text.splitlines()
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
         state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
@@ -11016,6 +11085,8 @@ class JobsTable(Table):
     STATES: Mapping[str, str] = {
         "open": "state IN ('queued', 'running')",
         "ended": "state NOT IN ('queued', 'running')",
+        "succeeded": "state = 'done' AND ifnull(exit_code, 0) = 0"
+        " AND ifnull(signal, '') = ''",
         # The text of the index jobs_failed, or SQLite does not use it.
         "failed": "(state NOT IN ('queued', 'running', 'done')"
         " OR exit_code <> 0 OR signal <> '')",
@@ -11060,8 +11131,8 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
-        `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out ended jobs without a log;
+        `state` may also be a name of STATES; `query` is a part of the command, in any
+        case of letters; `kept` leaves out ended jobs without a log;
         `before` is the lowest `seq` that the caller has.
         """
         given = {
@@ -11096,6 +11167,17 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
         return self._find(JobRecord, condition, (*values, limit))
+
+    def newest_of_sessions(self, session_key: str = "") -> dict[str, JobRecord]:
+        """Return the newest job of each session, or of one, by its key."""
+        newest = "(SELECT max(seq) FROM jobs WHERE session_key = sessions.key)"
+        of_key = "WHERE key = :key" if session_key else ""
+        records = self._find(
+            JobRecord,
+            f"seq IN (SELECT {newest} FROM sessions {of_key})",  # nosec B608: literals
+            {"key": session_key},
+        )
+        return {str(record.session_key): record for record in records}
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""
@@ -12969,6 +13051,7 @@ class Job:
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -13047,6 +13130,13 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     return {**view, "words": words, "failed": record.failed}
 
 
+def job_summary(record: JobRecord) -> JsonObject:
+    """Return the part of a job's view that tells how it ended, and where."""
+    view = job_view(record)
+    names = ("id", "state", "words", "failed", "nodeName", "endedAt")
+    return {name: view[name] for name in names if name in view}
+
+
 class Wait:
     """A watcher whose future completes at news, at the ending, or after a timeout."""
 
@@ -13120,6 +13210,8 @@ class Jobs:
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
+        # Called when a recorded job has begun or its state has changed; never blocks.
+        self.on_change: Callable[[Job], None] | None = None
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -13155,6 +13247,8 @@ class Jobs:
             job.was_sent = False
             self._add(job)
         self._send(job)
+        if job.sent_over is None:
+            self._wake(job)  # it waits for its node
         return job
 
     def _addressed(self, record: JobRecord) -> JobRecord:
@@ -13549,7 +13643,8 @@ class Jobs:
         if ending.state == JobState.LOST:
             if not record.is_open:
                 return
-            unknown = "how it ended" if job.log.end else "whether it ran"
+            # Of what it printed this gateway may have lost all in a crash of its own.
+            unknown = "how it ended" if job.log.end else "how far it got"
             ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
         elif ending.state == JobState.CANCELLED and record.cancelled_by:
             ending = ending.replace(reason=f"by {record.cancelled_by}")
@@ -13635,6 +13730,13 @@ class Jobs:
                 self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
+        if self.on_change is not None:
+            record = job.record
+            away = job.away_since is not None and record.is_open
+            state = (record.state, job.place, away, record.cancelled_at)
+            if state != job.announced and job.is_recorded:
+                job.announced = state
+                self.on_change(job)
 
     def _link(self, node_id: str) -> NodeLink | None:
         node = self._fleet.connected(node_id)
@@ -13774,6 +13876,60 @@ LAST_RESULT = 2000  # characters that stay of a newest result when all else is g
 SHELL_ID = "shell"  # of the model that is always there
 
 
+MAX_JUDGED = 10_000  # characters of a command line that command_risks() reads
+
+# Where the name of a program may stand in a command line: at its beginning, behind an
+# operator or a quote, behind a program that starts another.
+_PROGRAM = (
+    r"(?:^|[;|&(){}`\n\"']|-exec[ ]|\b(?:sudo|doas|xargs|exec|env|nohup|nice|time|then|"
+    r"do|else)[ ](?:-\S{1,40}[ ](?:[\w.{}]{1,40}[ ])?){0,9})"
+    r"[ \t]{0,40}(?:\w{1,40}=\S{0,80}[ ]){0,4}(?:/[^\s;|&]{1,80}/)?"
+)
+_OUTSIDE = (
+    r"(/(?!dev/(?:null|stdout|stderr|tty)\b|tmp/|var/tmp/|home/|Users/|root/)"
+    r"[\w./-]{1,200})"
+)
+# By what a person should notice: a pattern whose group is the part that shows it.
+RISKS: Mapping[str, str] = {  # compiled when first used
+    "runs as root": rf"{_PROGRAM}(sudo|doas|pkexec|su)\b",
+    "removes files": rf"{_PROGRAM}(rm|rmdir|unlink|shred|git clean)\s"
+    r"|\bfind\b[^;|\n]{0,400}\s(-delete)\b",
+    "overwrites disks": rf"{_PROGRAM}(dd|mkfs[.\w]*|fdisk|parted|wipefs)\s",
+    "stops programs or the machine": (
+        rf"{_PROGRAM}(reboot|shutdown|poweroff|halt|kill|pkill|killall|"
+        r"systemctl (?:stop|restart|disable|kill)|docker (?:stop|rm|kill))\b"
+    ),
+    "changes installed software": (
+        rf"{_PROGRAM}(apt|apt-get|dnf|yum|apk|zypper|brew|pip3?|npm|snap) "
+        r"(?:-\S+ )?(?:install|remove|purge|uninstall|upgrade|full-upgrade|"
+        r"dist-upgrade|add|del)\b"
+    ),
+    "runs what it downloads": (
+        r"\b(curl|wget)\b[^;|\n]{0,400}\|\s{0,40}(?:sudo\s)?(?:/[^\s;|&]{1,80}/)?"
+        r"(?:(?:ba|da|z|k)?sh|python3?|perl)\b"
+    ),
+    "writes outside the home directory": (
+        rf"(?:\d?>>?[ \t]{{0,40}}|{_PROGRAM}(?:tee|touch|mkdir|chmod|chown)[ ]"
+        rf"[^;|&\n]{{0,200}}?){_OUTSIDE}"
+        rf"|{_PROGRAM}(?:cp|mv|ln|install|rsync)[ ][^;|&\n]{{0,400}}[ ]{_OUTSIDE}"
+        r"[ ]{0,9}(?:$|[;|&\n)\"'])"
+    ),
+}
+
+
+def command_risks(command: str) -> list[str]:
+    """Return what a person should notice before a command runs, in words.
+
+    These are hints: a shell has more ways to do each.
+    """
+    text = command[:MAX_JUDGED]
+    found = ((words, re.search(p, text, re.MULTILINE)) for words, p in RISKS.items())
+    risks = [f"{words} ({m[m.lastindex or 0]})" for words, m in found if m]
+    if len(command) > MAX_JUDGED:
+        risks.append(f"is too long to be judged ({len(command):,} characters)")
+    return risks
+
+
 class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
@@ -13839,7 +13995,7 @@ class Conversation:
 
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None: ...
 
-    def ask(self, planned: PlannedCommand) -> None: ...
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None: ...
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
 
@@ -13965,13 +14121,27 @@ class FleetMachines:
 # --- Approvals ---
 
 
+class Question(Value):
+    """An approval that is asked for."""
+
+    chat: Conversation
+    planned: PlannedCommand
+    answer: Future[Verdict]
+    expires_at: int  # ms
+
+    @property
+    def scope(self) -> tuple[str, str, str]:
+        """The reach of "always"."""
+        return self.chat.key, self.planned.node_id, self.chat.key_id
+
+
 class Approvals:
     """Questions whether a model's command may run, until they are answered."""
 
     def __init__(self, *, timeout: float = APPROVAL_TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
-        self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
+        self._open: dict[str, Question] = {}
         # Name and key of those who answered, by session, node and key that asked.
         self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
@@ -13982,21 +14152,24 @@ class Approvals:
 
         Raises Cancelled.
         """
-        job_id, node_id = planned.job_id, planned.node_id
+        job_id = planned.job_id
         answer: Future[Verdict] = Future()
+        question = Question(
+            chat, planned, answer, now_ms() + round(self._timeout * 1000)
+        )
 
         def give_up() -> None:
             if self._close(job_id):  # an answer that came first stands
                 answer.cancel()
 
         with self._lock:
-            always = self._always.get((chat.key, node_id, chat.key_id))
+            always = self._always.get(question.scope)
             if always is None:
-                self._open[job_id] = (chat, node_id, answer)
+                self._open[job_id] = question
         if always is not None:
             return Verdict(True, f"{always[0]}, always here")
         try:
-            chat.ask(planned)
+            chat.ask(planned, question.expires_at)
             with cancel.calling(give_up):
                 return answer.result(self._timeout)
         except FutureTimeout:
@@ -14025,15 +14198,13 @@ class Approvals:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
-                scope = self._scope(*question[:2])
+                scope = question.scope
                 self._always[scope] = by, key_id
-                same = [
-                    i for i, q in self._open.items() if self._scope(*q[:2]) == scope
-                ]
-            likewise = [self._open.pop(i)[2] for i in same]
+                same = [i for i, other in self._open.items() if other.scope == scope]
+            likewise = [self._open.pop(i).answer for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        question[2].set_result(Verdict(allowed, by))
+        question.answer.set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
 
@@ -14046,8 +14217,18 @@ class Approvals:
                 ):
                     del self._always[scope]
 
-    def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
-        return chat.key, node_id, chat.key_id
+    def questions(self) -> list[JsonObject]:
+        """Return the open questions, the oldest first, as clients see them."""
+        with self._lock:
+            questions = list(self._open.values())
+        return [
+            {
+                **asked.planned.to_json(),
+                "sessionKey": asked.chat.key,
+                "expiresAt": asked.expires_at,
+            }
+            for asked in questions
+        ]
 
     def _close(self, job_id: str) -> bool:
         with self._lock:
@@ -14791,19 +14972,37 @@ class RemoteModel:
         raise kind(f"{self._node[1]}: {said}")
 
 
-def _check_provider(provider: str, base_url: str) -> None:
-    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+def _check_provider(provider: str, entered: ProviderSettings) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider can be set up like this."""
+    problem = ""
+    known = {spec.id for spec in PROVIDERS}
+    try:
+        parts = urlsplit(entered.base_url)
+        is_web = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port beyond 65535
+        parts, is_web = urlsplit(""), False
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        problem = (
+            f"{provider[:40]!r} cannot be the name of a provider: it takes 1 to 40 of "
+            "a-z, 0-9, - and _"
         )
-    parts = urlsplit(base_url.strip())
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+    elif entered.protocol and provider in known:
+        problem = f"{provider} has a protocol of its own; give your server another name"
+    elif not entered.base_url and provider not in known:
+        problem = (
+            f"{provider!r} is none of {', '.join(sorted(known))}, and a server of your "
+            "own needs an address, like http://gpu-box:8080/v1"
         )
+    elif "@" in parts.netloc or parts.query or parts.fragment:
+        problem = (
+            f"the address of {provider} has more than scheme, host, port and path; "
+            "enter a key by itself"
+        )
+    elif entered.base_url and not (is_web and parts.hostname):
+        # Not quoted: it may be a key in the wrong field.
+        problem = f"the address of {provider} must look like http://gpu-box:8080/v1"
+    if problem:
+        raise RpcError("INVALID_REQUEST", problem)
 
 
 def _is_default_url(provider: str, base_url: str) -> bool:
@@ -14875,26 +15074,52 @@ class ModelDirectory:
         return self._ask(self._providers)
 
     def configure(
-        self, provider: str, api_key: str | None, base_url: str | None
+        self,
+        provider: str,
+        api_key: str | None,
+        base_url: str | None,
+        protocol: str | None,
     ) -> None:
         """Store what a person entered; None leaves it, an empty text deletes it.
 
-        Raises RpcError INVALID_REQUEST, BadConfiguration.
+        A provider that is not in PROVIDERS is a server of their own.  Raises RpcError
+        INVALID_REQUEST, BadConfiguration.
         """
-        _check_provider(provider, base_url or "")
         if base_url is not None and _is_default_url(provider, base_url):
             base_url = ""  # as shown: it was not meant to set the provider up
+        given = {"api_key": api_key, "base_url": base_url, "protocol": protocol}
         with self._lock:
             entered = self._entered()
             known = entered.pop(provider, ProviderSettings())
-            changed = ProviderSettings(
-                api_key=known.api_key if api_key is None else api_key.strip(),
-                base_url=known.base_url if base_url is None else base_url.strip(),
+            changed = known.replace(
+                **{k: v.strip() for k, v in given.items() if v is not None}
             )
-            if changed != ProviderSettings():
+            is_empty = not (changed.api_key or changed.base_url)
+            if not is_empty or known == ProviderSettings():
+                _check_provider(provider, changed)
+            if not is_empty:
                 entered[provider] = changed
-            ProviderSettings.save_all(self._directory, entered)
-            self._catalog.replace(make_providers(self._environ, entered))
+            self._store(entered)
+
+    def remove(self, provider: str) -> None:
+        """Forget what a person entered for a provider.
+
+        Raises RpcError NOT_FOUND, BadConfiguration.
+        """
+        with self._lock:
+            entered = self._entered()
+            if entered.pop(provider, None) is None:
+                names = ", ".join(entered) or "none"
+                raise RpcError(
+                    "NOT_FOUND",
+                    f"nothing was entered for {clip(provider, 80)!r}, but for: {names}",
+                )
+            self._store(entered)
+
+    def _store(self, entered: Mapping[str, ProviderSettings]) -> None:
+        """Keep and use these settings; under the lock.  Raises BadConfiguration."""
+        ProviderSettings.save_all(self._directory, entered)
+        self._catalog.replace(make_providers(self._environ, entered))
 
     def _ask(self, work: Callable[[], list[JsonObject]]) -> Future[list[JsonObject]]:
         if not self._places.acquire(blocking=False):
@@ -15466,9 +15691,10 @@ class TurnChat(Conversation):
         with self._lock:
             self._calls[call.id] = (message_id, planned is not None)
 
-    def ask(self, planned: PlannedCommand) -> None:
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None:
         self._asked.add(planned.job_id)
-        self._show_approval(planned, {"state": "asked"})
+        question = {"expiresAt": expires_at, "risks": command_risks(planned.command)}
+        self._show_approval(planned, {"state": "asked", **question})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
         state = "approved" if verdict.allowed else "denied"
@@ -15618,7 +15844,9 @@ class Chats:
 
     def all(self) -> list[JsonObject]:
         """Return `sessions.list`."""
-        return [self._view(session) for session in self._store.sessions.all()]
+        jobs = self._store.jobs.newest_of_sessions()
+        sessions = self._store.sessions.all()
+        return [self._view(session, jobs.get(session.key)) for session in sessions]
 
     def create(self, label: str) -> JsonObject:
         now = now_ms()
@@ -15628,7 +15856,8 @@ class Chats:
 
     def view(self, key: str) -> JsonObject:
         """Raises RpcError NOT_FOUND."""
-        return self._view(self._session(key))
+        job = self._store.jobs.newest_of_sessions(key).get(key)
+        return self._view(self._session(key), job)
 
     def change(self, key: str, **choices: Any) -> JsonObject:
         """Store what was chosen for a session.  Raises RpcError."""
@@ -15880,10 +16109,12 @@ class Chats:
         self._announce("session", payload)
         return view
 
-    def _view(self, session: Session) -> JsonObject:
+    def _view(self, session: Session, last_job: JobRecord | None) -> JsonObject:
         with self._lock:
             queue = self._queues.get(session.key)
+        view = {} if last_job is None else {"lastJob": job_summary(last_job)}
         return {
+            **view,
             "key": session.key,
             "label": session.label,
             "model": session.model,
@@ -15955,8 +16186,8 @@ class Chats:
 # ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket protocol, WebSocket connections, SCRAM,
-#       Wire protocol, Commands, Machine, Store, Access, Fleet, Jobs, Agent,
-#       Model directory, Chat
+#       Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
+#       Agent, Model directory, Chat
 #
 # The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -15977,7 +16208,13 @@ MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
 SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
-EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
+JOBS_CHANGED = "job"  # event
+JOBS_CHANGED_INTERVAL = 0.2  # s between two of them
+MAX_JOBS_CHANGED = 256 * 1024  # characters of commands in one; others are left out
+EVENTS = (
+    *("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session"),
+    JOBS_CHANGED,
+)
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
@@ -16264,6 +16501,11 @@ class Audience:
         for peer in peers:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
+    def listens(self, name: str) -> bool:
+        """Return whether somebody gets this event."""
+        with self._lock:
+            return any(name in peer.events for peer in self._peers)
+
     def announce(self, name: str, payload: JsonObject) -> None:
         """Send an event to its subscribers, without blocking."""
         with self._lock:
@@ -16276,6 +16518,58 @@ class Audience:
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
+
+
+class JobNews:
+    """Announces the jobs of all callers that change, several in one event.
+
+    A busy gateway changes thousands a second: the thread that does so only puts them
+    down, and nothing if no client listens.
+    """
+
+    def __init__(self, audience: Audience) -> None:
+        self._audience = audience
+        self._lock = threading.Lock()  # guards _changed
+        self._changed: dict[str, Job] = {}
+        self._news = threading.Event()  # _changed is not empty, or close()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-job-news", daemon=True
+        )
+        self._thread.start()
+
+    def add(self, job: Job) -> None:
+        """Announce a job soon, as it is then."""
+        if self._audience.listens(JOBS_CHANGED):
+            with self._lock:
+                self._changed[job.id] = job
+            self._news.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._news.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._news.wait()
+            self._news.clear()
+            with self._lock:
+                changed, self._changed = self._changed, {}
+            if changed:
+                self._audience.announce(JOBS_CHANGED, self._payload(changed.values()))
+            self._stopped.wait(JOBS_CHANGED_INTERVAL)
+
+    def _payload(self, changed: Iterable[Job]) -> JsonObject:
+        """Return their views; `more`: some are left out, and job.list has them."""
+        views: list[JsonObject] = []
+        size = 0
+        for job in changed:
+            size += len(job.record.command) + 500
+            if size > MAX_JOBS_CHANGED:
+                return {"jobs": views, "more": True}
+            views.append(job_view(job))
+        return {"jobs": views}
 
 
 class KeyShares:
@@ -16787,6 +17081,9 @@ class ChatMethods:
     ) -> list[JsonObject]:
         return self._chats.history(session_key, after=after, before=before)
 
+    def questions(self) -> list[JsonObject]:
+        return self._approvals.questions()
+
     def answer(self, job_id: str, decision: str, by: Caller) -> None:
         self._approvals.answer(
             job_id,
@@ -16915,6 +17212,10 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "models.configure": (
         AuditEvent.MODELS_CHANGED,
         lambda params: f"{params['provider']} {params.get('baseUrl') or ''}".strip(),
+    ),
+    "models.remove": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: f"{params['provider']} removed",
     ),
 }
 
@@ -17056,6 +17357,7 @@ class Rpc:
             "chat.history": Method(
                 sessions.history, read, sessionKey=session, after=number, before=number
             ),
+            "exec.approval.list": Method(sessions.questions, read),
             "exec.approval.resolve": Method(
                 *(sessions.answer, Scope.APPROVALS),
                 jobId=required_id,
@@ -17065,8 +17367,13 @@ class Rpc:
             "models.list": Method(models.entries, read, refresh=flag),
             "models.providers": Method(models.providers, read),
             "models.configure": Method(
-                models.configure, admin, provider=str, apiKey=text, baseUrl=text
+                *(models.configure, admin),
+                provider=str,
+                apiKey=text,
+                baseUrl=text,
+                protocol=Optional(one_of("", *OWN_SERVERS)),
             ),
+            "models.remove": Method(models.remove, admin, provider=str),
             "keys.list": Method(access.keys, admin),
             "keys.create": Method(
                 access.create_key, admin, name=str, scopes=required_texts, by=Caller
@@ -17640,6 +17947,8 @@ def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> st
         name = valid_name(params.display_name)
     except RpcError:
         return ""
+    if device.display_name and not params.named:
+        return ""  # the token was made for a name
     if device.renamed or name == device.display_name:
         return name
     # The device that had the name first keeps it.
@@ -17770,7 +18079,7 @@ class Gateway:
             # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
-            self._greet(ws, request_id, identity, peer.id, {})
+            self._greet(ws, request_id, identity, peer.id, {"jobs": {}})
             ws.release_pongs(MAX_PEER_MESSAGE)
             peer.serve()
         finally:
@@ -17800,7 +18109,8 @@ class Gateway:
                     "and needs one of its own",
                 )
             offsets = self._jobs.resumed(peer, params.jobs) if peer.resumes else {}
-            self._greet(ws, request_id, identity, new_id(), offsets)
+            ours = {"jobs": offsets, "displayName": current.display_name}
+            self._greet(ws, request_id, identity, new_id(), ours)
             ws.release_pongs(peer.max_message, cuts=peer.cuts_messages)
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
@@ -17842,12 +18152,12 @@ class Gateway:
         request_id: str,
         identity: Identity,
         connection_id: str,
-        offsets: Mapping[str, int],
+        ours: JsonObject,
     ) -> None:
         """Answer a `connect`.
 
-        `offsets`, by job, are where a node continues its logs.
-        Raises ConnectionClosed.
+        `ours` is what a Moltis peer does not know: for a node its name, and by job
+        the offset where it continues the log.  Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -17881,7 +18191,7 @@ class Gateway:
                 "maxBufferedBytes": MAX_BUFFERED,
                 "tickIntervalMs": round(TELEMETRY_INTERVAL * 1000),
             },
-            "extensions": {"moltis": {"jobs": dict(offsets)}},
+            "extensions": {"moltis": ours},
         }
         ws.send(encode_envelope(Response(request_id, hello)))
 
@@ -19054,9 +19364,8 @@ class ConnectionThreads:
 
 
 HTTP_ON_TLS_PORT = (
-    b"HTTP/1.1 400 This gateway speaks TLS: use https:// or wss://\r\n"
-    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
-)
+    f"HTTP/1.1 400 {SPEAKS_TLS}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+).encode("ascii")
 
 
 def _secured(
@@ -23098,8 +23407,7 @@ class OperatorClient:
             raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
-                "MOLTIS_API_KEY; a key of moltis 0.1 is accepted here once it was used "
-                "to sign in on the page"
+                "MOLTIS_API_KEY"
             ) from error
         except AuthenticationError as error:
             raise Refused(
@@ -23995,6 +24303,7 @@ class RunningGateway:
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
+            jobs.on_change = stack.enter_context(closing(JobNews(audience))).add
             stack.callback(jobs.close)
             local.start(fleet, jobs)
             models = self.models = ModelDirectory(path, environ, fleet, jobs)
@@ -24130,7 +24439,7 @@ class RunningNode:
         inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
-        on_pin: Callable[[str], None] = lambda _pin: None,
+        on_learned: SettingsHandler = lambda _fields: None,
     ) -> None:
         self.refused: Refused | None = None
         self._agent: NodeAgent | None = None  # made after the inventory
@@ -24147,7 +24456,9 @@ class RunningNode:
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state, on_pin)
+        agent = self._agent = NodeAgent(
+            settings, machine, telemetry, on_state, on_learned
+        )
         self._give_up = give_up_when_refused
         self._on_end = on_end
         self._thread = threading.Thread(
@@ -24219,6 +24530,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 # -- output --------------------------------------------------------------------
+
+
+def one_line(text: str, limit: int) -> str:
+    """Return `text` on one line, cut at `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
@@ -24409,7 +24726,11 @@ class Subcommand(Value):
 def check_timeout(timeout: float | None) -> None:  # s
     """Raises UsageError for a --timeout out of range."""
     if timeout is not None and not 0 < timeout * 1000 <= MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout takes a positive number of seconds, not {timeout}")
+        most = MAX_TIMEOUT_MS // 1000
+        raise UsageError(
+            f"--timeout takes seconds, more than 0 and at most {most:g}, not "
+            f"{timeout:g}"
+        )
 
 
 def find_one(
@@ -24418,7 +24739,7 @@ def find_one(
     """Return the first of `fields`, ids, of the row that `reference` names.
 
     An id wins over a `displayName` or `name`, which must be unambiguous.  Raises
-    UserError.
+    UserError, also for a row that is revoked.
     """
 
     def name_of(row: JsonObject) -> str:
@@ -24426,13 +24747,18 @@ def find_one(
 
     wanted = reference.strip().casefold()
     exact = [row for row in rows if reference in (row.get(f) for f in fields)]
-    found = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    named = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    found = [row for row in named if not row.get("revokedAt")]
     if len(found) == 1:
         return str(found[0][fields[0]])
     if found:
         ids = ", ".join(str(row[fields[0]]) for row in found)
         raise UsageError(f"several are called {reference!r}; use an id: {ids}")
-    names = ", ".join(map(name_of, rows)) or "none"
+    if named:
+        when = format_time(max(row["revokedAt"] for row in named))
+        raise UserError(f"the {what} {reference!r} is revoked already, since {when}")
+    current = [name_of(row) for row in rows if not row.get("revokedAt")]
+    names = ", ".join(filter(None, current)) or "none"
     raise UserError(f"no {what} is called {reference!r}; there is {names}")
 
 
@@ -24479,8 +24805,13 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
             "exist; start one with `moltis gateway`, or name it with --host"
         )
     url = given or (file.url if file else "")
-    if not key and file is not None and is_own_gateway(url, file):
-        key = file.api_key
+    if not key and file is not None:
+        if is_own_gateway(url, file):
+            key = file.api_key
+        scheme, place = file.url.partition("://")[0], websocket_url(url).split("://")[1]
+        if not key and is_own_gateway(f"{scheme}://{place}", file):
+            tls = "with TLS" if scheme == "https" else "without TLS"
+            raise UsageError(f"the gateway at {url} runs {tls}; use {file.url}")
     if not key:
         raise Refused(
             f"{url} is not the gateway of {context.directory / GatewayFile.FILE}: it "
@@ -24781,7 +25112,7 @@ def node_settings(
         node_id=args.node_id
         or (previous.node_id if previous and previous.device_token == token else "")
         or new_id(),
-        display_name=args.name or offer.get("display_name") or socket.gethostname(),
+        display_name=args.name or offer.get("display_name") or "",
         working_dir=working_dir,
         timeout=args.timeout,
         # Never from the offer: it may have come over a connection that is not trusted.
@@ -24853,9 +25184,10 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     state = wait_until_connected(directory, Deadline(START_TIMEOUT))
     for note in notes:
         output.say(note)
+    known = NodeSettings.load(directory) or settings  # by now with the gateway's name
     output.fields(
         {
-            "Name": settings.display_name,
+            "Name": known.display_name or None,
             "Node id": settings.node_id,
             "Gateway": settings.gateway_url,
             "Allows": settings.allow,
@@ -24899,16 +25231,18 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 log.warning("%s", error)
         elif connected:
             context.output.say(
-                f"connected to {settings.gateway_url} as {settings.display_name!r}; "
-                "Ctrl+C stops it"
+                f"connected to {settings.gateway_url} as "
+                f"{settings.display_name or socket.gethostname()!r}; Ctrl+C stops it"
             )
 
-    def on_pin(pin: str) -> None:
+    def on_learned(fields: Mapping[str, str]) -> None:
+        nonlocal settings
         known = None if directory is None else NodeSettings.load(directory)
         if known is not None and directory is not None:
             same = known.replace(working_dir=settings.working_dir) == settings
             if same:  # not after another `node add`
-                known.replace(gateway_pin=pin).save(directory)
+                known.replace(**fields).save(directory)
+        settings = settings.replace(**fields)
 
     handler: logging.Handler = logging.StreamHandler()
     if directory is not None:
@@ -24925,7 +25259,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
-        on_pin=on_pin,
+        on_learned=on_learned,
     )
     try:
         stop.wait()
@@ -24983,10 +25317,15 @@ def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]
 
 def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
     spec, service = local_service(context)
+    known = (context.directory / NodeSettings.FILE).exists()
+    if not known and not (service and service.unit.exists()):
+        context.output.say("this machine is no node; there is nothing to remove")
+        return EXIT_OK
     for note in service.remove() if service else []:
         context.output.say(note)
     remove_node_files(context.directory)
-    context.output.say(f"this machine is no longer a node; its log is {spec.log}")
+    rest = f"; its log is {spec.log}" if spec.log.exists() else ""
+    context.output.say(f"this machine is no longer a node{rest}")
     return EXIT_OK
 
 
@@ -25041,8 +25380,11 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
 
 
 def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
+    path = context.directory / NODE_LOG_FILE
+    if not path.exists():
+        raise UserError(f"there is no log here: {path} is made by `moltis node add`")
     if not args.follow:
-        context.output.answer(str(context.directory / NODE_LOG_FILE))
+        context.output.answer(str(path))
         return EXIT_OK
 
     def write(data: bytes) -> None:
@@ -25151,7 +25493,8 @@ def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
 def cmd_node_rename(args: argparse.Namespace, context: Context) -> int:
     node = {"nodeId": args.node, "displayName": args.name}
     call_gateway(args, context, "node.rename", **node)
-    context.output.say(f"{args.node} is now called {args.name}")
+    old, new = one_line(args.node, 200), one_line(args.name, 200)
+    context.output.say(f"{old} is now called {new}")
     return EXIT_OK
 
 
@@ -25159,9 +25502,10 @@ def cmd_node_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
         # A device may never have connected, unlike a node.
         devices = client.call("device.pair.list", {})
-        device_id = find_one(args.node, devices, "device", "deviceId", "nodeId")
+        what = "machine with a token"
+        device_id = find_one(args.node, devices, what, "deviceId", "nodeId")
         client.call("device.token.revoke", {"deviceId": device_id})
-    context.output.say(f"{args.node} is revoked")
+    context.output.say(f"{one_line(args.node, 200)} is revoked")
     return EXIT_OK
 
 
@@ -25189,16 +25533,10 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
+        keys = client.call("keys.list", {})
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
-    context.output.say(f"{args.key} is revoked")
+    context.output.say(f"{one_line(args.key, 200)} is revoked")
     return EXIT_OK
-
-
-def one_line(text: str, limit: int) -> str:
-    """Return `text` on one line, cut at `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _audit_state_column(row: JsonObject) -> str:
@@ -25737,8 +26075,8 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
     if named:
         return named[0]
-    output.say(f"a new session: {wanted.strip()}")
     created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
+    output.say(f"a new session: {created['label']}")
     return created
 
 
@@ -26016,6 +26354,9 @@ def ask_approval(output: Output, command: JsonObject) -> str:
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    risks = command.get("approval", {}).get("risks")
+    if risks:
+        output.say(f"It {visible(', '.join(risks))}.")
     drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
@@ -26297,7 +26638,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg("--join URL", "join link instead of a token"),
             *TRUST,
-            arg("--name NAME", "the node's name (default: host name)"),
+            arg("--name NAME", "its name (default: the token's, or the host name)"),
             arg("--node-id ID", "its id (default: the one it has, or a new one)"),
             arg("--working-dir DIR", "where commands start (default: home)"),
             arg("--timeout S", "limit for every command, in seconds", type=float),
@@ -26471,28 +26812,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    restart_from_bytecode(arguments)
-    command: list[str] = []
-    if "--" in arguments:  # what follows belongs to the other machine
-        split = arguments.index("--")
-        arguments, command = arguments[:split], arguments[split + 1 :]
-    if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this
-        sys.stdout.write(VERSION_TEXT + "\n")
-        return EXIT_OK
-    context = Context(dict(os.environ), Output(os.environ))
-    # `install` may replace itself by another moltis, which does this for itself.
-    if argv is None and arguments[:1] != ["install"]:
-        if runs_long(arguments):
-            reap_orphans()
-        context = context.replace(
-            inherited=settle_process(), environ=take_environment()
-        )
+    output = Output(os.environ)
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see BEGIN_QUIETLY
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        restart_from_bytecode(arguments)
+        command: list[str] = []
+        if "--" in arguments:  # what follows belongs to the other machine
+            split = arguments.index("--")
+            arguments, command = arguments[:split], arguments[split + 1 :]
+        if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this
+            sys.stdout.write(VERSION_TEXT + "\n")
+            return EXIT_OK
+        context = Context(dict(os.environ), output)
+        # `install` may replace itself by another moltis, which does this for itself.
+        if argv is None and arguments[:1] != ["install"]:
+            if runs_long(arguments):
+                reap_orphans()
+            context = context.replace(
+                inherited=settle_process(), environ=take_environment()
+            )
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error
         return status
     except (UserError, RpcError) as error:
-        context.output.complain(str(error))
+        output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -26503,7 +26847,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in NO_ROOM:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        context.output.complain(f"the output is not whole: {error.strerror}")
+        output.complain(f"the output is not whole: {error.strerror}")
         return EXIT_FAILURE
 
 

@@ -598,6 +598,10 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         chat.send("say hello")
         asked = chat.until(lambda: approval(chat, "asked"))
         assert asked["command"]["command"] == "echo from the model"
+        assert asked["command"]["approval"]["risks"] == []
+        (question,) = gateway.call("exec.approval.list")
+        assert question["jobId"] == asked["jobId"]
+        assert question["expiresAt"] == asked["command"]["approval"]["expiresAt"]
         resolve(gateway, asked, "approve")
         chat.until(lambda: chat.saw("final"))
         (card,) = chat.of("command")
@@ -614,6 +618,14 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         (row,) = gateway.call("job.list")
         assert row["callerKind"] == "model"
         assert row["decidedBy"] == "owner"
+        assert gateway.call("exec.approval.list") == []
+        (session,) = gateway.call("sessions.list")
+        last = session["lastJob"]
+        assert (last["id"], last["words"], last["nodeName"]) == (
+            row["id"],
+            "done",
+            "Local",
+        )
         told = model.asked[1]["messages"][-1]
         assert told["role"] == "tool"
         assert "from the model" in told["content"]

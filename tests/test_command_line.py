@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import json
+import marshal
 import os
 import pty
 import re
@@ -85,13 +86,11 @@ def test_the_key_of_gateway_json_goes_to_that_gateway_only(home):
     file.save(home / ".moltis")
     for own in ("http://127.0.0.1:9090", "ws://localhost:9090/ws", "127.0.0.1:9090"):
         assert address(home, own) == (own, "mk_file")
-    for foreign in (
-        "http://evil:9090",
-        "http://127.0.0.1:9091",
-        "https://localhost:9090",
-    ):
+    for foreign in ("http://evil:9090", "http://127.0.0.1:9091"):
         with pytest.raises(moltis.Refused, match="wants an operator key"):
             address(home, foreign)
+    with pytest.raises(moltis.UsageError, match="runs without TLS; use http://127"):
+        address(home, "https://localhost:9090")
 
 
 # -- which subcommand ----------------------------------------------------------
@@ -161,7 +160,7 @@ def test_node_add_takes_variables(home):
         home, MOLTIS_GATEWAY_URL="ws://gateway/ws", MOLTIS_DEVICE_TOKEN=TOKEN
     )
     assert settings.device_token == TOKEN
-    assert settings.display_name == socket.gethostname()
+    assert settings.display_name == ""  # the token's, or the host's
 
 
 def test_node_add_takes_an_offer_from_standard_input(home, monkeypatch):
@@ -195,8 +194,8 @@ def test_node_add_keeps_the_node_s_id(home):
         (("--token", TOKEN), "--host is missing"),
         (("--host", "gateway"), "--token is missing"),
         (("--host", "ftp://x", "--token", TOKEN), "is not an address of a server"),
-        (("--host", "x", "--token", TOKEN, "--timeout", "0"), "positive number"),
-        (("--host", "x", "--token", TOKEN, "--timeout", "inf"), "positive number"),
+        (("--host", "x", "--token", TOKEN, "--timeout", "0"), "more than 0 .*, not 0$"),
+        (("--host", "x", "--token", TOKEN, "--timeout", "inf"), "at most .*, not inf$"),
         (
             ("--host", "x", "--token", TOKEN, "--working-dir", "/no/such"),
             "is not a directory",
@@ -1165,3 +1164,123 @@ def test_the_audit_as_json_goes_to_its_end(gateway, home, monkeypatch):
     everything = [f"key {number}" for number in reversed(range(120))]
     assert subjects() == everything
     assert subjects("--limit", "3") == everything[:2]  # and that it was exported
+
+
+# -- small things that a stranger stumbles over --------------------------------
+
+
+def said(capsys, *words):
+    """Return status, stdout and stderr of a command line, run in this process."""
+    capsys.readouterr()
+    status = moltis.main([*words])
+    return (status, *capsys.readouterr())
+
+
+def test_a_node_without_a_name_has_that_of_its_token_here_and_there(gateway):
+    learned = []
+    settings = moltis.NodeSettings(
+        gateway.websocket_url, gateway.token("Pi"), "id-of-pi"
+    )
+    node = moltis.RunningNode(
+        settings, gateway.environ, lambda *_: None, on_learned=learned.append
+    )
+    try:
+        wait_for(lambda: gateway.is_connected("id-of-pi"), what="the node")
+        [view] = [n for n in gateway.call("node.list") if n["nodeId"] == "id-of-pi"]
+        assert view["displayName"] == "Pi"
+        assert learned == [{"display_name": "Pi"}]
+    finally:
+        node.close()
+
+
+def test_a_node_without_any_name_has_that_of_its_host(gateway):
+    settings = moltis.NodeSettings(gateway.websocket_url, gateway.token(), "id-of-pi")
+    node = moltis.RunningNode(settings, gateway.environ, lambda *_: None)
+    try:
+        wait_for(lambda: gateway.is_connected("id-of-pi"), what="the node")
+        [view] = [n for n in gateway.call("node.list") if n["nodeId"] == "id-of-pi"]
+        assert view["displayName"] == socket.gethostname()
+    finally:
+        node.close()
+
+
+@pytest.mark.parametrize("code", ["IMPORT_AND_RUN", "LOAD_AND_RUN"])
+def test_an_interrupt_while_the_program_loads_is_no_traceback(tmp_path, code):
+    """In the first 50 ms it is not our code that would have to handle it."""
+    slow = tmp_path / "moltis.py"
+    slow.write_text("print('loading', flush=True)\nwhile True: pass\n")
+    descriptor = -1
+    if code == "LOAD_AND_RUN":
+        parts = (compile(slow.read_text(), "moltis.py", "exec"), {}, sys.path)
+        (tmp_path / "code").write_bytes(marshal.dumps(parts))
+        descriptor = os.open(tmp_path / "code", os.O_RDONLY)
+    first = tmp_path if descriptor < 0 else descriptor
+    process = subprocess.Popen(
+        [sys.executable, "-IS", "-c", getattr(moltis, code), str(first), "moltis"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=() if descriptor < 0 else (descriptor,),
+    )
+    assert process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
+def test_an_echoed_name_is_one_line(gateway, capsys):
+    gateway.call("device.token.create", displayName="Pi")
+    with silent_node(gateway, "id-of-pi"):
+        status, _, err = said(capsys, "node", "rename", "id-of-pi", "Attic\nPi")
+    assert (status, err) == (0, "id-of-pi is now called Attic Pi\n")
+    status, _, err = said(capsys, "chat", "--session", "my\nwork", "true")
+    assert (status, err) == (0, "a new session: my work\n")
+
+
+def test_a_session_that_is_refused_is_not_announced(gateway, capsys):
+    status, _, err = said(capsys, "chat", "--session", "x" * 500, "true")
+    assert (status, err) == (2, "moltis: a name has 1 to 200 printable characters\n")
+
+
+def test_a_key_that_is_revoked_already_is_said_to_be(gateway, capsys):
+    made = gateway.call("keys.create", name="ci", scopes=["operator.read"])
+    assert said(capsys, "key", "revoke", "ci")[0] == 0
+    for reference in ("ci", made["keyId"]):
+        status, _, err = said(capsys, "key", "revoke", reference)
+        assert status == 1
+        assert "is revoked already, since " in err
+    gateway.call("keys.create", name="ci", scopes=["operator.read"])
+    assert said(capsys, "key", "revoke", "ci")[0] == 0  # the one that is not
+
+
+def test_a_machine_that_is_no_node_has_no_log_and_nothing_to_remove(home, capsys):
+    status, out, err = said(capsys, "node", "remove")
+    assert (status, out) == (0, "")
+    assert err == "this machine is no node; there is nothing to remove\n"
+    for follow in ((), ("-f",)):
+        status, out, err = said(capsys, "node", "logs", *follow)
+        assert (status, out) == (1, "")
+        assert err.startswith("moltis: there is no log here: ")
+
+
+def test_a_wrong_key_is_refused_in_one_sentence(gateway, capsys, monkeypatch):
+    monkeypatch.setenv("MOLTIS_API_KEY", "mk_" + "x" * 43)
+    status, _, err = said(capsys, "node", "list")
+    assert status == 77
+    assert "moltis 0.1" not in err
+
+
+def test_http_to_a_gateway_with_tls_says_what_to_use(tmp_path, capsys, monkeypatch):
+    files = moltis.ensure_certificate(tmp_path / "tls", ["127.0.0.1"])
+    tls = moltis.ServerTls(lambda: files)
+    with InProcessGateway(tmp_path / "data", tls=tls) as gateway:
+        plain = gateway.running.url.replace("https:", "http:")
+        monkeypatch.setenv("MOLTIS_DATA_DIR", str(tmp_path / "data"))
+        status, _, err = said(capsys, "node", "list", "--host", plain)
+        assert status == 2
+        assert err.endswith(f"runs with TLS; use {gateway.running.url}\n")
+        monkeypatch.setenv("MOLTIS_API_KEY", "mk_" + "x" * 43)
+        status, _, err = said(capsys, "node", "list", "--host", plain)
+        assert status == 69
+        assert err.endswith(f"speaks TLS; use {gateway.websocket_url}\n")

@@ -334,7 +334,9 @@ def test_no_machine_is_given_a_name_that_looks_like_another_s(world, name, like)
         moltis.free_name(world.store.devices, name, other)
     # A machine that calls itself so gets another name, or keeps the one it has.
     device = world.store.devices.by_id(other, moltis.now_ms())
-    params = moltis.ConnectParams("node", client_id="id-other", display_name=name)
+    params = moltis.ConnectParams(
+        "node", client_id="id-other", display_name=name, named=True
+    )
     assert moltis.note_presence(world.store.devices, device, params, "")
     assert world.fleet.view("id-other")["displayName"] != name
     if like == "Local":

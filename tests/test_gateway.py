@@ -598,6 +598,44 @@ def test_events_come_to_those_who_subscribed(gateway):
     assert events[0].payload["platform"] == "linux"
 
 
+def test_jobs_of_all_callers_are_announced_as_they_change(gateway, client, tmp_path):
+    go = tmp_path / "go"
+    events = []
+
+    def states(job_id):
+        views = [v for e in list(events) for v in e.payload["jobs"]]
+        return [view["state"] for view in views if view["id"] == job_id]
+
+    with gateway.operator(lambda _client, news: events.append(news)) as watcher:
+        watcher.call("subscribe", {"events": ["job"]})
+        first = client.start("local", f"{wait_in_shell(go)}", keep=True)
+        wait_for(lambda: states(first) == ["running"], what="its beginning")
+        go.touch()
+        wait_for(lambda: states(first)[-1] == "done", what="its ending")
+
+
+def test_a_job_that_waits_for_its_node_is_announced(gateway):
+    seen = []
+    with gateway.operator(lambda _client, news: seen.append(news)) as watcher:
+        with gateway.node("shy"):
+            pass
+        watcher.call("subscribe", {"events": ["job"]})
+        wait_for(
+            lambda: not gateway.call("node.describe", nodeId="shy")["connected"],
+            what="its going",
+        )
+        gateway.call(
+            "job.start",
+            jobs=[{"node": "shy"}],
+            work="run",
+            spec={"command": "true"},
+            queue=60,
+        )
+        wait_for(lambda: seen, what="the event")
+        (view,) = seen[0].payload["jobs"]
+        assert (view["state"], view["command"]) == ("queued", "true")
+
+
 def test_ten_megabytes_of_json_close_one_connection_and_no_other(gateway, rust):
     with gateway.peer() as peer:
         with contextlib.suppress(moltis.ConnectionClosed):

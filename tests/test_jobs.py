@@ -368,7 +368,7 @@ def test_a_node_that_was_started_anew_has_lost_its_jobs(world):
     world.node.come()
     assert world.row(job).state == "lost"
     assert world.row(job).reason == (
-        "its node came back without it; whether it ran is not known"
+        "its node came back without it; how far it got is not known"
     )
     assert world.node.runs == []
 
@@ -827,7 +827,7 @@ def test_a_revoked_node_loses_its_jobs(world):
     job = world.start()
     world.jobs.lose("n", "its token was revoked")
     assert world.row(job).words() == (
-        "lost: its token was revoked; whether it ran is not known"
+        "lost: its token was revoked; how far it got is not known"
     )
 
 

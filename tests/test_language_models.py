@@ -1645,6 +1645,41 @@ def test_a_server_without_key_needs_an_address_only():
     assert "Authorization" not in providers["openai"]._headers()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "entered", "asked"),
+    [
+        ("", "http://box:8080", "http://box:8080/v1"),
+        ("openai", "http://box:8080/v1/", "http://box:8080/v1"),
+        ("openai", "http://box/api/v1/chat/completions", "http://box/api/v1"),
+        ("anthropic", "http://box:8080", "http://box:8080"),
+        ("anthropic", "http://box:8080/v1", "http://box:8080"),
+        ("anthropic", "http://box/llm/v1/messages", "http://box/llm"),
+    ],
+)
+def test_an_address_may_be_that_of_a_request(protocol, entered, asked):
+    entry = moltis.ProviderSettings(base_url=entered, protocol=protocol)
+    assert moltis.make_providers({}, {"lab": entry})[-1].base_url == asked
+
+
+def test_a_token_for_anthropic_is_sent_as_a_bearer_and_comes_first(monkeypatch):
+    environ = {"ANTHROPIC_AUTH_TOKEN": "t", "ANTHROPIC_API_KEY": "k"}
+    _, provider = moltis.make_providers(environ, {})
+    headers = provider._headers()
+    assert headers["Authorization"] == "Bearer t"
+    assert "x-api-key" not in headers
+    described = moltis.describe_providers(environ, {})[1]
+    assert described["keyVariable"] == "ANTHROPIC_AUTH_TOKEN"
+    assert described["keyFrom"] == "environment"
+    assert [p.provider for p in moltis.providers_with_keys(environ)] == ["anthropic"]
+
+
+def test_ollama_takes_a_key():
+    environ = {"OLLAMA_HOST": "https://ollama.com", "OLLAMA_API_KEY": "k"}
+    (provider,) = moltis.make_providers(environ, {})
+    assert provider.base_url == "https://ollama.com:443"
+    assert provider._headers()["Authorization"] == "Bearer k"
+
+
 def test_servers_can_be_added_by_address():
     providers = make(studio={"base_url": "http://box:1234/"}, half={"api_key": "k"})
     assert list(providers) == ["ollama", "studio"]

@@ -425,6 +425,48 @@ def test_a_server_that_was_entered_is_listed_and_can_be_chosen(gateway):
         assert [m["id"] for m in gateway.call("models.list")] == ["shell"]
 
 
+def test_a_server_of_ones_own_may_talk_as_anthropic_does(gateway):
+    """Its key goes where LiteLLM looks for it, and where vLLM does."""
+
+    def reply(handler):
+        if handler.path.startswith("/v1/models"):
+            return 200, {}, [b'{"data": [{"id": "claude-at-home"}]}']
+        block = {"type": "text", "text": "hi"}
+        message = {"type": "message", "content": [block], "stop_reason": "end_turn"}
+        return 200, {"Content-Type": "application/json"}, [json.dumps(message).encode()]
+
+    with ScriptedServer(reply) as server:
+        gateway.call(
+            "models.configure",
+            provider="lab",
+            baseUrl=f"{server.url}/v1/",
+            apiKey="k",
+            protocol="anthropic",
+        )
+        lab = gateway.call("models.providers")[-1]
+        assert (lab["id"], lab["protocol"], lab["own"]) == ("lab", "anthropic", True)
+        assert (lab["keyFrom"], lab["models"], lab["error"]) == ("settings", 1, "")
+        events = ask(gateway.running.models, "lab/claude-at-home")
+        assert events[-1].message.text == "hi"
+        for _, path, headers, _ in server.requests:
+            assert path.startswith(("/v1/models", "/v1/messages"))
+            assert headers["x-api-key"] == "k"
+            assert headers["Authorization"] == "Bearer k"
+
+
+def test_what_was_entered_can_be_removed_once(gateway):
+    url = f"http://127.0.0.1:{free_port()}"
+    gateway.call("models.configure", provider="lab", apiKey="k", baseUrl=url)
+    gateway.call("models.configure", provider="groq", apiKey="g")
+    gateway.call("models.remove", provider="lab")
+    assert list(json.loads((gateway.directory / "models.json").read_text())) == ["groq"]
+    assert "lab" not in [p["id"] for p in gateway.call("models.providers")]
+    with pytest.raises(moltis.UserError, match=r"for 'lab', but for: groq"):
+        gateway.call("models.remove", provider="lab")
+    subjects = [event["subject"] for event in gateway.call("audit.list", limit=5)]
+    assert subjects.count("lab removed") == 1
+
+
 def test_an_address_that_is_the_providers_own_sets_nothing_up(gateway):
     own = "https://api.anthropic.com/"
     gateway.call("models.configure", provider="anthropic", apiKey="k", baseUrl=own)
@@ -447,11 +489,21 @@ def test_a_provider_that_cannot_be_asked_says_why(gateway):
         {"provider": "", "baseUrl": "http://x"},
         {"provider": "lab", "baseUrl": "file:///etc/passwd"},
         {"provider": "lab", "baseUrl": "gpu-box"},
+        {"provider": "lab", "baseUrl": "sk-secret"},
+        {"provider": "lab", "baseUrl": "http://[::1"},
+        {"provider": "lab", "baseUrl": "http://x:99999"},
+        {"provider": "lab", "baseUrl": "http://me:sk-secret@x"},
+        {"provider": "lab", "baseUrl": "http://x/v1?key=sk-secret"},
+        {"provider": "lab", "baseUrl": ""},
+        {"provider": "lab", "apiKey": "sk-secret"},
+        {"provider": "lab", "baseUrl": "http://x", "protocol": "sk-other"},
+        {"provider": "groq", "apiKey": "sk-secret", "protocol": "anthropic"},
     ],
 )
 def test_what_cannot_be_a_provider_is_refused(gateway, params):
-    with pytest.raises(moltis.UsageError):
+    with pytest.raises(moltis.UsageError) as caught:
         gateway.call("models.configure", **params)
+    assert "sk-secret" not in str(caught.value)
     assert not (gateway.directory / "models.json").exists()
 
 

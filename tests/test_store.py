@@ -651,6 +651,7 @@ def test_jobs_are_paged_newest_first_with_filters(store):
     assert ids(node_id="n1") == ["j5", "j3", "j1"]
     assert ids(state="done") == ["j5", "j4", "j2"]
     assert ids(state="failed") == ["j4", "j3", "j2"]
+    assert ids(state="succeeded") == ["j5"]
     assert ids(state="open") == ids(state="running") == ["j1", "j0"]
     assert ids(state="ended") == ["j5", "j4", "j3", "j2"]
     assert ids(state="failed") == [r.id for r in store.jobs.page() if r.failed]
@@ -662,6 +663,20 @@ def test_jobs_are_paged_newest_first_with_filters(store):
     assert ids(before=records[2].seq) == ["j1", "j0"]
     assert len(ids(limit=4)) == 4
     assert ids(limit=-1) == []
+
+
+def test_the_newest_job_of_each_session_is_found_by_an_index(store):
+    for key in ("one", "two", "none"):
+        store.sessions.add(moltis.Session(key, "", "shell", "local", 1, 1))
+    for number, key in enumerate(["one", "two", "one", None]):
+        store.jobs.add(job(f"j{number}", session_key=key))
+    found = store.jobs.newest_of_sessions()
+    assert {key: record.id for key, record in found.items()} == {
+        "one": "j2",
+        "two": "j1",
+    }
+    assert list(store.jobs.newest_of_sessions("two")) == ["two"]
+    assert store.jobs.newest_of_sessions("none") == {}
 
 
 @pytest.mark.parametrize(

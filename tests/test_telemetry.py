@@ -735,7 +735,7 @@ TAGS = b'{"models":[{"name":"llama3.2:3b","size":2019393189},{"name":"qwen3:8b"}
 
 class TestProviders:
     def find(self, host):
-        return moltis.find_ollama(host, moltis.Cancellation())
+        return moltis.find_ollama({"OLLAMA_HOST": host}, moltis.Cancellation())
 
     def test_ollamas_models_come_from_its_api(self):
         chunks = [TAGS[i : i + 1] for i in range(len(TAGS))]

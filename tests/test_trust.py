@@ -183,7 +183,10 @@ def test_a_stolen_database_makes_no_gateway(tmp_path, gateway, other_files):
     pins = []
     settings = node_settings(gateway, gateway.websocket_url, token)
     node = moltis.RunningNode(
-        settings, gateway.environ, lambda *_: None, on_pin=pins.append
+        settings,
+        gateway.environ,
+        lambda *_: None,
+        on_learned=lambda found: pins.append(found["gateway_pin"]),
     )
     try:
         wait_for(lambda: pins, what="the pin")
@@ -266,7 +269,10 @@ def test_a_ca_s_certificate_may_come_with_another_key_and_no_other_may(
                 continue
             pins = []
             node = moltis.RunningNode(
-                settings, gateway.environ, lambda *_: None, on_pin=pins.append
+                settings,
+                gateway.environ,
+                lambda *_: None,
+                on_learned=lambda found, pins=pins: pins.append(found["gateway_pin"]),
             )
             try:
                 wait_for(partial(gateway.is_connected, "id-of-far"), what="the node")
