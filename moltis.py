@@ -12591,10 +12591,15 @@ class Fleet:
         self._announce_telemetry(node.node_id, telemetry)
 
     def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
+        known = self._devices.names().by_id
         with self._lock:
             self._telemetry[node_id] = (telemetry, time.monotonic())
             history = self._histories.setdefault(node_id, History())
             history.add(now_ms(), telemetry.shares_used())
+            # A machine may come under another id each time, or be revoked.
+            if len(self._telemetry) > len(known) + 1:
+                for gone in self._telemetry.keys() - known.keys() - {LOCAL_ID}:
+                    del self._telemetry[gone], self._histories[gone]
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
@@ -13483,7 +13488,7 @@ class Jobs:
         """Record its place in line on its node; 0: it runs."""
         job = self._of_node(link.node_id, job_id)
         if job is not None:
-            job.place = max(0, place)
+            job.place = min(max(0, place), MAX_LINE)
             self._wake(job)
 
     def on_input(

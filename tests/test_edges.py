@@ -12,10 +12,11 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 from peers import InProcessGateway, RawPeer
-from support import free_port, wait_for
+from support import Program, free_port, wait_for
 
 import moltis
 
@@ -198,6 +199,43 @@ def test_a_long_message_needs_a_credential_first(gateway):
         assert stranger.close_code() == 1009
     with gateway.operator() as operator:
         assert operator.call("node.list", long["params"])
+
+
+def test_the_memory_of_what_strangers_began_to_send_is_given_back(tmp_path):
+    """FAULTS D16"""
+
+    def resident(pid):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # MiB
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here")
+    port = free_port()
+    request = (
+        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
+        "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    begun = b"\x81\xff" + (250_000).to_bytes(8, "big") + b"\0" * 4 + b"x" * 240_000
+    with Program("gateway", "--port", port, home=tmp_path) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        before = resident(gateway.pid)
+        held = []
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                for _ in range(200):
+                    address = ("127.0.0.1", port)
+                    sock = stack.enter_context(socket.create_connection(address, 10))
+                    sock.sendall(request.encode())
+                    assert sock.recv(1000).startswith(b"HTTP/1.1 101")
+                    sock.sendall(begun)
+                wait_for(lambda: resident(gateway.pid) > before + 40, what="the load")
+                held.append(resident(gateway.pid) - before)
+            wait_for(
+                lambda: resident(gateway.pid) < before + held[0] / 2,
+                what=lambda: f"{held} MiB to be given back, {resident(gateway.pid)}",
+            )
+    assert held[1] < held[0] * 1.5
 
 
 def test_strangers_leave_room_for_those_who_are_there(tmp_path, monkeypatch):

@@ -391,6 +391,28 @@ def test_a_revoked_id_is_never_that_of_another_token(world, node):
         world.connect("thief", node_id="id-far")
 
 
+def test_ids_and_names_by_the_thousand_leave_one_row_and_one_reading(world):
+    """FAULTS D13"""
+    device, _ = world.access.devices.create_device("flood")
+    for number in range(1000):
+        params = moltis.ConnectParams(
+            "node", client_id=f"id {number}", display_name=f"name {number}"
+        )
+        node = moltis.ConnectedNode(params.client_id, device.id, Link(), params)
+        device = world.store.devices.by_id(device.id, moltis.now_ms())
+        world.fleet.claim(node, device)
+        assert moltis.note_presence(world.store.devices, device, params, "")
+        world.fleet.activate(node)
+        world.fleet.report(node, {"nodeId": node.node_id, "cpuCount": 4})
+        world.fleet.release(node)
+    assert [view["nodeId"] for view in world.fleet.views()] == ["local", "id 999"]
+    assert world.fleet.history("id 999")
+    for kept in (world.fleet._telemetry, world.fleet._histories):
+        assert len(kept) <= 2  # one more than the machines, but for Local
+    with pytest.raises(moltis.RpcError, match="there is no node 'name 1'"):
+        world.fleet.resolve("name 1")
+
+
 # -- telemetry -----------------------------------------------------------------
 
 
