@@ -566,6 +566,65 @@ def test_an_ending_that_was_stored_and_not_acknowledged_is_settled_later(world, 
     assert world.node.runs == [job.id]
 
 
+class Interrupted:
+    """A job's lock; another thread is faster by one step before it is first taken."""
+
+    def __init__(self, lock, step):
+        self._lock, self._step = lock, step
+
+    def __enter__(self):
+        step, self._step = self._step, None
+        if step is not None:
+            step()
+        return self._lock.__enter__()
+
+    def __exit__(self, *error):
+        return self._lock.__exit__(*error)
+
+
+class Killed(BaseException):
+    """The gateway's end, at a place of the test's choice."""
+
+
+@pytest.mark.parametrize("output", [b"", b"x" * 60000], ids=["short", "in files"])
+def test_an_ending_whose_row_a_kill_prevented_is_sent_again(world, monkeypatch, output):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(output), out(output))
+    job.log.created -= 2
+    world.jobs.tick()  # the log moves to files
+
+    def killed(record, _data=None):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(world.store.jobs, "save", killed)
+        world.node.write(job.id, end(exitCode=7))
+    world.node.drop()
+    world.restart_gateway()
+    world.node.come()
+    assert (world.row(job).state, world.row(job).exit_code) == ("done", 7)
+    assert world.jobs.text(world.jobs.get(job.id), 200_000) == 2 * output.decode()
+    assert world.node.settled == [job.id]
+
+
+def test_an_ending_is_not_acknowledged_before_its_row_is_written(world, monkeypatch):
+    job = world.start(kept=True)
+    data = out(b"x" * 60000) * 6 + end(exitCode=0)
+    world.node.logs[job.id], world.node.sent[job.id] = data, len(data)
+    job.lock = Interrupted(job.lock, lambda: world.jobs.acknowledge(job))
+
+    def killed(record, _data=None):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(world.store.jobs, "save", killed)
+        world.jobs.on_log(world.node, job.id, 0, data)
+    assert world.node.settled == []
+    world.restart_gateway()
+    world.node.come()
+    assert world.row(job).state == "done"
+
+
 def test_a_cancel_that_crosses_the_end_does_not_change_it(world):
     job = world.start(kept=True)
     cancel = world.node.cancel
@@ -841,22 +900,6 @@ def test_the_way_a_kept_job_was_running_when_the_gateway_was_killed_is_in_files(
     world.node.come()
     assert world.row(job).state == "lost"
     assert len(world.jobs.text(world.jobs.get(job.id), 100_000)) == 40_000
-
-
-class Interrupted:
-    """A job's lock; another thread is faster by one step before it is first taken."""
-
-    def __init__(self, lock, step):
-        self._lock, self._step = lock, step
-
-    def __enter__(self):
-        step, self._step = self._step, None
-        if step is not None:
-            step()
-        return self._lock.__enter__()
-
-    def __exit__(self, *error):
-        return self._lock.__exit__(*error)
 
 
 def test_a_job_is_not_sent_before_its_row_is_written(world, monkeypatch):
