@@ -438,7 +438,9 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     choose(page, "Demo node")
     output = run(page, "seq 100000")
     assert output.split()[-1] == "100000"
-    assert "Only the end is shown." in page.text(f"{LAST} .screen")
+    said = page.text(f"{LAST} .screen")
+    assert "Only the end is shown." in said
+    assert "Download all of it (575 KiB)" in said
     saved = "URL.createObjectURL = blob => (blob.text().then(done), 'data:,')"
     click = f"document.querySelector('{LAST} .cut a').click()"
     whole = page.evaluate(f"new Promise(done => {{ {saved}; {click} }})")
@@ -623,6 +625,38 @@ def test_a_question_names_its_risks_and_is_answered_by_a_key(
         page.wait_for(shows(row_of("rm old"), result))
         wait_for(lambda: "The end." in str(own_site.call("chat.history")))
         assert own_site.call("job.list")[0]["decidedBy"] == "owner"
+
+
+def test_all_of_a_long_question_is_shown_and_a_key_answers_it_in_view_alone(
+    own_site, make_page
+):
+    line = "\n".join(f"echo step {n}" for n in range(120))
+    with scripted_model([wanting(line), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        own_site.call("chat.send", sessionKey="main", text="go on")
+        page = make_page(own_site, "/activity/")
+        card = "#activity-list .asks"
+        page.wait_for(shows(card, "step 119"))
+        code = f"document.querySelector('{card} .line')"
+        assert page.evaluate(f"{code}.scrollHeight <= {code}.clientHeight + 1")
+        answers = f"document.querySelector('{card} .answers')"
+        page.evaluate(f"{answers}.scrollIntoView()")
+        page.wait_for(f"{answers}.firstChild.disabled === false")
+        page.evaluate("document.querySelector('#activity-scroll').scrollTop = 0")
+        page.wait_for(f"{answers}.getBoundingClientRect().top > innerHeight")
+        frames = "new Promise(done => requestAnimationFrame(() => "
+        page.evaluate(f"{frames}requestAnimationFrame(() => setTimeout(done))))")
+        page.press("a")
+        assert len(own_site.call("exec.approval.list")) == 1
+        page.evaluate(f"{answers}.scrollIntoView()")
+
+        def answered():
+            page.press("d")
+            return not own_site.call("exec.approval.list")
+
+        wait_for(answered, what="the answer")
 
 
 def test_a_key_typed_into_the_composer_answers_no_question(own_site, make_page):
@@ -827,6 +861,25 @@ def test_activity_is_live_and_its_rows_open_to_the_log(site, make_page):
     assert "line 12" in page.text(f"{row} .lines")
 
 
+def test_a_command_of_a_shell_is_watched_and_says_where_its_output_went(
+    site, make_page
+):
+    page = make_page(site, "/activity/")
+    line = "for n in $(seq 600); do echo shell $n; sleep 0.2; done"
+    words = ("node", "exec", "Demo node", "--", line)
+    with Program(*words, home=site.home) as shell:
+        row = row_of(line)
+        page.click(f"{row} [data-part=line]")
+        page.wait_for(shows(f"{row} .lines", "shell 9\n"))
+        page.wait_for(shows(row, "its output goes to the client that started it"))
+        page.click(f"{row} {STOP}")
+        page.wait_for(shows(row, "Cancelled by owner"))
+        wait_for(lambda: shell.process.poll() is not None, what="the end of exec")
+    page.reload()
+    page.wait_for(shows(row, "its output goes to the client that started it"))
+    assert page.evaluate(f"document.querySelector({json.dumps(row)}).isConnected")
+
+
 def test_the_link_of_an_old_command_shows_its_output(site, make_page):
     job = start(site, "echo $((6 * 7)) of long ago")
     site.call("job.wait", id=job)
@@ -857,6 +910,63 @@ def test_activity_filters_mean_what_they_say(site, make_page):
     assert "echo again" not in page.text("#activity-list")
     choose_in(page, "#filter-node", "local")
     page.wait_for(shows("#activity", "No command matches."))
+
+
+NOTICES = """window.notices = [];
+window.Notification = class extends EventTarget {
+  static permission = "default";
+  static asked = 0;
+  static async requestPermission() {
+    Notification.asked += 1;
+    return (Notification.permission = "granted");
+  }
+  constructor(title, {body}) { super(); notices.push(`${title}: ${body}`); }
+};"""
+
+
+# Nobody waits here for half a minute: what the gateway tells began an hour earlier.
+EARLIER = """const parse = JSON.parse;
+const earlier = (_, name, ms) => `"${name}":${ms - 3600_000}`;
+JSON.parse = text => parse(text.replace(/"(startedAt|askedAt)":(\\d+)/g, earlier));"""
+
+
+def test_a_long_command_that_ends_notifies_who_asked_for_it_and_looks_elsewhere(
+    site, make_page
+):
+    page = make_page(site)
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES + EARLIER)
+    page.reload()
+    page.wait_for(READY)
+    open_new_chat(page)
+    assert page.evaluate("document.querySelector('#notify-offer').hidden")
+    type_line(page, "exec sleep 100")
+    page.wait_for(shows("#running", "sleep 100"))
+    page.wait_for("!document.querySelector('#notify-offer').hidden")
+    page.click("#notify-yes")
+    page.wait_for("document.querySelector('#notify-offer').hidden")
+    assert page.evaluate("Notification.asked") == 1
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    (job,) = site.call("job.list", state="open")
+    site.call("job.cancel", id=job["id"])
+    page.wait_for("notices.length === 1")
+    said = "Cancelled by owner on Local: exec sleep 100"
+    assert page.evaluate("notices[0]") == said
+
+
+def test_an_approval_notifies_who_looks_elsewhere(own_site, make_page):
+    with scripted_model([wanting("echo asked"), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page = make_page(own_site)
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES)
+        page.reload()
+        page.wait_for(READY)
+        page.evaluate("Notification.permission = 'granted'")
+        page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+        own_site.call("chat.send", sessionKey="main", text="go on")
+        page.wait_for("notices.length === 1")
+        assert page.evaluate("notices[0]") == "Approval is needed on Local: echo asked"
 
 
 def test_a_command_is_run_again_elsewhere(site, make_page):
@@ -1166,6 +1276,9 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
         page.goto(site.url + path)
         page.wait_for(f"!document.querySelector('#{name}').hidden")
         page.wait_for(LISTED)
+        if name == "activity":
+            page.click(f"{row_of('exit 1')} [data-part=line]")
+            page.wait_for(shows(f"{row_of('exit 1')} .lines", "99\n100"))
         assert findings(page, axe) == []
         take_screenshot(page, f"{name}-{size}-{scheme}")
     if size == "desktop":
