@@ -25199,7 +25199,14 @@ async function createKey() {
   const scopes = [...checked].map(box => `operator.${box.value}`);
   const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key, shown only once", made.key));
+  const url = `${BASE}mcp`, bearer = `Bearer ${made.key}`;
+  const server = {type: "http", url, headers: {Authorization: bearer}};
+  const claude = "claude mcp add --transport http moltis";
+  fill($("key-made"), copyLine("The key, shown only once", made.key),
+    h("details", h("summary", "Connect an AI agent (MCP)"),
+      copyLine("Claude Code", `${claude} ${url} --header "Authorization: ${bearer}"`),
+      copyLine("VS Code, in .vscode/mcp.json",
+        JSON.stringify({servers: {moltis: server}}, null, 2))));
   refresh("keys");
 }
 
