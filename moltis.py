@@ -616,6 +616,24 @@ MAX_CUT_TOKENS = 10_000  # brackets and strings of a text that complete_json() t
 CUT_CHARACTER = 12  # characters of an escaped surrogate pair
 
 
+def _last_character(text: str, begin: int) -> int:
+    """Return where the last whole character of a cut JSON string ends.
+
+    The string begins at `begin`; half an escape, or half a surrogate pair, may be left.
+    """
+    # Only the end matters, from where no escape is under way: backslashes are pairs.
+    near = len(text) - 2 * CUT_CHARACTER
+    run = len(text[:near].rstrip("\\"))
+    if near > begin:
+        begin = run + (near - run) // 2 * 2
+    for end in range(len(text), max(begin - 1, len(text) - CUT_CHARACTER), -1):
+        with contextlib.suppress(ValueError):
+            last = _JSON_DECODER.decode(f'"{text[begin:end]}"')[-1:]
+            if not "\ud800" <= last <= "\udbff":
+                return end
+    return len(text)
+
+
 def complete_json(text: str) -> Any:
     """Return the value of a JSON text whose end is missing.
 
@@ -639,12 +657,11 @@ def complete_json(text: str) -> Any:
             except ValueError:
                 quote = '"'
                 break
-    # Half an escape, or half a surrogate pair, may be the end.
-    for cut in range(CUT_CHARACTER if quote else 1):
-        whole = text[: len(text) - cut] + quote + "".join(reversed(closers))
-        with contextlib.suppress(ValueError):
-            return from_json(whole)
-    raise ValueError("the rest of the JSON is missing")
+    end = _last_character(text, at) if quote else len(text)
+    try:
+        return from_json(text[:end] + quote + "".join(reversed(closers)))
+    except ValueError:
+        raise ValueError("the rest of the JSON is missing") from None
 
 
 # -- ids and secrets -----------------------------------------------------------
@@ -3156,7 +3173,7 @@ def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str
             return (
                 f"{target} has a certificate that is not trusted: {distrust}; for the "
                 "gateway's own one say --fingerprint sha256//…, which `moltis gateway` "
-                "prints when it starts"
+                "prints when it starts; for that of an authority of your own, --ca FILE"
             )
         reason = getattr(error, "reason", None)
         if reason:
@@ -3165,22 +3182,29 @@ def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str
 
 
 def connect(
-    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
+    url: str,
+    trust: ServerTrust | None = None,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+    cancel: Cancellation | None = None,
 ) -> WebSocket:
     """Return an open WebSocket to `url`; a wss: address needs `trust`.
 
     Raises Unreachable with one line that says why, Refused for a wrong certificate,
-    UsageError if `url` is not an address.
+    UsageError if `url` is not an address, Cancelled.
     """
     target = ServerUrl.parse(url)
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
+    cancel = cancel or Cancellation()
     try:
         assert trust is not None or not target.secure
-        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
+        tls = trust if target.secure else None
+        sock = dial(target.host, target.port, tls, timeout, cancel)
         try:
-            sock.sendall(upgrade_request(target, key))
-            head, early = read_head(sock, deadline)
+            with cancel.calling(partial(cut, sock)):
+                sock.sendall(upgrade_request(target, key))
+                head, early = read_head(sock, deadline)
             check_upgraded(head, key)
         except BaseException:
             sock.close()
@@ -9297,7 +9321,7 @@ class NodeAgent:
         self._telemetry = telemetry
         self._on_state = on_state
         self._backoff = Backoff()
-        self._stopped = threading.Event()
+        self._stop = Cancellation()
         self._leaves = False  # new connections are closed at once
         # TLS key of the last gateway that proved itself; None without TLS.
         self._proved_pin: str | None = None
@@ -9310,9 +9334,11 @@ class NodeAgent:
         Raises Refused, if asked to, when the gateway refuses the node.
         """
         last_problem = ""
-        while not self._stopped.is_set():
+        while True:
             try:
                 ws, hello = self._dial()
+            except Cancelled:
+                return
             except UserError as error:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
@@ -9324,7 +9350,7 @@ class NodeAgent:
             else:
                 last_problem = ""
                 problem = self._serve(ws, hello)
-            if self._stopped.is_set():
+            if self._stop.cancelled:
                 return
             pause = self._backoff.next()
             if str(problem) != last_problem:
@@ -9332,11 +9358,14 @@ class NodeAgent:
                 log.warning("%s; trying again every minute or sooner", why)
                 self._on_state(False, problem)
             last_problem = str(problem)
-            self._stopped.wait(pause)
+            try:
+                self._stop.pause(pause)
+            except Cancelled:
+                return
 
     def close(self) -> None:
         """End running commands, report them, and disconnect; run() returns."""
-        self._stopped.set()
+        self._stop.cancel()
         self._machine.close()
         # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
@@ -9355,18 +9384,23 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people,
+        and Cancelled.
         """
         url = self._settings.gateway_url
-        ws = connect(url, self._trust())
+        ws = connect(url, self._trust(), cancel=self._stop)
         try:
-            hello = self._authenticate(ws)
-            self._proved_pin = _tls_pin(ws)
-            self._keep_pin(ws)
+            with self._stop.calling(ws.abort):
+                hello = self._authenticate(ws)
+                self._proved_pin = _tls_pin(ws)
+                self._keep_pin(ws)
             name = optional(_hello_extension(hello), "displayName", str)
             if name and name != self._settings.display_name:
                 self._learn(display_name=printable(name))
             return ws, hello
+        except Cancelled:
+            ws.abort()
+            raise
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
             # Without TLS, any process on the port of a stopped gateway says so.
@@ -9411,7 +9445,7 @@ class NodeAgent:
                 pin = parsed.pin
             else:  # nothing is kept unless a CA that this system trusts vouches for it
                 target = ServerUrl.parse(self._settings.gateway_url)
-                dial(target.host, target.port, TlsTrust()).close()
+                dial(target.host, target.port, TlsTrust(), cancel=self._stop).close()
             self._learn(gateway_pin=pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
@@ -10898,6 +10932,64 @@ def name_key(name: str) -> str:
     return plain.casefold()
 
 
+# Code points that look like a Latin letter, in part from UTS #39: Greek, Cyrillic,
+# Armenian, Hebrew, Arabic, digits zero, Cherokee, Coptic, phonetic.
+_LOOK_ALIKES: Mapping[int, str] = {
+    int(code, 16): letter
+    for letter, codes in (
+        ("a", "391 3b1 410 430 13aa 251 1d00"),
+        ("b", "392 412 42c 44c 13f4 299"),
+        ("c", "3c2 421 441 13df 2ca4 2ca5 1d04"),
+        ("d", "500 501 13a0 1d05"),
+        ("e", "395 3b5 415 435 4bd 13ac 1d07"),
+        ("\u00eb", "401 451"),
+        ("g", "50c 581 13c0 261"),
+        ("h", "397 41d 4ba 4bb 570 13bb 29c"),
+        ("i", "399 3b9 406 456 131 269 13a5"),
+        ("\u00ef", "407 457"),
+        ("j", "37f 3f3 408 458 575 13ab"),
+        ("k", "39a 3ba 41a 43a 13e6 1d0b"),
+        ("l", "4c0 4cf 5d5 627 13de 1c0 29f 2223"),
+        ("m", "39c 41c 43c 13b7 1d0d"),
+        ("n", "39d 3b7 578 274"),
+        (
+            "o",
+            "39f 3bf 3c3 41e 43e 555 585 5e1 647 966 9e6 a66 ae6 be6 c66 ce6 d66 e50",
+        ),
+        ("o", "ed0 1040 10ff 2c9e 2c9f 1d0f 3007"),
+        ("p", "3a1 3c1 420 440 13e2 1d18"),
+        ("q", "51a 51b 566"),
+        ("r", "433 13a1 280 1d26"),
+        ("s", "405 455 13da a731"),
+        ("t", "3a4 3c4 422 442 13a2 1d1b"),
+        ("u", "3bc 3c5 57d 28b 1d1c"),
+        ("v", "3bd 474 475 13d9 1d20"),
+        ("w", "3c9 51c 51d 561 13b3 1d21"),
+        ("x", "3a7 3c7 425 445"),
+        ("y", "3a5 3b3 423 443 4ae 4af 13bd 28f"),
+        ("z", "396 13c3 1d22"),
+    )
+    for code in codes.split()
+}
+# Printable and not seen: joiners, fillers, variation selectors, a blank.
+_INVISIBLE: Mapping[int, str] = {
+    **dict.fromkeys((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0), ""),
+    **dict.fromkeys((*range(0x180B, 0x1810), *range(0xFE00, 0xFE10)), ""),
+    **dict.fromkeys(range(0xE0100, 0xE01F0), ""),
+    0x2800: " ",
+}
+
+
+def name_looks(name: str) -> str:
+    """Return a text that is equal for names that people cannot tell apart."""
+    if name.isascii():
+        return name_key(name)
+    import unicodedata
+
+    seen = unicodedata.normalize("NFKC", name.translate(_INVISIBLE))
+    return name_key(seen.translate(_LOOK_ALIKES))
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -10967,15 +11059,15 @@ class DevicesTable(Table):
 
     def clash(self, name: str, now: int, *, but: str) -> str:
         """Return why a name or an id could mean a device other than `but`, or ""."""
-        key = name_key(name)
+        key, looks = name_key(name), name_looks(name)
         for row in self._db.rows(
             "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
             f" WHERE id <> :but AND {self.CURRENT}",
             {"but": but, "now": now},
         ):
             node_id = row["node_id"].casefold()
-            if name_key(row["display_name"]) == key:
-                called = row["display_name"]
+            called = row["display_name"]
+            if name_key(called) == key or name_looks(called) == looks:
                 if node_id:
                     return f"another machine is called {called}"
                 return (
@@ -11931,20 +12023,15 @@ class DeviceAccess:
         display_name: str,
         platform: str = "",
         *,
-        lifetime: float | None = None,
         by: Caller | None = None,
     ) -> tuple[Device, str]:
-        """Return a new device and its token, which is not stored.
-
-        A device that does not connect within `lifetime` seconds is deleted.
-        """
-        now, token = self._door.now(), new_secret("mdt_")
+        """Return a new device and its token, which is not stored."""
+        token = new_secret("mdt_")
         device = Device(
             id=new_id(),
             display_name=display_name,
             platform=platform,
-            created_at=now,
-            expires_at=None if lifetime is None else now + round(lifetime * 1000),
+            created_at=self._door.now(),
         )
         self._devices.add(device, make_credential(token))
         self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
@@ -12064,11 +12151,11 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if name_key(name) in ("", OWNER_NAME, "moltis"):
+        if name_looks(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
         with self._naming:
             current = [key.name for key in self.keys() if key.revoked_at is None]
-            if name_key(name) in map(name_key, current):
+            if name_looks(name) in map(name_looks, current):
                 raise RpcError(
                     "CONFLICT",
                     f"there is a key {clip(name, 80)!r} already; choose another name, "
@@ -12276,6 +12363,7 @@ class Access:
 
 LOCAL_ID = "local"
 LOCAL_NAME = "Local"
+ROUGH = str.maketrans("0i1|", "olll")  # nobody may be taken for Local at a glance
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
@@ -12346,11 +12434,12 @@ class ConnectedNode:
 def valid_name(text: str) -> str:
     """Return a name for a node without surplus white space.  Raises RpcError."""
     name = " ".join(text.split())
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+    seen = name_looks(name)
+    if not seen or len(name) > MAX_NAME or not name.isprintable():
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name_key(name) == LOCAL_ID:
+    if seen.translate(ROUGH) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -12373,7 +12462,7 @@ def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or name_key(node_id) == LOCAL_ID:
+    if not fits or name_looks(node_id).translate(ROUGH) in ("", LOCAL_ID):
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
@@ -12653,10 +12742,15 @@ class Fleet:
         self._announce_telemetry(node.node_id, telemetry)
 
     def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
+        known = self._devices.names().by_id
         with self._lock:
             self._telemetry[node_id] = (telemetry, time.monotonic())
             history = self._histories.setdefault(node_id, History())
             history.add(now_ms(), telemetry.shares_used())
+            # A machine may come under another id each time, or be revoked.
+            if len(self._telemetry) > len(known) + 1:
+                for gone in self._telemetry.keys() - known.keys() - {LOCAL_ID}:
+                    del self._telemetry[gone], self._histories[gone]
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
@@ -13564,7 +13658,7 @@ class Jobs:
         """Record its place in line on its node; 0: it runs."""
         job = self._of_node(link.node_id, job_id)
         if job is not None:
-            job.place = max(0, place)
+            job.place = min(max(0, place), MAX_LINE)
             self._wake(job)
 
     def on_input(
@@ -15464,6 +15558,8 @@ class SessionLog:
         self._words: dict[str, list[str]] = {}  # of answers, not announced yet
         self._unsaved: set[str] = set()
         self._closed = False
+        # The person's choice of a node, and the model's after it; replaced as a whole.
+        self.selection: tuple[str, str] | None = None
 
     def add(
         self,
@@ -15581,15 +15677,15 @@ class SessionLog:
             return self._find(message_id)
 
     def last(self, before: int | None) -> list[SessionMessage]:
-        """Return the last messages that were created before a time (ms)."""
+        """Return a page of messages created before a time (ms), and one older."""
         with self._lock:
-            stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
+            stored = self._store.messages.last(self.key, before, HISTORY_PAGE + 1)
             return [self._live.get(message.id, message) for message in stored]
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
-        """Return the messages that changed after `seq`."""
+        """Return the messages that changed after `seq`, up to one more than a page."""
         with self._lock:
-            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
+            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED + 1)
             known = {message.id: message for message in stored}
             known.update((k, m) for k, m in self._live.items() if m.seq > seq)
         return sorted(known.values(), key=lambda message: message.created_at)
@@ -15805,12 +15901,10 @@ class TurnChat(Conversation):
         session_log: SessionLog,
         store: Store,
         jobs: Jobs,
-        selections: dict[str, tuple[str, str]],
         is_closing: Callable[[], bool],
     ) -> None:
         self.key = session_log.key
         self.key_id = turn.asked_by.id
-        self._selections = selections
         self._is_closing = is_closing
         self._asked: set[str] = set()  # ids of jobs whose question is open
         self._turn = turn
@@ -15829,11 +15923,11 @@ class TurnChat(Conversation):
     def selected(self) -> str:
         chosen = self._turn.node_id
         # A model's choice is for its own commands, until the person chooses again.
-        before, selected = self._selections.get(self.key, (chosen, chosen))
+        before, selected = self._log.selection or (chosen, chosen)
         return chosen if self._turn.is_typed or before != chosen else selected
 
     def select(self, node_id: str) -> None:
-        self._selections[self.key] = self._turn.node_id, node_id
+        self._log.selection = self._turn.node_id, node_id
 
     def directory(self, node_id: str) -> str | None:
         return self._store.sessions.directory(self.key, node_id)
@@ -16026,8 +16120,6 @@ class Chats:
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
-        # By session: the person's choice of a node, and the model's that followed it.
-        self._selections: dict[str, tuple[str, str]] = {}
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -16194,20 +16286,25 @@ class Chats:
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
     ) -> list[JsonObject]:
-        """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
+        """Return messages, the oldest first; it says so if older ones were left out.
+
+        Raises RpcError NOT_FOUND.
+        """
         session_log = self._log(key)
         if after is not None:
-            found = session_log.changed_after(after)
+            found, limit = session_log.changed_after(after), MAX_CHANGED
         else:
-            found = session_log.last(before)
+            found, limit = session_log.last(before), HISTORY_PAGE
         messages: list[JsonObject] = []
         size = 0
-        for message in reversed(found):
+        for message in found[: -limit - 1 : -1]:
             value = message_to_json(message, self._job_of(message))
             size += len(to_json(value))
             if messages and size > MAX_HISTORY:
                 break
             messages.append(value)
+        if len(messages) < len(found):
+            messages[-1]["hasEarlier"] = True
         return messages[::-1]
 
     def on_end(self, job: Job) -> None:
@@ -16246,14 +16343,7 @@ class Chats:
         if turn.directory is not None:
             self._store.sessions.keep_directory(key, turn.node_id, turn.directory)
         self._tell("patched", key)
-        chat = TurnChat(
-            turn,
-            session_log,
-            self._store,
-            self._jobs,
-            self._selections,
-            self._is_closing,
-        )
+        chat = TurnChat(turn, session_log, self._store, self._jobs, self._is_closing)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
@@ -16326,7 +16416,6 @@ class Chats:
         if queue is not None:
             queue.close()
         self._approvals.forget(key)
-        self._selections.pop(key, None)
         with self._lock:
             dropped = self._logs.pop(key, None)
         if dropped is not None:
@@ -16843,8 +16932,10 @@ class KeyShares:
         """Return the bytes that may yet wait for the clients of a key to read."""
         return max(0, MAX_KEY_OUTBOX - self._backlog(key_id))
 
-    def page_lock(self, caller: Caller) -> threading.Lock:
+    def page_lock(self, caller: Caller) -> contextlib.AbstractContextManager[Any]:
         """Return the lock under which a key gets one long answer at a time."""
+        if caller.may(Scope.ADMIN):
+            return contextlib.nullcontext()
         with self._lock:
             return self._pages.setdefault(caller.id, threading.Lock())
 
@@ -19769,6 +19860,7 @@ AUDIT_COLUMNS = (
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
     *("callerId", "count", "lastAt"),
 )
+AUDIT_TIMES = ("at", "lastAt")  # ms
 
 
 def audit_pages(
@@ -19817,7 +19909,7 @@ def _csv_row(row: JsonObject) -> list[str]:
     values = []
     for name in AUDIT_COLUMNS:
         value = row.get(name, "")
-        if name.lower().endswith("at") and value:
+        if name in AUDIT_TIMES and value:
             value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
         values.append(str(value))
     return [FORMULA_START.sub("'", value) for value in values]
@@ -20038,6 +20130,10 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
+        # The page, cut where it names its other files.
+        page = files.get("/")
+        body = page.body if page is not None and isinstance(page.body, bytes) else b""
+        self._page_pieces = re.split(rb'(?<=(?:href|.src)=")(?=app\.)', body)
         self._mcp_calls = CallsUnderWay()
         # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
@@ -20140,13 +20236,9 @@ class HttpApp:
         )
 
     def _page(self, request: HttpRequest) -> Reply:
-        page = self._files.get("/")
-        if page is None or not isinstance(page.body, bytes):
-            return self._not_found(request)
         # Relative to the page, for a proxy may have put a path before ours.
         up = b"../" * (request.path.count("/") - 1)
-        body = re.sub(b'((?:href|src)=")(app\\.)', b"\\1" + up + b"\\2", page.body)
-        return page.replace(body=body)
+        return self._files["/"].replace(body=up.join(self._page_pieces))
 
     def _join(self, request: HttpRequest) -> Reply:
         """Answer a join link with a node's settings, once."""
@@ -20331,25 +20423,11 @@ def _too_many(what: str) -> RpcError:
 class Admission:
     """One connection's place within ConnectionLimits, which guards it with its lock."""
 
-    def __init__(
-        self, limits: ConnectionLimits, sock: socket.socket, since: float
-    ) -> None:
+    def __init__(self, sock: socket.socket, since: float) -> None:
         self.sock = sock
         self.since = since  # on the clock of the limits
         self.network = ""  # where it counts as a stranger; "" once it does not
         self.key_id: str | None = None  # of the credential that was proved
-        self._limits = limits
-
-    def move(self, address: str) -> None:
-        """Count it in the network of a proxy's client.  Raises RpcError."""
-        self._limits.move(self, address)
-
-    def identified(self, caller: Caller) -> None:
-        """Count it as a stranger's no longer.  Raises RpcError."""
-        self._limits.identify(self, caller)
-
-    def end(self) -> None:
-        self._limits.forget(self)
 
 
 class ConnectionLimits:
@@ -20387,11 +20465,11 @@ class ConnectionLimits:
 
         `shared` addresses, as of a proxy, may have more than others.
         """
-        admission = Admission(self, sock, self._clock())
+        admission = Admission(sock, self._clock())
         return admission if self._place(admission, address, shared=shared) else None
 
     def move(self, admission: Admission, address: str) -> None:
-        """Raises RpcError RATE_LIMITED."""
+        """Count it where a proxy's client is.  Raises RpcError RATE_LIMITED."""
         if admission.network in ("", address_network(address)):
             return
         with self._lock:
@@ -20400,7 +20478,7 @@ class ConnectionLimits:
             raise _too_many("connections from your network")
 
     def identify(self, admission: Admission, caller: Caller) -> None:
-        """Raises RpcError RATE_LIMITED."""
+        """Count it as a stranger's no longer.  Raises RpcError RATE_LIMITED."""
         limited = not caller.may(Scope.ADMIN)
         with self._lock:
             if admission.key_id is not None:
@@ -20568,7 +20646,8 @@ class TcpPeer(Value):
 
     address: str
     tls: TlsIdentity | None  # the certificate that it was shown
-    admission: Admission
+    move: Callable[[str], None]  # gets the address of a proxy's client
+    on_identified: Callable[[Caller], None]
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
@@ -20693,14 +20772,13 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             else:
                 binding = None if tls is None else tls.channel_binding
             if public.client != direct.client:
-                self.peer.admission.move(public.client)
+                self.peer.move(public.client)
             path, _, query = self.path.partition("?")
             if public.prefix and path.startswith(public.prefix + "/"):
                 path = path[len(public.prefix) :]
-            admission = self.peer.admission
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
-                on_identified=admission.identified,
+                on_identified=self.peer.on_identified,
                 is_abandoned=partial(is_closed_there, self.connection),
                 query=query,
             )
@@ -20948,7 +21026,7 @@ class HttpDoor:
         try:
             self._threads.start(serve, sock, f"moltis-read-{address}")
         except BaseException:  # RuntimeError: the system has no thread left
-            admission.end()
+            self._limits.forget(admission)
             raise
 
     def _serve(self, sock: socket.socket, address: str, admission: Admission) -> None:
@@ -20959,7 +21037,13 @@ class HttpDoor:
                 identity = self._tls.identity
                 sock = _secured(sock, identity, admission)
                 self._threads.replace_socket(sock)
-            peer = TcpPeer(address, identity, admission)
+            limits = self._limits
+            peer = TcpPeer(
+                address,
+                identity,
+                partial(limits.move, admission),
+                partial(limits.identify, admission),
+            )
             upgraded = self._handler(sock, peer, self._server).upgraded
             if upgraded is not None:
                 upgraded()
@@ -20969,7 +21053,7 @@ class HttpDoor:
         except Exception:
             log.exception("connection failed address=%s", address)
         finally:
-            admission.end()
+            self._limits.forget(admission)
             self._server.shutdown_request(sock)
 
 
@@ -23582,15 +23666,18 @@ class Chat {
     let rows;
     try {
       rows = await link.call("chat.history", params);
+      if (this.loaded && rows[0]?.hasEarlier) {
+        // Older changes are missing: begin anew.
+        rows = await link.call("chat.history", {sessionKey: this.key});
+        this.rows.clear();
+      }
     } catch (error) {
       this.waiting = [];
       if (error.code === "NOT_FOUND") state.deleted.add(this.key);
       else if (!error.isLost) showError(error);
       return;
     }
-    // The answer is cut at 1000 rows: older changes are missing.
-    if (rows.length >= 1000) this.rows.clear();
-    if (!this.rows.size) this.earlier = rows.length >= 200;
+    if (!this.rows.size) this.earlier = Boolean(rows[0]?.hasEarlier);
     rows.forEach(row => this.merge(row));
     this.outbox.filter(({sent}) => sent).forEach(({id}) => this.drop(id));
     this.loaded = true;
@@ -23605,7 +23692,7 @@ class Chat {
     const params = {sessionKey: this.key, before: first.createdAt};
     const rows = await attempt("chat.history", params);
     if (!rows) return;
-    this.earlier = rows.length >= 200;
+    this.earlier = Boolean(rows[0]?.hasEarlier);
     for (const row of rows) if (!this.rows.has(row.id)) this.merge(row);
     touch("chat");
   }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import sqlite3
 import subprocess
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -276,6 +279,65 @@ def test_a_key_in_the_address_that_is_none_gets_a_sentence(site, browser):
     with browser.new_page(isolated=True) as page:
         page.goto(f"{site.url}/chat/%E0%A4%A#key=%zz")
         page.wait_for_text("This is not a key of this gateway")
+
+
+def test_a_cookie_that_was_not_kept_is_said(own_site, browser):
+    """FAULTS C8: otherwise the sign-in goes round in a circle without a word."""
+    with WithoutCookies(own_site.port) as relay:
+        with browser.new_page(isolated=True) as page:
+            page.goto(f"http://127.0.0.1:{relay.port}/#key={own_site.key}")
+            page.wait_for_text("this browser did not keep the cookie of the sign-in")
+        assert relay.dropped == 1  # it was not tried again and again
+
+
+class WithoutCookies:
+    """Stands before a gateway, whose cookies it takes away."""
+
+    def __init__(self, target):
+        self.dropped = 0
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets = [self._listener]
+        self._threads = []
+        self._spawn(self._accept)
+
+    def _spawn(self, target, *args):
+        self._threads.append(threading.Thread(target=target, args=args, name="test-x"))
+        self._threads[-1].start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [client, server]
+                self._spawn(self._pass_on, client, server)
+                self._spawn(self._pass_on, server, client)
+
+    def _pass_on(self, source, sink):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                self.dropped += data.count(b"\r\nSet-Cookie:")
+                sink.sendall(data.replace(b"\r\nSet-Cookie:", b"\r\nX-Dropped1:"))
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
 
 
 def test_a_draft_belongs_to_its_chat_and_outlives_the_page(site, make_page):
@@ -1045,6 +1107,38 @@ def test_a_page_that_lost_its_gateway_comes_back_with_what_it_missed(own_site, b
         assert run(page, "echo after").strip() == "after"
         # Chromium reports each try to connect that failed, and nothing else went wrong.
         assert [e for e in page.errors if "WebSocket connection to" not in e] == []
+
+
+def test_messages_that_one_answer_has_no_room_for_can_be_shown(own_site, browser):
+    """The page is told of them when it comes back, too."""
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        run(page, "echo the beginning")
+        page.wait_for_text("the beginning")
+        own_site.stop()
+        db = sqlite3.connect(str(own_site.home / ".moltis/moltis.db"))
+        with contextlib.closing(db), db:
+            (last,) = db.execute("SELECT max(created_at) FROM messages").fetchone()
+            (seq,) = db.execute(
+                "SELECT seq FROM sessions WHERE key = 'main'"
+            ).fetchone()
+            details = json.dumps({"unknown": "x" * 3_000_000})
+            for n in range(3):
+                db.execute(
+                    "INSERT INTO messages (id, session_key, run_id, role, created_at,"
+                    " state, seq, text, details) VALUES (?, 'main', '', 'assistant', ?,"
+                    " 'done', ?, ?, ?)",
+                    (f"m{n}", last + 1 + n, seq, f"kept answer {n}", details),
+                )
+        own_site.start()
+        page.wait_for_text("kept answer 2")
+        for text in ("kept answer 1", "kept answer 0"):
+            page.wait_for("!document.querySelector('#older').hidden")
+            page.click("#older")
+            page.wait_for_text(text)
+        page.wait_for_text("the beginning")
+        page.wait_for("document.querySelector('#older').hidden")
 
 
 @pytest.fixture
