@@ -4794,7 +4794,7 @@ class CommandSpec(Value):
     env: Mapping[str, str] = NOTHING  # forwarded variables
     timeout: float | None = None  # ms from its start; its time in line does not count
     stdin: bool = False  # fed by input(); otherwise /dev/null
-    reports_directory: bool = False  # in its ending: where its shell ended
+    reports_directory: bool | None = None  # in its ending: where its shell ended
 
     @classmethod
     def from_json(cls, value: JsonObject) -> CommandSpec:
@@ -5613,17 +5613,17 @@ class Command:
             return
         self._started, self._started_at = time.monotonic(), now_ms()
         cwd = _working_directory(self.spec.cwd, self._working_dir)
-        command = self.spec.command.encode("utf-8")
+        prefix = b""
         env = {**self._environ, **usable_here(self.spec.env)}
         if self.spec.reports_directory:
             with contextlib.suppress(OSError):  # no room for the file: not reported
                 self._directory = DirectoryReport(cwd)
-                command = self._directory.prefix() + command
+                prefix = self._directory.prefix()
             if cwd is not None:
                 env["PWD"] = os.fsdecode(cwd)  # so that `..` leads out of a symlink
         try:
             self._group = ProcessGroup(
-                command,
+                prefix + self.spec.command.encode("utf-8"),
                 cwd=cwd,
                 env=env,
                 stdin=self.spec.stdin,
@@ -8541,7 +8541,7 @@ def _run(
 ) -> Task:
     if options.allowed is not None:
         options.allowed.check(spec)
-        spec = spec.replace(reports_directory=False)  # no other may be used there
+        spec = spec.replace(reports_directory=None)  # no other may be used there
     return Command(
         spec,
         log,
