@@ -4797,7 +4797,7 @@ class CommandSpec(Value):
     env: Mapping[str, str] = NOTHING  # forwarded variables
     timeout: float | None = None  # ms from its start; its time in line does not count
     stdin: bool = False  # fed by input(); otherwise /dev/null
-    reports_directory: bool = False  # in its ending: where its shell ended
+    reports_directory: bool | None = None  # in its ending: where its shell ended
 
     @classmethod
     def from_json(cls, value: JsonObject) -> CommandSpec:
@@ -5616,17 +5616,17 @@ class Command:
             return
         self._started, self._started_at = time.monotonic(), now_ms()
         cwd = _working_directory(self.spec.cwd, self._working_dir)
-        command = self.spec.command.encode("utf-8")
+        prefix = b""
         env = {**self._environ, **usable_here(self.spec.env)}
         if self.spec.reports_directory:
             with contextlib.suppress(OSError):  # no room for the file: not reported
                 self._directory = DirectoryReport(cwd)
-                command = self._directory.prefix() + command
+                prefix = self._directory.prefix()
             if cwd is not None:
                 env["PWD"] = os.fsdecode(cwd)  # so that `..` leads out of a symlink
         try:
             self._group = ProcessGroup(
-                command,
+                prefix + self.spec.command.encode("utf-8"),
                 cwd=cwd,
                 env=env,
                 stdin=self.spec.stdin,
@@ -9491,7 +9491,7 @@ def _run(
 ) -> Task:
     if options.allowed is not None:
         options.allowed.check(spec)
-        spec = spec.replace(reports_directory=False)  # no other may be used there
+        spec = spec.replace(reports_directory=None)  # no other may be used there
     return Command(
         spec,
         log,
@@ -26962,7 +26962,14 @@ async function createKey() {
   const scopes = [...checked].map(box => `operator.${box.value}`);
   const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key, shown only once", made.key));
+  const url = `${BASE}mcp`, bearer = `Bearer ${made.key}`;
+  const server = {type: "http", url, headers: {Authorization: bearer}};
+  const claude = "claude mcp add --transport http moltis";
+  fill($("key-made"), copyLine("The key, shown only once", made.key),
+    h("details", h("summary", "Connect an AI agent (MCP)"),
+      copyLine("Claude Code", `${claude} ${url} --header "Authorization: ${bearer}"`),
+      copyLine("VS Code, in .vscode/mcp.json",
+        JSON.stringify({servers: {moltis: server}}, null, 2))));
   refresh("keys");
 }
 

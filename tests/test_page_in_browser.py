@@ -1072,6 +1072,12 @@ def test_a_key_is_shown_once_works_and_is_revoked(site, make_page):
     page.fill("#key-name", "ci")
     page.press("Enter")
     key = page.wait_for("document.querySelector('#key-made code')?.innerText")
+    page.click("#key-made summary")
+    lines = "[...document.querySelectorAll('#key-made code')].map(c => c.textContent)"
+    _, claude, code = page.evaluate(lines)
+    mcp = page.evaluate("new URL('/mcp', location.href).href")
+    assert f'{mcp} --header "Authorization: Bearer {key}"' in claude
+    assert json.loads(code)["servers"]["moltis"]["url"] == mcp
     take_screenshot(page, "access")
     page.wait_for(shows("#keys", "ci"))
     other = make_page(site)
