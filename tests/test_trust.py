@@ -57,10 +57,13 @@ class Relay:
     """A man in the middle: passes on what it hears, and writes it down.
 
     With `files` it speaks TLS both ways, towards the client with that certificate.
+    Connections beyond the first `served` hear nothing.
     """
 
-    def __init__(self, port, files=None):
+    def __init__(self, port, files=None, served=1000):
         self.heard = b""
+        self.accepted = 0
+        self._served = served
         self._lock = threading.Lock()  # guards heard
         self._target = port
         self._tls = moltis.load_tls(files).context if files else None
@@ -80,8 +83,10 @@ class Relay:
             while True:
                 client, _ = self._listener.accept()
                 self._sockets.append(client)
-                with contextlib.suppress(OSError):
-                    self._connect(client)
+                self.accepted += 1
+                if self.accepted <= self._served:
+                    with contextlib.suppress(OSError):
+                        self._connect(client)
 
     def _connect(self, client):
         server = socket.create_connection(("127.0.0.1", self._target))
@@ -279,6 +284,26 @@ def test_a_ca_s_certificate_may_come_with_another_key_and_no_other_may(
                 node.close()
 
 
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_node_that_is_stopped_does_not_wait_for_a_silent_gateway(
+    tmp_path, issued_files, monkeypatch, served
+):
+    """Its second connection asks whether a CA vouches for what it keeps."""
+    ca, pair, *_ = issued_files
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
+    tls = moltis.ServerTls(lambda: pair)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "gateway", tls=tls))
+        relay = stack.enter_context(Relay(gateway.running.port, served=served))
+        url = f"wss://127.0.0.1:{relay.port}/ws"
+        settings = node_settings(gateway, url)
+        node = moltis.RunningNode(settings, gateway.environ, lambda *_: None)
+        stack.callback(node.close)
+        wait_for(lambda: relay.accepted > served, what="the silent connection")
+        node.close()
+        assert not node._thread.is_alive()
+
+
 def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway):
     """It may have taken the address over, and ask for anything before its proof."""
     with InProcessGateway(tmp_path / "impostor") as impostor:
@@ -400,6 +425,43 @@ def test_an_operator_may_have_the_certificate_vouched_for(gateway, tls_files):
     trust = moltis.TlsTrust(ca=moltis.read_ca(str(tls_files.certificate)))
     with moltis.OperatorClient(gateway.url, gateway.api_key, trust) as client:
         assert client.call("node.list", {})
+
+
+def test_the_command_line_takes_an_authority_of_one_s_own(tmp_path, home, issued_files):
+    """FAULTS B7: given with --ca, or as `node add --ca` kept it for that gateway."""
+    home.mkdir(exist_ok=True)
+    ca, pair, other = issued_files
+    tls = moltis.ServerTls(lambda: pair)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+
+        def listed(*options, host=gateway.url):
+            words = ("node", "list", "--host", host, *options)
+            done = run_moltis(*words, home=home, MOLTIS_API_KEY=gateway.api_key)
+            assert done.stderr.count("\n") <= 1  # one sentence
+            return done.returncode, done.stdout + done.stderr
+
+        status, text = listed("--ca", ca.certificate)
+        assert (status, "Local" in text) == (0, True)
+        none = tmp_path / "none.pem"
+        pin = gateway.trust.fingerprint
+        for options, expected, words in (
+            ((), 69, "--ca"),
+            (("--ca", other.certificate), 69, "not trusted"),
+            (("--ca", none), 78, f"cannot use the CA file {none}"),
+            (("--ca", __file__), 78, "it must be PEM"),
+            (("--ca", ca.certificate, "--fingerprint", pin), 2, "exclude each other"),
+        ):
+            status, text = listed(*options)
+            assert (status, words in text) == (expected, True), text
+        plain = gateway.url.replace("https", "http")
+        assert "need TLS" in listed("--ca", ca.certificate, host=plain)[1]
+
+        trusted = moltis.read_ca(str(ca.certificate))
+        settings = node_settings(gateway, gateway.websocket_url, ca=trusted)
+        settings.save(home / ".moltis")
+        assert listed()[0] == 0
+        elsewhere = gateway.url.replace("127.0.0.1", "localhost")
+        assert listed(host=elsewhere)[0] == 69
 
 
 def test_a_bearer_token_goes_to_nobody_without_a_trusted_certificate(gateway):
@@ -639,7 +701,7 @@ def test_a_key_of_the_first_edition_is_proved_once_it_was_used(plain, way):
         where = "WHERE name = 'old'"
         db.execute(f"UPDATE operator_keys SET handle = NULL, verifier = NULL {where}")
         db.commit()
-    with pytest.raises(moltis.Refused, match=r"moltis 0\.1 .* sign in on the page"):
+    with pytest.raises(moltis.Refused, match="refused the operator key"):
         moltis.OperatorClient(plain.url, made["key"])
     if way == "page":
         post(plain, "/api/sign-in", {"key": made["key"]})
@@ -771,8 +833,10 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(home):
         assert "revoked" in run_moltis("key", "list", home=home).stdout
         gone = run_moltis("node", "list", home=home, MOLTIS_API_KEY=key)
         assert gone.returncode == moltis.EXIT_REFUSED
-        audit = run_moltis("audit", home=home).stdout
-        assert re.search(r"owner +[0-9a-f]{8} +127\.0\.0\.1 +key\.created .*ci", audit)
+        audit = run_moltis("audit", "--wide", home=home).stdout
+        assert re.search(
+            r"owner +key\.created .*ci.* +[0-9a-f]{8} +127\.0\.0\.1", audit
+        )
         events = json.loads(run_moltis("audit", "--json", home=home).stdout)
         assert [e["event"] for e in events][:3] == [
             *("key.refused", "key.revoked", "key.created")
