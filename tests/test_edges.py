@@ -232,7 +232,7 @@ def test_the_memory_of_what_strangers_began_to_send_is_given_back(tmp_path):
                 wait_for(lambda: resident(gateway.pid) > before + 40, what="the load")
                 held.append(resident(gateway.pid) - before)
             wait_for(
-                lambda: resident(gateway.pid) < before + held[0] / 2,
+                lambda: resident(gateway.pid) < before + held[0] * 2 / 3,
                 what=lambda: f"{held} MiB to be given back, {resident(gateway.pid)}",
             )
     assert held[1] < held[0] * 1.5
