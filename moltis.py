@@ -22668,7 +22668,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
-#to-activity { margin: 0 -4px; padding: 6px 10px; }
+#to-activity { padding: 6px 10px; }
 #running { margin: -6px -4px 0; }
 #running li { position: relative; display: flex; align-items: center;
   border-radius: 8px; }
@@ -26015,7 +26015,7 @@ class CommandCard {
     setText(this.word, dotted(words, command.background && "in the background",
       moved && "sent before the chat changed its machine"));
     this.stop.hidden = !this.isOpen || asks;
-    this.again.hidden = this.isOpen || !job;
+    this.again.hidden = this.isOpen || !job || (job.work ?? "run") !== "run";
     if (this.isRow) this.drawRow(job);
     this.drawApproval(row, asks);
     this.drawLeftOut();

@@ -1055,6 +1055,18 @@ def test_a_command_is_run_again_elsewhere(site, make_page):
     page.wait_for(f"{shows(again, '16 twice')} && {shows(again, 'Done')}")
 
 
+def test_a_copy_of_files_is_not_offered_to_be_run_again_as_a_command(site, make_page):
+    request = {"work": "file.read", "spec": {"paths": ["/etc/hostname"]}}
+    jobs = [{"node": "local"}]
+    answer = site.call("job.start", **request, jobs=jobs, keep=True)
+    site.call("job.wait", id=answer["jobs"][0]["id"])
+    page = make_page(site, "/activity/")
+    row = row_of("read /etc/hostname")
+    page.click(f"{row} [data-part=line]")
+    page.wait_for(shows(row, "1 file"))
+    assert page.evaluate(f"document.querySelector('{row} [data-part=again]').hidden")
+
+
 def test_a_finished_output_starts_at_its_top_and_is_as_high_as_most_of_the_window(
     site, make_page
 ):
