@@ -588,7 +588,6 @@ def test_a_checked_spec_has_no_variable_that_may_not_be_forwarded():
         "env": {"TERM": "dumb"},
         "timeout": 5,
         "stdin": False,
-        "reportsDirectory": False,
     }
     for work, wrong in (("run", {}), ("which", {}), ("explode", {})):
         with pytest.raises(moltis.RpcError) as raised:
