@@ -22191,14 +22191,15 @@ WEB_HTML = r"""<!doctype html>
 <button class="tool" data-part="copy">Copy output</button>
 <a class="tool" data-part="save" download>Download</a>
 <button class="tool" data-part="wrap">Wrap lines</button>
-<button class="tool" data-part="again">Run again…</button>
+<button class="tool" data-part="again" data-needs="write">Run again…</button>
 <button class="tool" data-part="link">Copy link</button>
 </span></span>
 <span class="who" data-part="who"></span>
 <span class="verdict"><span class="word" data-part="word"></span>
 <span class="time" data-part="time"></span></span>
 <time class="clock" data-part="clock"></time>
-<button class="button small" data-part="stop" data-icon="stop">Stop</button>
+<button class="button small" data-part="stop" data-icon="stop"
+ data-needs="write">Stop</button>
 <button class="bare" data-part="fold" data-icon="down" title="Collapse output"
  aria-expanded="true"></button>
 </header>
@@ -22218,7 +22219,8 @@ WEB_HTML = r"""<!doctype html>
 <template id="running-item"><li><a data-part="link">
 <span class="dot" data-part="dot"></span><code data-part="line"></code>
 <span class="detail" data-part="detail"></span></a>
-<button class="bare" data-part="stop" data-icon="stop" title="Stop"></button>
+<button class="bare" data-part="stop" data-icon="stop" title="Stop"
+ data-needs="write"></button>
 </li></template>
 
 <template id="figure"><div class="figure">

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser
@@ -1065,6 +1066,22 @@ def test_a_copy_of_files_is_not_offered_to_be_run_again_as_a_command(site, make_
     page.click(f"{row} [data-part=line]")
     page.wait_for(shows(row, "1 file"))
     assert page.evaluate(f"document.querySelector('{row} [data-part=again]').hidden")
+
+
+def test_a_key_that_reads_is_offered_no_stop_and_no_run_again(site, make_page):
+    ended = "echo $((5 * 5)) read"
+    site.call("job.wait", id=start(site, ended))
+    runs = start(site, "sleep 60; echo $((6 * 6)) read")
+    key = site.call("keys.create", name="looks", scopes=["operator.read"])["key"]
+    reader = SimpleNamespace(url=site.url, port=site.port, key=key)
+    page = make_page(reader, "/activity/")
+    row = row_of(ended)
+    page.click(f"{row} [data-part=line]")
+    page.wait_for(shows(row, "25 read"))
+    page.wait_for(shows("#running", "sleep 60"))
+    seen = "[...document.querySelectorAll('[data-part=again], [data-part=stop]')]"
+    assert page.evaluate(f"{seen}.filter(b => b.offsetParent).length") == 0
+    site.call("job.cancel", id=runs)
 
 
 def test_a_finished_output_starts_at_its_top_and_is_as_high_as_most_of_the_window(
