@@ -5265,6 +5265,7 @@ def _start_shell(
 
 
 def account_name(user_id: int) -> str:
+    """Return the user's name; the number where it has none, as in a container."""
     import pwd
 
     try:
@@ -10550,7 +10551,7 @@ class NodeAgent:
 
 # ==============================================================================
 # Node service
-# Uses: Settings, Install
+# Uses: Settings, Install, Commands
 #
 # What makes a node start on boot and stay: a systemd user unit or a launchd agent that
 # runs the program's copy in the data directory, its log, and the file with the state of
@@ -10823,15 +10824,6 @@ class ServiceManager:
 # -- systemd -------------------------------------------------------------------
 
 
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs as a number
-        return str(os.getuid())
-
-
 def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
     """Return `environ` with the way to the user's own systemd.
 
@@ -10916,7 +10908,7 @@ class SystemdService(ServiceManager):
         note = (
             "the node will stop when you log out and start when you log in; to change"
         )
-        return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
+        return [f"{note} that: sudo loginctl enable-linger {account_name(os.getuid())}"]
 
     def start(self) -> None:
         self.stop()
@@ -10945,8 +10937,9 @@ class SystemdService(ServiceManager):
         self._try_systemctl("reset-failed", UNIT_NAME)
         if not self._lingers():
             return []
-        note = f"services of {_user_name()} start on boot; if no other is to do that"
-        return [f"{note}: loginctl disable-linger {_user_name()}"]
+        user = account_name(os.getuid())
+        note = f"services of {user} start on boot; if no other is to do that"
+        return [f"{note}: loginctl disable-linger {user}"]
 
     def status(self) -> ServiceStatus:
         names = "ActiveState,SubState,MainPID,UnitFileState,Result"
@@ -10980,13 +10973,13 @@ class SystemdService(ServiceManager):
             raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def _lingers(self) -> bool:
-        return Path("/var/lib/systemd/linger", _user_name()).exists()
+        return Path("/var/lib/systemd/linger", account_name(os.getuid())).exists()
 
     def _enable_linger(self) -> bool:
         """Have the user's services run from boot on; return whether they do."""
         if not self._lingers():
             # By name: without a session loginctl does not know who we are.
-            self._try("loginctl", "enable-linger", _user_name())
+            self._try("loginctl", "enable-linger", account_name(os.getuid()))
         return self._lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
@@ -11001,7 +10994,9 @@ class SystemdService(ServiceManager):
             time.sleep(0.1)
         reason = _last_line(done.text)
         if done.status != 127 and not lingers and Path("/run/systemd/system").exists():
-            reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+            reason += (
+                f"; perhaps sudo loginctl enable-linger {account_name(os.getuid())}"
+            )
         raise no_service_manager(self._spec, reason)
 
 
@@ -27856,7 +27851,7 @@ class JobInput:
         self._sent = 0  # offset
         self._ended = False  # nothing follows what is kept
         self._flows = False  # the job was started
-        self._closed = False  # nobody waits for the rest
+        self._closed = False  # the rest is not needed
 
     def feed(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives, to its end, at most a window ahead of the job.
@@ -28696,7 +28691,7 @@ class Output:
             self._status_shown = True
 
     def remark(self, text: str) -> None:
-        """Write a line that only somebody at a terminal wants."""
+        """Write a line, on a terminal only."""
         if self._terminal:
             self.say(text)
 
@@ -29907,6 +29902,13 @@ class Waiting:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
 
+    def take_state(self, name: str, state: JsonObject) -> None:
+        """Say whether the node of a job in this state is away, or is back."""
+        if state.get("awayMs") is not None:
+            self.begin(name, state["awayMs"])
+        else:
+            self.end(name)
+
     def explain_interrupt(self) -> None:
         """Say why an interrupt has not ended the command yet."""
         if self._since:
@@ -30194,10 +30196,7 @@ class JobTerminal:
 
     def _take_change(self, job: FollowedJob) -> None:
         state = job.state
-        if state.get("awayMs") is not None:
-            self._waiting.begin(job.name, state["awayMs"])
-        else:
-            self._waiting.end(job.name)
+        self._waiting.take_state(job.name, state)
         if state.get("place"):
             text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
@@ -30482,10 +30481,7 @@ class RemoteFiles:
 
     def _take_change(self) -> None:
         job = self._job
-        if job.state.get("awayMs") is not None:
-            self._waiting.begin(job.name, job.state["awayMs"])
-        else:
-            self._waiting.end(job.name)
+        self._waiting.take_state(job.name, job.state)
         if job.error is not None:
             raise job.error
         if job.ending is not None and job.ending.state != JobState.DONE:
