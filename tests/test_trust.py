@@ -71,17 +71,19 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         self._sockets = [self._listener]
         self._threads = []
-        self._spawn(self._accept)
+        self._accepting = self._spawn(self._accept)
 
     def _spawn(self, target, *args):
         thread = threading.Thread(target=target, args=args, name="test-relay")
         self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                client.settimeout(20)
                 self._sockets.append(client)
                 self.accepted += 1
                 if self.accepted <= self._served:
@@ -89,13 +91,15 @@ class Relay:
                         self._connect(client)
 
     def _connect(self, client):
-        server = socket.create_connection(("127.0.0.1", self._target))
+        server = socket.create_connection(("127.0.0.1", self._target), 20)
         self._sockets.append(server)
         if self._tls is not None:
             client = self._tls.wrap_socket(client, server_side=True)
             self._sockets.append(client)
             server = moltis.TlsTrust(bound=True).context().wrap_socket(server)
             self._sockets.append(server)
+        client.settimeout(None)
+        server.settimeout(None)
         self._spawn(self._pass_on, client, server)
         self._spawn(self._pass_on, server, client)
 
@@ -113,6 +117,10 @@ class Relay:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self):
+        # A socket that is reset while Python wraps it is left unclosed by Python.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
