@@ -6313,6 +6313,7 @@ MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
 PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
 DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
+MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
 
@@ -6363,6 +6364,12 @@ class FileWrite(Value):
     into: bool = False  # it is a directory, or shall be one
     mkdir: bool = False  # make missing directories
     bare: bool = False  # the stream is one file's bytes, without an archive
+
+
+class FileList(Value):
+    """The spec of work `file.list`: a directory to list, or one file."""
+
+    path: str  # of encode_path(); relative to the working directory
 
 
 def descend(descriptor: int, names: Iterable[str]) -> int:
@@ -6440,6 +6447,85 @@ class FilePlaces:
             if path == root or path.startswith(root.rstrip("/") + "/"):
                 return root
         return ""
+
+
+# -- listing -------------------------------------------------------------------
+
+
+class FileEntry(Value):
+    """One name in a directory."""
+
+    name: str  # of encode_path()
+    kind: str  # of what it leads to: file, directory, other; link: it leads nowhere
+    size: int  # bytes
+    mode: int  # permission bits
+    changed_at: int  # ms
+    link: str | None = None  # of encode_path(): where a link points
+
+
+def file_kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if stat.S_ISLNK(mode):
+        return "link"
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
+def _file_entry(directory: int, name: str, *, follow: bool) -> FileEntry:
+    """Raises OSError."""
+    facts, link = os.stat(name, dir_fd=directory, follow_symlinks=False), None
+    if stat.S_ISLNK(facts.st_mode):
+        link = encode_path(os.readlink(name, dir_fd=directory))
+        with contextlib.suppress(OSError):  # it leads nowhere
+            if follow:
+                facts = os.stat(name, dir_fd=directory)
+    return FileEntry(
+        encode_path(name),
+        file_kind(facts.st_mode),
+        facts.st_size,
+        stat.S_IMODE(facts.st_mode),
+        facts.st_mtime_ns // 1_000_000,
+        link,
+    )
+
+
+class FileListing:
+    """The entries of a directory in the order of their names, or one file's."""
+
+    def __init__(self, spec: FileList, places: FilePlaces) -> None:
+        """Raises RpcError if there is nothing to list."""
+        self.path = places.absolute(decode_path(spec.path))
+        self._follow = places.follows_links
+        self._parent = self.path
+        self.is_directory = places.is_directory(self.path)
+        try:
+            if not self.is_directory:
+                self._parent = os.path.dirname(self.path)
+            self._descriptor = places.open_directory(self._parent)
+            try:
+                self._names = self._find()
+            except OSError:
+                os.close(self._descriptor)
+                raise
+        except OSError as error:
+            raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
+        self.left_out = max(0, len(self._names) - MAX_ENTRIES)
+
+    def _find(self) -> list[str]:
+        """Raises OSError."""
+        if self.is_directory:
+            return sorted(os.listdir(self._descriptor))
+        name = os.path.basename(self.path)
+        os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        return [name]
+
+    def entries(self) -> Iterator[FileEntry]:
+        try:
+            for name in self._names[:MAX_ENTRIES]:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    yield _file_entry(self._descriptor, name, follow=self._follow)
+        finally:
+            os.close(self._descriptor)
 
 
 # -- reading -------------------------------------------------------------------
@@ -9957,6 +10043,22 @@ def file_places(options: MachineOptions) -> FilePlaces:
     return options.files
 
 
+def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
+    listing = FileListing(spec, file_places(options))
+    lines: list[str] = []
+    for entry in listing.entries():
+        lines.append(to_json(entry))
+        if len(lines) == 100:
+            errand.write_bytes("\n".join([*lines, ""]).encode("utf-8"))
+            lines.clear()
+    errand.write_bytes("\n".join([*lines, ""]).encode("utf-8") if lines else b"")
+    return {
+        "path": encode_path(listing.path),
+        "directory": listing.is_directory,
+        "leftOut": listing.left_out,
+    }
+
+
 class Notes:
     """What a transfer says of single files: JSON lines on its standard error."""
 
@@ -10032,6 +10134,7 @@ WORKS: Mapping[str, Work] = {
     "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
     "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
     "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
+    "file.list": Work(FileList.from_json, partial(Errand, _list_files), line=MAX_LINE),
     "file.read": Work(
         FileRead.from_json,
         partial(Errand, _read_files),
@@ -10048,7 +10151,7 @@ WORKS: Mapping[str, Work] = {
         line=MAX_LINE,
     ),
 }
-FILE_WORKS = ("file.read", "file.write")
+FILE_WORKS = ("file.list", "file.read", "file.write")
 
 
 def find_work(name: str) -> Work:
@@ -10085,6 +10188,8 @@ def work_title(work: str, spec: JsonObject) -> str:
         paths = [shown_path(decode_path(path)) for path in spec["paths"][:3]]
         more = len(spec["paths"]) - len(paths)
         return f"read {', '.join(paths)}{f' and {more} more' if more else ''}"
+    if work == "file.list":
+        return f"list {shown_path(decode_path(spec['path']))}"
     if work == "file.write":
         return f"write {shown_path(decode_path(spec['path']))}"
     return spec.get("command") or ("login shell" if work == TERMINAL else work)
@@ -14288,6 +14393,7 @@ MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
 HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
+MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
 MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 IDLE_TERMINAL = 24 * 3600.0  # s that a terminal goes on with nobody in it
@@ -14805,6 +14911,58 @@ def job_summary(record: JobRecord) -> JsonObject:
     return {name: view[name] for name in names if name in view}
 
 
+class Gathering:
+    """The holder of an unkept job that gathers all its output, for a future."""
+
+    holds = True
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.future: Future[Gathering] = Future()
+        self.job = job
+        self.position = 0
+        self._jobs = jobs
+        self._lock = threading.Lock()  # guards all below, and position
+        self._output: dict[int, bytearray] = {kind: bytearray() for kind in STREAMS}
+        self._problem = ""
+        self._over = False
+
+    def output(self, kind: int = STDOUT) -> bytes:
+        return bytes(self._output[kind])
+
+    def wake(self, job: Job) -> None:
+        with self._lock:
+            ended = not job.record.is_open  # all bytes are in the log before that
+            problem, self._problem = self._problem, self._gather() or self._problem
+            exceeds = bool(self._problem) and not problem
+            over, self._over = self._over, self._over or ended
+        self._jobs.acknowledge(job)
+        if exceeds:
+            self._jobs.cancel(job)
+        if ended and not over:
+            self._jobs.unfollow(job, self, leaves=True)
+            if self._problem:
+                self.future.set_exception(RpcError("PAYLOAD_TOO_LARGE", self._problem))
+            else:
+                self.future.set_result(self)
+
+    def _gather(self) -> str:
+        """Take what is new; return what is wrong with it."""
+        problem = ""
+        while True:
+            start, data = self.job.log.read(self.position)
+            if not data:
+                return problem
+            if start > self.position:
+                problem = f"{self.job.record.node_name} lost a part of its answer"
+            self.position = start + len(data)
+            for kind, piece in log_frames(data):
+                if kind in self._output:
+                    self._output[kind] += piece
+            if sum(map(len, self._output.values())) > MAX_GATHERED:
+                problem = f"the answer has more than {format_bytes(MAX_GATHERED)}"
+                self._output = {kind: bytearray() for kind in STREAMS}
+
+
 class Wait:
     """A watcher whose future completes at news, at the ending, or after a timeout."""
 
@@ -15026,6 +15184,15 @@ class Jobs:
             if not job.record.kept:
                 job.log.forget(offset)
         self._notify(job, lambda link: link.acknowledge(job.id, offset))
+
+    def gather(self, record: JobRecord) -> Future[Gathering]:
+        """Start an unkept job; return a future of all its output, done at its end.
+
+        Raises what start() raises.
+        """
+        gathering = Gathering(self, self.start(record))
+        self.follow(gathering.job, gathering)
+        return gathering.future
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -18842,6 +19009,20 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
+def gathered_answer(gathering: Gathering) -> JsonObject:
+    """Return what `job.once` answers.
+
+    Raises RpcError unless the job is done.
+    """
+    job = gathering.job
+    name, record = job.record.node_name, job.record
+    if record.state != JobState.DONE:
+        code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
+        raise RpcError(code, f"{name}: {record.reason or record.words()}")
+    output = b64encode(gathering.output())
+    return {"job": job_view(job), "result": job.result or {}, "output": output}
+
+
 def caller_origin(caller: Caller) -> Origin:
     return Origin(caller.kind, caller.id, caller.name, caller.address)
 
@@ -18911,6 +19092,14 @@ class JobMethods:
             problem = encode_error(error)
             return {"id": record.id, "node": record.node_name, "error": problem}
         return job_view(job)
+
+    def once(
+        self, caller: Caller, node_id: str, work: str, spec: JsonObject
+    ) -> Future[JsonObject]:
+        """Start a short job; answer with its whole output and its result."""
+        node, origin = self._fleet.resolve(node_id), caller_origin(caller)
+        record = new_job(node, work, spec, origin, kept=False)
+        return mapped(self._jobs.gather(record), gathered_answer)
 
     def follow(
         self,
@@ -19313,6 +19502,13 @@ class Rpc:
                 keep=Optional(bool),
                 hold=flag,
                 queue=Optional(seconds(MAX_QUEUE), 0.0),
+            ),
+            "job.once": Method(
+                *(jobs.once, write),
+                caller=Caller,
+                nodeId=str,
+                work=one_of(*FILE_WORKS),
+                spec=dict,
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
