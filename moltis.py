@@ -34,6 +34,7 @@ Contents
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls, a client's sign-in
     Commands                  one shell command as a process group, what it inherits
+    Files                     files as one stream of bytes, and back
     Language models           Ollama, OpenAI-compatible, Anthropic
     Telemetry                 what a machine has and how it is doing
     Machine                   the works of one computer, and its jobs by id
@@ -617,6 +618,24 @@ MAX_CUT_TOKENS = 10_000  # brackets and strings of a text that complete_json() t
 CUT_CHARACTER = 12  # characters of an escaped surrogate pair
 
 
+def _last_character(text: str, begin: int) -> int:
+    """Return where the last whole character of a cut JSON string ends.
+
+    The string begins at `begin`; half an escape, or half a surrogate pair, may be left.
+    """
+    # Only the end matters, from where no escape is under way: backslashes are pairs.
+    near = len(text) - 2 * CUT_CHARACTER
+    run = len(text[:near].rstrip("\\"))
+    if near > begin:
+        begin = run + (near - run) // 2 * 2
+    for end in range(len(text), max(begin - 1, len(text) - CUT_CHARACTER), -1):
+        with contextlib.suppress(ValueError):
+            last = _JSON_DECODER.decode(f'"{text[begin:end]}"')[-1:]
+            if not "\ud800" <= last <= "\udbff":
+                return end
+    return len(text)
+
+
 def complete_json(text: str) -> Any:
     """Return the value of a JSON text whose end is missing.
 
@@ -640,12 +659,11 @@ def complete_json(text: str) -> Any:
             except ValueError:
                 quote = '"'
                 break
-    # Half an escape, or half a surrogate pair, may be the end.
-    for cut in range(CUT_CHARACTER if quote else 1):
-        whole = text[: len(text) - cut] + quote + "".join(reversed(closers))
-        with contextlib.suppress(ValueError):
-            return from_json(whole)
-    raise ValueError("the rest of the JSON is missing")
+    end = _last_character(text, at) if quote else len(text)
+    try:
+        return from_json(text[:end] + quote + "".join(reversed(closers)))
+    except ValueError:
+        raise ValueError("the rest of the JSON is missing") from None
 
 
 # -- ids and secrets -----------------------------------------------------------
@@ -1669,6 +1687,8 @@ class NodeSettings(SettingsFile):
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
     terminals: bool | None = None  # None: unless `allow` restricts what may run
+    files: bool = True  # files may be read and written, with `allow` only in these:
+    allow_files: Sequence[str] = ()  # directories; none: all
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
     # The certificate of the gateway that proved itself: the pin of a self-made one, or
     # "ca" if a CA vouches for it, since a renewal may change its key.
@@ -3162,7 +3182,7 @@ def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str
             return (
                 f"{target} has a certificate that is not trusted: {distrust}; for the "
                 "gateway's own one say --fingerprint sha256//…, which `moltis gateway` "
-                "prints when it starts"
+                "prints when it starts; for that of an authority of your own, --ca FILE"
             )
         reason = getattr(error, "reason", None)
         if reason:
@@ -3171,22 +3191,29 @@ def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str
 
 
 def connect(
-    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
+    url: str,
+    trust: ServerTrust | None = None,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+    cancel: Cancellation | None = None,
 ) -> WebSocket:
     """Return an open WebSocket to `url`; a wss: address needs `trust`.
 
     Raises Unreachable with one line that says why, Refused for a wrong certificate,
-    UsageError if `url` is not an address.
+    UsageError if `url` is not an address, Cancelled.
     """
     target = ServerUrl.parse(url)
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
+    cancel = cancel or Cancellation()
     try:
         assert trust is not None or not target.secure
-        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
+        tls = trust if target.secure else None
+        sock = dial(target.host, target.port, tls, timeout, cancel)
         try:
-            sock.sendall(upgrade_request(target, key))
-            head, early = read_head(sock, deadline)
+            with cancel.calling(partial(cut, sock)):
+                sock.sendall(upgrade_request(target, key))
+                head, early = read_head(sock, deadline)
             check_upgraded(head, key)
         except BaseException:
             sock.close()
@@ -4941,7 +4968,7 @@ class CommandSpec(Value):
     env: Mapping[str, str] = NOTHING  # forwarded variables
     timeout: float | None = None  # ms from its start; its time in line does not count
     stdin: bool = False  # fed by input(); otherwise /dev/null
-    reports_directory: bool = False  # in its ending: where its shell ended
+    reports_directory: bool | None = None  # in its ending: where its shell ended
     # A terminal of that size instead of pipes; with an empty command, a login shell.
     tty: TerminalSize | None = None
 
@@ -5422,6 +5449,7 @@ def _start_shell(
 
 
 def account_name(user_id: int) -> str:
+    """Return the user's name; the number where it has none, as in a container."""
     import pwd
 
     try:
@@ -5914,18 +5942,18 @@ class Command:
             return
         self._started, self._started_at = time.monotonic(), now_ms()
         cwd = _working_directory(self.spec.cwd, self._working_dir)
+        prefix = b""
         words: list[str | bytes]
         forwarded = usable_here(self.spec.env)
-        command = self.spec.command.encode("utf-8")
         env = {**self._environ, **forwarded}
         if self.spec.reports_directory:
             with contextlib.suppress(OSError):  # no room for the file: not reported
                 self._directory = DirectoryReport(cwd)
-                command = self._directory.prefix() + command
+                prefix = self._directory.prefix()
             if cwd is not None:
                 env["PWD"] = os.fsdecode(cwd)  # so that `..` leads out of a symlink
         try:
-            words = [SHELL, "-c", "--", command]
+            words = [SHELL, "-c", "--", prefix + self.spec.command.encode("utf-8")]
             if self.spec.tty is not None:
                 env = terminal_environment(self._environ, forwarded)
                 if not self.spec.command.strip():
@@ -6265,6 +6293,963 @@ class Excerpt:
             head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
             cut = self.total - len((head + tail).encode())
         return f"{head}\n… {cut:,} bytes cut …\n{tail}"
+
+
+# ==============================================================================
+# Files
+# Uses: Wire protocol
+#
+# Files and directories as one stream of bytes, and back: a tar archive (POSIX pax),
+# then the SHA-256 of all of it.  No file has its name before that was compared, and the
+# names in a stream are not trusted.  Nodes and the command line share this; transport
+# is left to them.
+# ==============================================================================
+
+FILE_PIECE = MAX_FRAME_DATA  # bytes of one read, and of one frame of a log
+TAR_BLOCK = 512  # bytes; headers and contents are padded to whole blocks
+MAX_PAX = 64 * 1024  # bytes of one extended header
+MAX_UNSIZED = 16 * 1024 * 1024  # bytes of a file that says 0 and has more, as in /proc
+MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
+PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
+DIGEST_SIZE = 32  # bytes; SHA-256
+PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
+MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
+TOO_SHORT = "the sender ended in the middle; nothing was replaced"
+IN_THE_WAY = "a file or a link is where a directory has to be"
+
+
+def encode_path(path: str) -> str:
+    """Return a path as JSON can carry it: bytes that are not UTF-8 after a NUL."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "\0" + b64encode(os.fsencode(path))
+    return path
+
+
+def decode_path(text: str) -> str:
+    """Raises RpcError INVALID_REQUEST for a NUL in a path."""
+    if text.startswith("\0"):
+        with contextlib.suppress(ValueError):
+            text = os.fsdecode(base64.b64decode(text[1:], validate=True))
+    if "\0" in text:
+        raise RpcError("INVALID_REQUEST", "a path holds a NUL character")
+    return text
+
+
+def shown_path(path: str) -> str:
+    """Return a path for people, on one line."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return clip(visible(text).replace("\n", "\\n").replace("\t", "\\t"), 400)
+
+
+def file_problem(path: str, problem: OSError | str) -> str:
+    if isinstance(problem, OSError):
+        problem = problem.strerror or str(problem)
+    return f"{shown_path(path)}: {problem}"
+
+
+class FileRead(Value):
+    """The spec of work `file.read`: files and directories to send."""
+
+    paths: Sequence[str]  # of encode_path(); relative to the working directory
+    recursive: bool = False  # directories with all below, links as links
+    patterns: bool = False  # `*`, `?` and `[…]` in the paths are expanded
+
+
+class FileWrite(Value):
+    """The spec of work `file.write`: where to put the files of a stream."""
+
+    path: str  # of encode_path(); relative to the working directory
+    into: bool = False  # it is a directory, or shall be one
+    mkdir: bool = False  # make missing directories
+    bare: bool = False  # the stream is one file's bytes, without an archive
+
+
+class FileList(Value):
+    """The spec of work `file.list`: a directory to list, or one file."""
+
+    path: str  # of encode_path(); relative to the working directory
+
+
+def descend(descriptor: int, names: Iterable[str]) -> int:
+    """Return the directory `names` below `descriptor`, which is closed.
+
+    Follows no link.  Raises OSError.
+    """
+    for name in names:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            below = os.open(name, flags, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = below
+    return descriptor
+
+
+class FilePlaces:
+    """The directories that may be read and written: all, or those below some."""
+
+    def __init__(self, base: str, below: Sequence[str] = ()) -> None:
+        """`base` is where relative paths begin."""
+        self._base = base
+        self._below = tuple(os.path.realpath(path) for path in below)
+
+    def absolute(self, path: str) -> str:
+        """Return an absolute path without `.` and `..`.
+
+        Raises RpcError FORBIDDEN unless it is in an allowed directory.
+        """
+        path = os.path.join(self._base, os.path.expanduser(path))
+        if not self._below:
+            return os.path.abspath(path)
+        path = os.path.normpath(path)
+        if not self._root(path):
+            allowed = ", ".join(map(shown_path, self._below))
+            raise RpcError(
+                "FORBIDDEN",
+                f"{shown_path(path)}: this machine's owner allows only files below "
+                f"{allowed}",
+            )
+        return path
+
+    def target(self, path: str) -> str:
+        """Return the file that a typed path means: that of a link, if links count."""
+        return path if self._below else os.path.realpath(path)
+
+    def is_directory(self, path: str) -> bool:
+        try:
+            os.close(self.open_directory(path))
+        except OSError:
+            return False
+        return True
+
+    def open_directory(self, path: str) -> int:
+        """Return a descriptor of a directory.  Raises OSError.
+
+        Below an allowed directory no link is followed: it could lead out, also while
+        we look.
+        """
+        if not self._below:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        root = self._root(path)
+        rest = os.path.relpath(path, root)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        return descend(descriptor, [] if rest == "." else rest.split("/"))
+
+    @property
+    def follows_links(self) -> bool:
+        """Whether a typed path may end with a link."""
+        return not self._below
+
+    def _root(self, path: str) -> str:
+        for root in self._below:
+            if path == root or path.startswith(root.rstrip("/") + "/"):
+                return root
+        return ""
+
+
+# -- listing -------------------------------------------------------------------
+
+
+class FileEntry(Value):
+    """One name in a directory."""
+
+    name: str  # of encode_path()
+    kind: str  # of what it leads to: file, directory, other; link: it leads nowhere
+    size: int  # bytes
+    mode: int  # permission bits
+    changed_at: int  # ms
+    link: str | None = None  # of encode_path(): where a link points
+
+
+def file_kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if stat.S_ISLNK(mode):
+        return "link"
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
+def _file_entry(directory: int, name: str, *, follow: bool) -> FileEntry:
+    """Raises OSError."""
+    facts, link = os.stat(name, dir_fd=directory, follow_symlinks=False), None
+    if stat.S_ISLNK(facts.st_mode):
+        link = encode_path(os.readlink(name, dir_fd=directory))
+        with contextlib.suppress(OSError):  # it leads nowhere
+            if follow:
+                facts = os.stat(name, dir_fd=directory)
+    return FileEntry(
+        encode_path(name),
+        file_kind(facts.st_mode),
+        facts.st_size,
+        stat.S_IMODE(facts.st_mode),
+        facts.st_mtime_ns // 1_000_000,
+        link,
+    )
+
+
+class FileListing:
+    """The entries of a directory in the order of their names, or one file's."""
+
+    def __init__(self, spec: FileList, places: FilePlaces) -> None:
+        """Raises RpcError if there is nothing to list."""
+        self.path = places.absolute(decode_path(spec.path))
+        self._follow = places.follows_links
+        self._parent = self.path
+        self.is_directory = places.is_directory(self.path)
+        try:
+            if not self.is_directory:
+                self._parent = os.path.dirname(self.path)
+            self._descriptor = places.open_directory(self._parent)
+            try:
+                self._names = self._find()
+            except OSError:
+                os.close(self._descriptor)
+                raise
+        except OSError as error:
+            raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
+        self.left_out = max(0, len(self._names) - MAX_ENTRIES)
+
+    def _find(self) -> list[str]:
+        """Raises OSError."""
+        if self.is_directory:
+            return sorted(os.listdir(self._descriptor))
+        name = os.path.basename(self.path)
+        os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        return [name]
+
+    def entries(self) -> Iterator[FileEntry]:
+        try:
+            for name in self._names[:MAX_ENTRIES]:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    yield _file_entry(self._descriptor, name, follow=self._follow)
+        finally:
+            os.close(self._descriptor)
+
+
+# -- reading -------------------------------------------------------------------
+
+
+def tar_header(
+    name: str,
+    facts: os.stat_result,
+    kind: bytes,
+    *,
+    size: int = 0,
+    link: str = "",
+    failed: bool = False,
+) -> bytes:
+    """Return the header of a member, a whole number of blocks."""
+    import tarfile
+
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, size, link
+    member.mode = stat.S_IMODE(facts.st_mode) & 0o777
+    seconds, rest = divmod(facts.st_mtime_ns, 10**9)
+    member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    if failed:
+        member.pax_headers[PAX_FAILED] = "1"
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+class FileSource:
+    """Files and directories as a stream of bytes."""
+
+    def __init__(
+        self,
+        spec: FileRead,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        progress: Callable[[str, int], None] = lambda _name, _count: None,
+    ) -> None:
+        """`note` gets a sentence for each file that is left out, `progress` its name
+        and each number of bytes read.
+
+        Raises RpcError if none of the paths can be read.
+        """
+        self._recursive = spec.recursive
+        self._places = places
+        self._note = note
+        self._progress = progress
+        self.files = 0
+        self.bytes = 0
+        self.sha256 = ""  # in hex, at the end
+        self._paths = self._readable(spec)
+
+    @property
+    def result(self) -> JsonObject:
+        return {"files": self.files, "bytes": self.bytes, "sha256": self.sha256}
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the whole stream.  Raises RpcError."""
+        digest, gathered = hashlib.sha256(), bytearray()
+        for piece in itertools.chain(self._archive(), [bytes(2 * TAR_BLOCK)]):
+            digest.update(piece)
+            gathered += piece
+            while len(gathered) >= FILE_PIECE:  # small files share a frame
+                yield bytes(memoryview(gathered)[:FILE_PIECE])
+                del gathered[:FILE_PIECE]
+        self.sha256 = digest.hexdigest()
+        yield bytes(gathered)
+        yield digest.digest()
+
+    def measure(self) -> int:
+        """Return about how many bytes will be read."""
+        return sum(map(self._size, self._paths))
+
+    def _readable(self, spec: FileRead) -> list[str]:
+        """Return the paths, expanded; note those that cannot be read."""
+        found, problems = [], []
+        for encoded in spec.paths:
+            path = self._places.absolute(decode_path(encoded))
+            for name in self._expanded(path) if spec.patterns else [path]:
+                problem = self._problem(name)
+                if problem is None:
+                    found.append(name)
+                else:
+                    problems.append(problem)
+        if not found:
+            raise next(iter(problems), RpcError("INVALID_REQUEST", "no path is given"))
+        for problem in problems:
+            self._note(problem.message)
+        return found
+
+    def _expanded(self, pattern: str) -> list[str]:
+        import glob
+
+        return sorted(glob.glob(pattern)) or [pattern]
+
+    def _problem(self, path: str) -> RpcError | None:
+        try:
+            facts = self._stat(path)
+        except OSError as error:
+            return RpcError("NOT_FOUND", file_problem(path, error))
+        if stat.S_ISDIR(facts.st_mode) and not self._recursive:
+            problem = file_problem(path, "is a directory; -r copies directories")
+            return RpcError("CONFLICT", problem)
+        if stat.S_ISLNK(facts.st_mode) and not self._recursive:
+            problem = file_problem(path, "is a link, which is not followed here")
+            return RpcError("FORBIDDEN", problem)
+        return None
+
+    def _size(self, path: str) -> int:
+        if not os.path.isdir(path):
+            return os.stat(path).st_size if os.path.exists(path) else 0
+        total = 0
+        for directory, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(directory, name)).st_size
+        return total
+
+    def _stat(self, path: str) -> os.stat_result:
+        """Raises OSError."""
+        if path == "/":
+            return os.stat(path)
+        parent = self._places.open_directory(os.path.dirname(path))
+        try:
+            return os.stat(
+                os.path.basename(path),
+                dir_fd=parent,
+                follow_symlinks=self._places.follows_links,
+            )
+        finally:
+            os.close(parent)
+
+    def _archive(self) -> Iterator[bytes]:
+        for path in self._paths:
+            name = os.path.basename(path) or "root"
+            try:
+                parent = self._places.open_directory(os.path.dirname(path))
+            except OSError as error:
+                self._note(file_problem(path, error))
+                continue
+            yield from self._tree(parent, os.path.basename(path) or "/", name)
+
+    def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
+        """Yield one file or directory, with all below it; `parent` is closed."""
+        follow = self._places.follows_links  # only the path that was named
+        waiting = [(parent, iter([entry]), os.path.dirname(name))]
+        try:
+            while waiting:
+                directory, entries, path = waiting[-1]
+                found = next(entries, None)
+                if found is None:
+                    waiting.pop()
+                    os.close(directory)
+                    continue
+                shown = name if len(waiting) == 1 else f"{path}/{found}"
+                try:
+                    below = yield from self._member(directory, found, shown, follow)
+                    if below is not None:
+                        waiting.append((below, iter(sorted(os.listdir(below))), shown))
+                except OSError as error:
+                    self._note(file_problem(shown, error))
+                follow = False
+        finally:
+            for directory, _, _ in waiting:
+                os.close(directory)
+
+    def _member(
+        self, directory: int, entry: str, name: str, follow: bool
+    ) -> Generator[bytes, None, int | None]:
+        """Yield one member; return the descriptor of a directory.  Raises OSError."""
+        facts = os.stat(entry, dir_fd=directory, follow_symlinks=follow)
+        flags = os.O_RDONLY | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+        if stat.S_ISLNK(facts.st_mode):
+            link = os.readlink(entry, dir_fd=directory)
+            yield tar_header(name, facts, b"2", link=link)
+        elif stat.S_ISDIR(facts.st_mode):
+            below = os.open(entry, flags | os.O_DIRECTORY, dir_fd=directory)
+            yield tar_header(name, facts, b"5")
+            return below
+        elif stat.S_ISREG(facts.st_mode):
+            descriptor = os.open(entry, flags | os.O_NONBLOCK, dir_fd=directory)
+            try:
+                yield from self._file(descriptor, name)
+            finally:
+                os.close(descriptor)
+        else:
+            self._note(file_problem(name, "is neither a file nor a directory"))
+        return None
+
+    def _file(self, descriptor: int, name: str) -> Iterator[bytes]:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
+            raise OSError(errno.EINVAL, "was replaced while it was opened")
+        size, ready = facts.st_size, b""
+        if size == 0:
+            ready = self._unsized(descriptor)
+            size = len(ready)
+        yield tar_header(name, facts, b"0", size=size)
+        left, problem = size, ""
+        while left and not problem:
+            try:
+                data = ready or os.read(descriptor, min(left, FILE_PIECE))
+            except OSError as error:
+                data, problem = b"", error.strerror or str(error)
+            ready = b""
+            if not data:
+                problem = problem or "became shorter while it was read"
+                break
+            left -= len(data)
+            self.bytes += len(data)
+            self._progress(name, len(data))
+            yield data
+        while left:
+            piece = bytes(min(left, FILE_PIECE))
+            left -= len(piece)
+            yield piece
+        yield bytes(-size % TAR_BLOCK)
+        if problem:
+            self._note(file_problem(name, f"{problem}; it is left out"))
+            yield tar_header(name, facts, b"0", failed=True)
+            return
+        self.files += 1
+        now = os.fstat(descriptor)
+        if (now.st_size, now.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns):
+            self._note(file_problem(name, "changed while it was read"))
+
+    def _unsized(self, descriptor: int) -> bytes:
+        """Return the content of a file that says it has none.  Raises OSError."""
+        data = bytearray()
+        while len(data) <= MAX_UNSIZED:
+            piece = os.read(descriptor, FILE_PIECE)
+            if not piece:
+                return bytes(data)
+            data += piece
+        limit = format_bytes(MAX_UNSIZED)
+        raise OSError(errno.EFBIG, f"does not say its size, and has more than {limit}")
+
+
+# -- writing -------------------------------------------------------------------
+
+
+def _not_an_archive(problem: str) -> RpcError:
+    return RpcError("PROTOCOL_ERROR", f"the stream of files is malformed: {problem}")
+
+
+class CheckedStream:
+    """A stream of bytes that ends with its own SHA-256."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        """`read(size)` returns some bytes, and none at the end."""
+        self._read = read
+        self._digest = hashlib.sha256()
+        self._held = bytearray()  # its last DIGEST_SIZE bytes may be the digest
+        self._ended = False
+        self.sha256 = ""  # in hex, once it was compared
+
+    def some(self, size: int) -> bytes:
+        """Return at most `size` bytes of the content, none at its end."""
+        while len(self._held) <= DIGEST_SIZE and not self._ended:
+            data = self._read(FILE_PIECE)
+            self._ended = not data
+            self._held += data
+        count = min(size, max(0, len(self._held) - DIGEST_SIZE))
+        data = bytes(memoryview(self._held)[:count])
+        del self._held[:count]
+        self._digest.update(data)
+        return data
+
+    def exactly(self, size: int) -> bytes:
+        """Raises RpcError if the content ends before."""
+        found = bytearray()
+        while len(found) < size:
+            data = self.some(size - len(found))
+            if not data:
+                raise RpcError("UNAVAILABLE", TOO_SHORT)
+            found += data
+        return bytes(found)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Yield exactly `size` bytes.  Raises RpcError if the content ends before."""
+        while size:
+            data = self.some(min(size, FILE_PIECE))
+            if not data:
+                raise RpcError("UNAVAILABLE", TOO_SHORT)
+            size -= len(data)
+            yield data
+
+    def check(self) -> None:
+        """Read to the end, and compare the digest.  Raises RpcError."""
+        while self.some(FILE_PIECE):
+            pass
+        if not hmac.compare_digest(self._digest.digest(), bytes(self._held)):
+            raise RpcError(
+                "UNAVAILABLE", "what arrived is not what was sent; nothing was replaced"
+            )
+        self.sha256 = self._digest.hexdigest()
+
+
+class Member(Value):
+    """One header of an archive."""
+
+    name: str
+    kind: bytes  # as in the header: b"0" file, b"2" link, b"5" directory
+    size: int  # bytes
+    mode: int
+    mtime_ns: int
+    link: str
+    failed: bool  # the member before is not whole
+
+
+def _pax_fields(data: bytes) -> dict[str, str]:
+    """Return the records `LENGTH NAME=VALUE\\n` of an extended header."""
+    fields: dict[str, str] = {}
+    while data.strip(b"\0"):
+        length, space, _ = data[:20].partition(b" ")
+        if not (space and length.isdigit() and 0 < int(length) <= len(data)):
+            raise _not_an_archive("an extended header has no length")
+        record = data[len(length) + 1 : int(length) - 1]
+        name, _, value = record.partition(b"=")
+        fields[name.decode("utf-8", "replace")] = value.decode(
+            "utf-8", "surrogateescape"
+        )
+        data = data[int(length) :]
+    return fields
+
+
+def _mtime_ns(text: str) -> int:
+    match = re.fullmatch(r"(-?[0-9]{1,11})(?:\.([0-9]{1,9}))?", text)
+    if match is None:
+        raise _not_an_archive("a time is no number")
+    return int(match[1]) * 10**9 + int((match[2] or "").ljust(9, "0"))
+
+
+def read_members(stream: CheckedStream) -> Iterator[Member]:
+    """Yield the members of an archive; the caller reads the content of each.
+
+    Not with `tarfile`, which reads an extended header of any length into memory.
+    Raises RpcError.
+    """
+    import tarfile
+
+    fields: dict[str, str] = {}
+    while True:
+        block = stream.exactly(TAR_BLOCK)
+        if not block.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise _not_an_archive(str(error)) from error
+        if info.type == tarfile.XHDTYPE:
+            if not 0 <= info.size <= MAX_PAX:
+                raise _not_an_archive("an extended header is too long")
+            data = stream.exactly(info.size + -info.size % TAR_BLOCK)
+            fields = _pax_fields(data[: info.size])
+            continue
+        size = fields.get("size", str(info.size))
+        if not re.fullmatch("[0-9]{1,18}", size):
+            raise _not_an_archive("a size is no number")
+        yield Member(
+            fields.get("path", info.name),
+            info.type,
+            int(size),
+            info.mode & 0o777,
+            _mtime_ns(fields.get("mtime", str(int(info.mtime)))),
+            fields.get("linkpath", info.linkname),
+            PAX_FAILED in fields,
+        )
+        fields = {}
+
+
+def _components(name: str) -> tuple[str, ...]:
+    """Return the names of a path in an archive.  Raises RpcError if it leads out."""
+    names = tuple(name.rstrip("/").split("/"))
+    if any(n in ("", ".", "..") or "\0" in n for n in names):
+        raise _not_an_archive(f"{shown_path(name)!r} leads out of its directory")
+    return names
+
+
+def _leads_out(names: tuple[str, ...], link: str) -> bool:
+    """Return whether a link, at `names`, points outside of its first directory."""
+    depth = len(names) - 2  # directories between it and the first one
+    for part in link.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return link.startswith("/") or not link
+
+
+class _Pending(Value):
+    """A file that has arrived and has no name of its own yet."""
+
+    names: tuple[str, ...]
+    partial: str  # its name meanwhile, in the same directory
+    mode: int
+    mtime_ns: int
+
+
+class FileTarget:
+    """Writes a stream of files, each whole or not at all."""
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        progress: Callable[[str, int], None] = lambda _name, _count: None,
+        *,
+        umask: int,
+    ) -> None:
+        """`note` gets a sentence for each file that is left out, `progress` its name
+        and each number of bytes written.  `umask` is for directories and files whose
+        mode the stream does not say.
+        """
+        self._spec = spec
+        self._places = places
+        self._note = note
+        self._progress = progress
+        self._umask = umask
+        self.files = 0  # that have their names, links included
+        self.bytes = 0
+        self._parent = ""  # where the first names of the archive are
+        self._first = ""  # name in the archive
+        self._name = ""  # in its place; "": as it is
+        self._root = -1  # descriptor of _parent
+        self._pending: dict[tuple[str, ...], _Pending] = {}
+        self._links: list[tuple[tuple[str, ...], str]] = []
+        self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
+        self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
+        self._written: set[tuple[int, int]] = set()  # device and inode, at their names
+        self._complete = False
+
+    def receive(self, read: Callable[[int], bytes]) -> JsonObject:
+        """Write all files; return what was written.  Raises RpcError, OSError."""
+        stream = CheckedStream(read)
+        try:
+            if self._spec.bare:
+                self._receive_bare(stream)
+            else:
+                for member in read_members(stream):
+                    self._take(member, stream)
+            stream.check()
+            self._complete = True
+            self._flush()
+            self._commit()
+        finally:
+            self._discard()
+        path = os.path.join(self._parent, self._name)
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "sha256": stream.sha256,
+            "path": encode_path(path),
+        }
+
+    # -- where ---------------------------------------------------------------------
+
+    def _begin(self, *, is_directory: bool) -> None:
+        """Find the place of the first name in the archive, as cp does."""
+        spec, places = self._spec, self._places
+        typed = decode_path(spec.path)
+        path = places.absolute(typed)
+        into = (
+            spec.into or typed.endswith("/") or os.path.basename(typed) in (".", "..")
+        )
+        into = into or places.is_directory(path)
+        if into and spec.bare:
+            problem = file_problem(path, "is a directory; name the file in it as well")
+            raise RpcError("INVALID_REQUEST", problem)
+        if into:
+            self._open(path, make=spec.mkdir)
+        else:
+            path = places.target(path)
+            if is_directory and os.path.lexists(path):
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    file_problem(path, "is a file, which a directory does not replace"),
+                )
+            self._open(os.path.dirname(path), make=spec.mkdir)
+            self._name = os.path.basename(path)
+
+    def _open(self, path: str, *, make: bool = False) -> None:
+        """Raises RpcError for a directory that is not there."""
+        if make and not self._places.is_directory(path):
+            if not self._places.is_directory(os.path.dirname(path)):
+                self._open(os.path.dirname(path), make=True)
+            parent = self._places.open_directory(os.path.dirname(path))
+            try:
+                os.mkdir(os.path.basename(path), dir_fd=parent)
+                mode = 0o777 & ~self._umask  # not our own umask, which is narrower
+                os.chmod(os.path.basename(path), mode, dir_fd=parent)
+            except OSError as error:
+                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+            finally:
+                os.close(parent)
+        try:
+            descriptor = self._places.open_directory(path)
+        except OSError as error:
+            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
+            problem = file_problem(path, error) + hint
+            raise RpcError("NOT_FOUND", problem) from error
+        if self._root >= 0:
+            os.close(self._root)
+        self._parent, self._root = path, descriptor
+
+    def _placed(self, name: str) -> tuple[str, ...]:
+        """Return where a member goes, as names below _parent.  Raises RpcError."""
+        first, *rest = _components(name)
+        if self._name and self._first != first:
+            raise RpcError(
+                "INVALID_REQUEST",
+                file_problem(self._spec.path, "is not a directory, for several files"),
+            )
+        return (self._name or first, *rest)
+
+    def _directory(self, names: tuple[str, ...]) -> int:
+        """Return a descriptor of the directory `names`.  Raises OSError."""
+        return descend(os.dup(self._root), names)
+
+    def _shown(self, names: tuple[str, ...]) -> str:
+        return os.path.join(self._parent, *names)
+
+    def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
+        # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
+        links = (errno.ELOOP, errno.ENOTDIR)
+        if isinstance(problem, OSError) and problem.errno in links:
+            problem = IN_THE_WAY
+        self._note(file_problem(self._shown(names), problem))
+
+    # -- what arrives ----------------------------------------------------------------
+
+    def _take(self, member: Member, stream: CheckedStream) -> None:
+        if self._root < 0:
+            self._first = _components(member.name)[0]
+            self._begin(is_directory=member.kind == b"5")
+        names = self._placed(member.name)
+        content = stream.pieces(member.size)
+        if member.failed:
+            self._forget(names)
+        elif any(names[:depth] in self._blocked for depth in range(1, len(names))):
+            pass  # its directory was left out, and said so
+        elif member.kind == b"5":
+            self._make_directory(names, member)
+        elif member.kind == b"2":
+            self._links.append((names, member.link))
+        elif member.kind in (b"0", b"\0"):
+            self._write(names, member.mode, member.mtime_ns, content)
+        else:
+            self._leave_out(names, "is neither a file nor a directory")
+        for _ in content:
+            pass
+        stream.exactly(-member.size % TAR_BLOCK)
+
+    def _receive_bare(self, stream: CheckedStream) -> None:
+        self._begin(is_directory=False)
+        mode = 0o666 & ~self._umask
+        pieces = iter(partial(stream.some, FILE_PIECE), b"")
+        self._write((self._name,), mode, time.time_ns(), pieces)
+
+    def _make_directory(self, names: tuple[str, ...], member: Member) -> None:
+        try:
+            parent = self._directory(names[:-1])
+            try:
+                os.mkdir(names[-1], 0o700, dir_fd=parent)
+                self._made[names] = member
+            except FileExistsError:
+                os.close(descend(os.dup(parent), names[-1:]))
+            finally:
+                os.close(parent)
+        except OSError as error:
+            self._blocked.add(names)
+            self._leave_out(names, error)
+
+    def _write(
+        self,
+        names: tuple[str, ...],
+        mode: int,
+        mtime_ns: int,
+        content: Iterable[bytes],
+    ) -> None:
+        """Write a file under a name that says it is not complete."""
+        partial_name = f"{PARTIAL_PREFIX}{new_id()[-12:]}"
+        shown = shown_path("/".join(names))
+        try:
+            parent = self._directory(names[:-1])
+        except OSError as error:
+            self._leave_out(names, error)
+            return
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            descriptor = os.open(partial_name, flags, 0o600, dir_fd=parent)
+            self._pending[names] = _Pending(names, partial_name, mode, mtime_ns)
+            with open(descriptor, "wb", buffering=0) as file:
+                for piece in content:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[file.write(view) :]
+                    self.bytes += len(piece)
+                    self._progress(shown, len(piece))
+                if len(self._pending) <= MAX_FLUSHED:
+                    os.fsync(descriptor)
+        except OSError as error:
+            self._forget(names)
+            if len(names) == 1 and error.errno in (errno.EACCES, errno.EROFS):
+                problem = file_problem(self._parent, error)
+                raise RpcError("FORBIDDEN", problem) from error
+            self._leave_out(names, error)
+        finally:
+            os.close(parent)
+
+    # -- the end ---------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if len(self._pending) > MAX_FLUSHED:
+            os.sync()
+
+    def _commit(self) -> None:
+        """Give every file its name; then make links, and finish directories."""
+        for pending in list(self._pending.values()):
+            try:
+                parent = self._directory(pending.names[:-1])
+                try:
+                    self._name_file(pending, parent)
+                finally:
+                    os.close(parent)
+            except OSError as error:
+                self._leave_out(pending.names, error)
+        for names, link in self._links:
+            try:
+                self._make_link(names, link)
+            except OSError as error:
+                self._leave_out(names, error)
+        for names, member in reversed(list(self._made.items())):
+            try:
+                descriptor = self._directory(names)
+                try:
+                    os.fchmod(descriptor, member.mode)
+                    os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                self._leave_out(names, error)
+
+    def _name_file(self, pending: _Pending, parent: int) -> None:
+        """Raises OSError."""
+        name, mode = pending.names[-1], pending.mode
+        present = self._present(name, parent)
+        if present is not None and stat.S_ISDIR(present.st_mode):
+            self._leave_out(
+                pending.names, "is a directory, which a file does not replace"
+            )
+            return
+        if present is not None and (present.st_dev, present.st_ino) in self._written:
+            self._leave_out(
+                pending.names, "names that differ only in case are the same here"
+            )
+            return
+        if present is not None and stat.S_ISREG(present.st_mode):
+            mode = stat.S_IMODE(present.st_mode) & 0o777
+        flags = os.O_RDONLY | os.O_NOFOLLOW
+        descriptor = os.open(pending.partial, flags, dir_fd=parent)
+        try:
+            os.utime(descriptor, ns=(pending.mtime_ns, pending.mtime_ns))
+            os.fchmod(descriptor, mode)
+            facts = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
+        self._written.add((facts.st_dev, facts.st_ino))
+        del self._pending[pending.names]
+        self.files += 1
+
+    def _make_link(self, names: tuple[str, ...], link: str) -> None:
+        """Raises OSError."""
+        if _leads_out(names, link):
+            self._leave_out(
+                names, f"links to {shown_path(link)}, outside of what is copied"
+            )
+            return
+        parent = self._directory(names[:-1])
+        try:
+            present = self._present(names[-1], parent)
+            if present is not None and stat.S_ISDIR(present.st_mode):
+                self._leave_out(names, "is a directory, which a link does not replace")
+                return
+            partial_name = f"{PARTIAL_PREFIX}{new_id()[-12:]}"
+            os.symlink(link, partial_name, dir_fd=parent)
+            os.rename(partial_name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
+            self.files += 1
+        finally:
+            os.close(parent)
+
+    def _present(self, name: str, parent: int) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _forget(self, names: tuple[str, ...]) -> None:
+        """Remove a file that is not complete."""
+        pending = self._pending.pop(names, None)
+        if pending is not None:
+            with contextlib.suppress(OSError):
+                parent = self._directory(names[:-1])
+                try:
+                    os.unlink(pending.partial, dir_fd=parent)
+                finally:
+                    os.close(parent)
+
+    def _discard(self) -> None:
+        """Remove what has no name, and directories that were made for nothing."""
+        incomplete = list(self._pending)
+        for names in incomplete:
+            self._forget(names)
+        if not self._complete:
+            for names in reversed(list(self._made)):
+                with contextlib.suppress(OSError):  # it is not empty
+                    parent = self._directory(names[:-1])
+                    try:
+                        os.rmdir(names[-1], dir_fd=parent)
+                    finally:
+                        os.close(parent)
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
 
 
 # ==============================================================================
@@ -8651,7 +9636,7 @@ class TelemetrySource:
 
 # ==============================================================================
 # Machine
-# Uses: Wire protocol, Commands, Telemetry, Language models
+# Uses: Wire protocol, Commands, Files, Telemetry, Language models
 #
 # The jobs of one computer: the table of works, the lines, logs by id.  A node serves
 # its gateway with it; the gateway has one for `Local`, a node like the others.  It
@@ -8679,6 +9664,9 @@ MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_TERMINALS = 64  # side by side; more are refused
 TERMINAL_WINDOW = 256 * 1024  # bytes: an interrupt is seen behind at most so many
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
+MAX_COPIES = 4  # transfers of files each way side by side
+INPUT_PATIENCE = 900.0  # s without a byte; then a transfer to this machine is given up
+MAX_NOTES = 1000  # sentences about files that were left out; then only their number
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
 MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
@@ -8814,6 +9802,15 @@ class MachineOptions(Value):
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
     terminals: bool = True  # it opens terminals
+    files: FilePlaces | None = None  # None: none are read or written
+
+
+def transfer_words(result: JsonObject) -> str:
+    """Return what a transfer of files did, for the audit."""
+    count, size = result["files"], result["bytes"]
+    files = "1 file" if count == 1 else f"{count:,} files"
+    left_out = f", {result['notes']:,} notes" if result["notes"] else ""
+    return f"{files}, {size:,} bytes, SHA-256 {result['sha256']}{left_out}"
 
 
 class Task(Protocol):
@@ -8838,9 +9835,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function, which returns a result and may write JSON lines."""
-
-    consumed = None
+    """A task that is one function, which returns a result and may write its log."""
 
     def __init__(
         self,
@@ -8857,6 +9852,10 @@ class Errand:
         self._room = threading.Event()  # set when the log has room, and by cancel()
         log.on_room = self._room.set
 
+    @property
+    def consumed(self) -> int | None:
+        return None
+
     def begin(self) -> None: ...
 
     def run(self) -> Ending:
@@ -8872,6 +9871,10 @@ class Errand:
             reason, result = str(error), {"kind": "context"}
         except (ModelError, RpcError) as error:
             reason = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if state == JobState.DONE and result and "sha256" in result:
+            reason = transfer_words(result)
         duration = round(time.monotonic() - started, 6)
         ending = Ending(state, reason=reason, result=result, started_at=started_at)
         return ending.replace(duration=duration)
@@ -8889,16 +9892,74 @@ class Errand:
         self.cancellation.cancel()
         self._room.set()
 
-    def write(self, value: Value) -> None:
-        """Append `value` as a line, once there is room.  Raises Cancelled."""
-        data = to_json(value).encode("utf-8", "replace") + b"\n"
+    def write(self, value: object, kind: int = STDOUT) -> None:
+        """Append `value` as a line of JSON, once there is room.  Raises Cancelled."""
+        self.write_bytes(to_json(value).encode("utf-8", "replace") + b"\n", kind)
+
+    def write_bytes(self, data: bytes, kind: int = STDOUT) -> None:
+        """Append `data`, once there is room.  Raises Cancelled."""
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
                 self._room.wait()
                 self._room.clear()
                 self.cancellation.pause(0)
-            self._log.append(STDOUT, data[start : start + MAX_FRAME_DATA])
+            self._log.append(kind, data[start : start + MAX_FRAME_DATA])
             self._log.ready()
+
+
+class InputErrand(Errand):
+    """An errand that reads input."""
+
+    def __init__(
+        self,
+        action: Callable[[MachineOptions, Any, InputErrand], JsonObject],
+        options: MachineOptions,
+        log: JobLog,
+        on_input: Callable[[int], None],
+        spec: Any,
+    ) -> None:
+        super().__init__(action, options, log, on_input, spec)  # type: ignore[arg-type]
+        self._on_input = on_input
+        self._arrived = threading.Condition()  # guards _input
+        self._input = InputWindow()
+        self._reported = 0  # offset
+
+    @property
+    def consumed(self) -> int | None:
+        return self._input.consumed
+
+    def input(self, offset: int, data: bytes) -> None:
+        """Raises RpcError."""
+        with self._arrived:
+            self._input.add(offset, data)
+            self._arrived.notify()
+
+    def cancel(self, reason: str = "") -> None:
+        super().cancel(reason)
+        with self._arrived:
+            self._arrived.notify()
+
+    def read(self, _size: int) -> bytes:
+        """Return what comes next, b"" at its end.  Raises Cancelled, RpcError."""
+        deadline = Deadline(INPUT_PATIENCE)
+        with self._arrived:
+            while True:
+                self.cancellation.pause(0)
+                data = self._input.peek()
+                if data or self._input.exhausted:
+                    break
+                if deadline.expired:
+                    waited = format_duration(INPUT_PATIENCE)
+                    raise RpcError("TIMEOUT", f"nothing came for {waited}")
+                self._arrived.wait(deadline.remaining())
+            self._input.consume(len(data))
+            consumed = self._input.consumed
+            due = consumed >= self._reported + LOG_WINDOW // 4
+            due = due or consumed == self._input.arrived
+        if due:
+            self._reported = consumed
+            self._on_input(consumed)
+        return data
 
 
 # --- The works ---
@@ -8927,7 +9988,7 @@ def _run(
             raise RpcError("FORBIDDEN", NO_TERMINALS)
     elif options.allowed is not None:
         options.allowed.check(spec)
-        spec = spec.replace(reports_directory=False)  # no other may be used there
+        spec = spec.replace(reports_directory=None)  # no other may be used there
     return Command(
         spec,
         log,
@@ -8975,6 +10036,66 @@ def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObj
     return {}
 
 
+def file_places(options: MachineOptions) -> FilePlaces:
+    """Raises RpcError FORBIDDEN."""
+    if options.files is None:
+        raise RpcError("FORBIDDEN", "this machine's owner does not share its files")
+    return options.files
+
+
+def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
+    listing = FileListing(spec, file_places(options))
+    lines: list[str] = []
+    for entry in listing.entries():
+        lines.append(to_json(entry))
+        if len(lines) == 100:
+            errand.write_bytes("\n".join([*lines, ""]).encode("utf-8"))
+            lines.clear()
+    errand.write_bytes("\n".join([*lines, ""]).encode("utf-8") if lines else b"")
+    return {
+        "path": encode_path(listing.path),
+        "directory": listing.is_directory,
+        "leftOut": listing.left_out,
+    }
+
+
+class Notes:
+    """What a transfer says of single files: JSON lines on its standard error."""
+
+    def __init__(self, errand: Errand) -> None:
+        self._errand = errand
+        self._count = 0
+
+    def __call__(self, text: str) -> None:
+        self._count += 1
+        if self._count <= MAX_NOTES:
+            self._errand.write({"note": text}, STDERR)
+
+    def end(self, result: JsonObject) -> JsonObject:
+        """Write and return the result, with the number of notes."""
+        result = {**result, "notes": self._count}
+        self._errand.write({"result": result}, STDERR)
+        return result
+
+
+def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> JsonObject:
+    notes = Notes(errand)
+    source = FileSource(spec, file_places(options), notes)
+    errand.write({"bytes": source.measure()}, STDERR)
+    for piece in source.pieces():
+        errand.write_bytes(piece)
+    return notes.end(source.result)
+
+
+def _write_files(
+    options: MachineOptions, spec: FileWrite, errand: InputErrand
+) -> JsonObject:
+    notes, inherited = Notes(errand), options.inherited
+    umask = 0o022 if inherited is None else inherited.umask
+    target = FileTarget(spec, file_places(options), notes, umask=umask)
+    return notes.end(target.receive(errand.read))
+
+
 WorkFactory: TypeAlias = (
     "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
 )
@@ -8986,6 +10107,7 @@ class Work(Value):
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
     make: WorkFactory  # raises RpcError FORBIDDEN
     recorded: bool = False  # it has a row at the gateway
+    takes_input: bool = False  # whatever its spec says
     side_by_side: int = 8  # jobs
     line: int = 0  # jobs that may wait for a place; more are refused
     window: int = LOG_WINDOW
@@ -9004,6 +10126,7 @@ WORKS: Mapping[str, Work] = {
         CommandSpec.from_json,
         _run,
         recorded=True,
+        takes_input=True,
         side_by_side=MAX_TERMINALS,
         window=TERMINAL_WINDOW,
     ),
@@ -9011,7 +10134,24 @@ WORKS: Mapping[str, Work] = {
     "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
     "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
     "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
+    "file.list": Work(FileList.from_json, partial(Errand, _list_files), line=MAX_LINE),
+    "file.read": Work(
+        FileRead.from_json,
+        partial(Errand, _read_files),
+        recorded=True,
+        side_by_side=MAX_COPIES,
+        line=MAX_LINE,
+    ),
+    "file.write": Work(
+        FileWrite.from_json,
+        partial(InputErrand, _write_files),
+        recorded=True,
+        takes_input=True,
+        side_by_side=MAX_COPIES,
+        line=MAX_LINE,
+    ),
 }
+FILE_WORKS = ("file.list", "file.read", "file.write")
 
 
 def find_work(name: str) -> Work:
@@ -9040,6 +10180,19 @@ def check_spec(work: str, spec: JsonObject) -> JsonObject:
     """
     checked: JsonObject = encode_value(find_work(work).read_spec(spec))
     return checked
+
+
+def work_title(work: str, spec: JsonObject) -> str:
+    """Return a job's command for people: of other works what they do."""
+    if work == "file.read":
+        paths = [shown_path(decode_path(path)) for path in spec["paths"][:3]]
+        more = len(spec["paths"]) - len(paths)
+        return f"read {', '.join(paths)}{f' and {more} more' if more else ''}"
+    if work == "file.list":
+        return f"list {shown_path(decode_path(spec['path']))}"
+    if work == "file.write":
+        return f"write {shown_path(decode_path(spec['path']))}"
+    return spec.get("command") or ("login shell" if work == TERMINAL else work)
 
 
 class MachineJob:
@@ -9223,12 +10376,10 @@ class Machine:
 
     def _task(self, work: str, log: JobLog, spec: JsonObject) -> Task:
         row, allowed = find_work(work), self._options.allowed
-        has_its_own = ("run", TERMINAL)  # checks, in _run()
-        if (
-            allowed is not None
-            and work not in has_its_own
-            and not allowed.allows_work(work)
-        ):
+        shared = self._options.files is not None and work in FILE_WORKS
+        # These look at the options themselves.
+        named = work in ("run", TERMINAL) or shared
+        if allowed is not None and not named and not allowed.allows_work(work):
             raise RpcError(
                 "FORBIDDEN", f"this machine's owner does not allow the work {work!r}"
             )
@@ -9730,7 +10881,7 @@ class NodeAgent:
         self._telemetry = telemetry
         self._on_state = on_state
         self._backoff = Backoff()
-        self._stopped = threading.Event()
+        self._stop = Cancellation()
         self._leaves = False  # new connections are closed at once
         # TLS key of the last gateway that proved itself; None without TLS.
         self._proved_pin: str | None = None
@@ -9743,9 +10894,11 @@ class NodeAgent:
         Raises Refused, if asked to, when the gateway refuses the node.
         """
         last_problem = ""
-        while not self._stopped.is_set():
+        while True:
             try:
                 ws, hello = self._dial()
+            except Cancelled:
+                return
             except UserError as error:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
@@ -9757,7 +10910,7 @@ class NodeAgent:
             else:
                 last_problem = ""
                 problem = self._serve(ws, hello)
-            if self._stopped.is_set():
+            if self._stop.cancelled:
                 return
             pause = self._backoff.next()
             if str(problem) != last_problem:
@@ -9765,11 +10918,14 @@ class NodeAgent:
                 log.warning("%s; trying again every minute or sooner", why)
                 self._on_state(False, problem)
             last_problem = str(problem)
-            self._stopped.wait(pause)
+            try:
+                self._stop.pause(pause)
+            except Cancelled:
+                return
 
     def close(self) -> None:
         """End running commands, report them, and disconnect; run() returns."""
-        self._stopped.set()
+        self._stop.cancel()
         self._machine.close()
         # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
@@ -9788,18 +10944,23 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people,
+        and Cancelled.
         """
         url = self._settings.gateway_url
-        ws = connect(url, self._trust())
+        ws = connect(url, self._trust(), cancel=self._stop)
         try:
-            hello = self._authenticate(ws)
-            self._proved_pin = _tls_pin(ws)
-            self._keep_pin(ws)
+            with self._stop.calling(ws.abort):
+                hello = self._authenticate(ws)
+                self._proved_pin = _tls_pin(ws)
+                self._keep_pin(ws)
             name = optional(_hello_extension(hello), "displayName", str)
             if name and name != self._settings.display_name:
                 self._learn(display_name=printable(name))
             return ws, hello
+        except Cancelled:
+            ws.abort()
+            raise
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
             # Without TLS, any process on the port of a stopped gateway says so.
@@ -9844,7 +11005,7 @@ class NodeAgent:
                 pin = parsed.pin
             else:  # nothing is kept unless a CA that this system trusts vouches for it
                 target = ServerUrl.parse(self._settings.gateway_url)
-                dial(target.host, target.port, TlsTrust()).close()
+                dial(target.host, target.port, TlsTrust(), cancel=self._stop).close()
             self._learn(gateway_pin=pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
@@ -9925,7 +11086,7 @@ class NodeAgent:
 
 # ==============================================================================
 # Node service
-# Uses: Settings, Install
+# Uses: Settings, Install, Commands
 #
 # What makes a node start on boot and stay: a systemd user unit or a launchd agent that
 # runs the program's copy in the data directory, its log, and the file with the state of
@@ -10198,15 +11359,6 @@ class ServiceManager:
 # -- systemd -------------------------------------------------------------------
 
 
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs as a number
-        return str(os.getuid())
-
-
 def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
     """Return `environ` with the way to the user's own systemd.
 
@@ -10291,7 +11443,7 @@ class SystemdService(ServiceManager):
         note = (
             "the node will stop when you log out and start when you log in; to change"
         )
-        return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
+        return [f"{note} that: sudo loginctl enable-linger {account_name(os.getuid())}"]
 
     def start(self) -> None:
         self.stop()
@@ -10320,8 +11472,9 @@ class SystemdService(ServiceManager):
         self._try_systemctl("reset-failed", UNIT_NAME)
         if not self._lingers():
             return []
-        note = f"services of {_user_name()} start on boot; if no other is to do that"
-        return [f"{note}: loginctl disable-linger {_user_name()}"]
+        user = account_name(os.getuid())
+        note = f"services of {user} start on boot; if no other is to do that"
+        return [f"{note}: loginctl disable-linger {user}"]
 
     def status(self) -> ServiceStatus:
         names = "ActiveState,SubState,MainPID,UnitFileState,Result"
@@ -10355,13 +11508,13 @@ class SystemdService(ServiceManager):
             raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def _lingers(self) -> bool:
-        return Path("/var/lib/systemd/linger", _user_name()).exists()
+        return Path("/var/lib/systemd/linger", account_name(os.getuid())).exists()
 
     def _enable_linger(self) -> bool:
         """Have the user's services run from boot on; return whether they do."""
         if not self._lingers():
             # By name: without a session loginctl does not know who we are.
-            self._try("loginctl", "enable-linger", _user_name())
+            self._try("loginctl", "enable-linger", account_name(os.getuid()))
         return self._lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
@@ -10376,7 +11529,9 @@ class SystemdService(ServiceManager):
             time.sleep(0.1)
         reason = _last_line(done.text)
         if done.status != 127 and not lingers and Path("/run/systemd/system").exists():
-            reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+            reason += (
+                f"; perhaps sudo loginctl enable-linger {account_name(os.getuid())}"
+            )
         raise no_service_manager(self._spec, reason)
 
 
@@ -11335,6 +12490,64 @@ def name_key(name: str) -> str:
     return plain.casefold()
 
 
+# Code points that look like a Latin letter, in part from UTS #39: Greek, Cyrillic,
+# Armenian, Hebrew, Arabic, digits zero, Cherokee, Coptic, phonetic.
+_LOOK_ALIKES: Mapping[int, str] = {
+    int(code, 16): letter
+    for letter, codes in (
+        ("a", "391 3b1 410 430 13aa 251 1d00"),
+        ("b", "392 412 42c 44c 13f4 299"),
+        ("c", "3c2 421 441 13df 2ca4 2ca5 1d04"),
+        ("d", "500 501 13a0 1d05"),
+        ("e", "395 3b5 415 435 4bd 13ac 1d07"),
+        ("\u00eb", "401 451"),
+        ("g", "50c 581 13c0 261"),
+        ("h", "397 41d 4ba 4bb 570 13bb 29c"),
+        ("i", "399 3b9 406 456 131 269 13a5"),
+        ("\u00ef", "407 457"),
+        ("j", "37f 3f3 408 458 575 13ab"),
+        ("k", "39a 3ba 41a 43a 13e6 1d0b"),
+        ("l", "4c0 4cf 5d5 627 13de 1c0 29f 2223"),
+        ("m", "39c 41c 43c 13b7 1d0d"),
+        ("n", "39d 3b7 578 274"),
+        (
+            "o",
+            "39f 3bf 3c3 41e 43e 555 585 5e1 647 966 9e6 a66 ae6 be6 c66 ce6 d66 e50",
+        ),
+        ("o", "ed0 1040 10ff 2c9e 2c9f 1d0f 3007"),
+        ("p", "3a1 3c1 420 440 13e2 1d18"),
+        ("q", "51a 51b 566"),
+        ("r", "433 13a1 280 1d26"),
+        ("s", "405 455 13da a731"),
+        ("t", "3a4 3c4 422 442 13a2 1d1b"),
+        ("u", "3bc 3c5 57d 28b 1d1c"),
+        ("v", "3bd 474 475 13d9 1d20"),
+        ("w", "3c9 51c 51d 561 13b3 1d21"),
+        ("x", "3a7 3c7 425 445"),
+        ("y", "3a5 3b3 423 443 4ae 4af 13bd 28f"),
+        ("z", "396 13c3 1d22"),
+    )
+    for code in codes.split()
+}
+# Printable and not seen: joiners, fillers, variation selectors, a blank.
+_INVISIBLE: Mapping[int, str] = {
+    **dict.fromkeys((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0), ""),
+    **dict.fromkeys((*range(0x180B, 0x1810), *range(0xFE00, 0xFE10)), ""),
+    **dict.fromkeys(range(0xE0100, 0xE01F0), ""),
+    0x2800: " ",
+}
+
+
+def name_looks(name: str) -> str:
+    """Return a text that is equal for names that people cannot tell apart."""
+    if name.isascii():
+        return name_key(name)
+    import unicodedata
+
+    seen = unicodedata.normalize("NFKC", name.translate(_INVISIBLE))
+    return name_key(seen.translate(_LOOK_ALIKES))
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -11404,15 +12617,15 @@ class DevicesTable(Table):
 
     def clash(self, name: str, now: int, *, but: str) -> str:
         """Return why a name or an id could mean a device other than `but`, or ""."""
-        key = name_key(name)
+        key, looks = name_key(name), name_looks(name)
         for row in self._db.rows(
             "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
             f" WHERE id <> :but AND {self.CURRENT}",
             {"but": but, "now": now},
         ):
             node_id = row["node_id"].casefold()
-            if name_key(row["display_name"]) == key:
-                called = row["display_name"]
+            called = row["display_name"]
+            if name_key(called) == key or name_looks(called) == looks:
                 if node_id:
                     return f"another machine is called {called}"
                 return (
@@ -12368,20 +13581,15 @@ class DeviceAccess:
         display_name: str,
         platform: str = "",
         *,
-        lifetime: float | None = None,
         by: Caller | None = None,
     ) -> tuple[Device, str]:
-        """Return a new device and its token, which is not stored.
-
-        A device that does not connect within `lifetime` seconds is deleted.
-        """
-        now, token = self._door.now(), new_secret("mdt_")
+        """Return a new device and its token, which is not stored."""
+        token = new_secret("mdt_")
         device = Device(
             id=new_id(),
             display_name=display_name,
             platform=platform,
-            created_at=now,
-            expires_at=None if lifetime is None else now + round(lifetime * 1000),
+            created_at=self._door.now(),
         )
         self._devices.add(device, make_credential(token))
         self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
@@ -12501,11 +13709,11 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if name_key(name) in ("", OWNER_NAME, "moltis"):
+        if name_looks(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
         with self._naming:
             current = [key.name for key in self.keys() if key.revoked_at is None]
-            if name_key(name) in map(name_key, current):
+            if name_looks(name) in map(name_looks, current):
                 raise RpcError(
                     "CONFLICT",
                     f"there is a key {clip(name, 80)!r} already; choose another name, "
@@ -12713,6 +13921,7 @@ class Access:
 
 LOCAL_ID = "local"
 LOCAL_NAME = "Local"
+ROUGH = str.maketrans("0i1|", "olll")  # nobody may be taken for Local at a glance
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
@@ -12785,11 +13994,12 @@ class ConnectedNode:
 def valid_name(text: str) -> str:
     """Return a name for a node without surplus white space.  Raises RpcError."""
     name = " ".join(text.split())
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+    seen = name_looks(name)
+    if not seen or len(name) > MAX_NAME or not name.isprintable():
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name_key(name) == LOCAL_ID:
+    if seen.translate(ROUGH) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -12812,7 +14022,7 @@ def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or name_key(node_id) == LOCAL_ID:
+    if not fits or name_looks(node_id).translate(ROUGH) in ("", LOCAL_ID):
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
@@ -13092,10 +14302,15 @@ class Fleet:
         self._announce_telemetry(node.node_id, telemetry)
 
     def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
+        known = self._devices.names().by_id
         with self._lock:
             self._telemetry[node_id] = (telemetry, time.monotonic())
             history = self._histories.setdefault(node_id, History())
             history.add(now_ms(), telemetry.shares_used())
+            # A machine may come under another id each time, or be revoked.
+            if len(self._telemetry) > len(known) + 1:
+                for gone in self._telemetry.keys() - known.keys() - {LOCAL_ID}:
+                    del self._telemetry[gone], self._histories[gone]
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
@@ -13178,6 +14393,7 @@ MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
 HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
+MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
 MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 IDLE_TERMINAL = 24 * 3600.0  # s that a terminal goes on with nobody in it
@@ -13525,7 +14741,7 @@ def new_job(
         node_id=node[0],
         node_name=node[1],
         work=work,
-        command=spec.get("command") or ("login shell" if work == TERMINAL else work),
+        command=work_title(work, spec),
         cwd=spec.get("cwd"),
         timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
         spec=spec,
@@ -13693,6 +14909,58 @@ def job_summary(record: JobRecord) -> JsonObject:
     view = job_view(record)
     names = ("id", "state", "words", "failed", "nodeName", "endedAt")
     return {name: view[name] for name in names if name in view}
+
+
+class Gathering:
+    """The holder of an unkept job that gathers all its output, for a future."""
+
+    holds = True
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.future: Future[Gathering] = Future()
+        self.job = job
+        self.position = 0
+        self._jobs = jobs
+        self._lock = threading.Lock()  # guards all below, and position
+        self._output: dict[int, bytearray] = {kind: bytearray() for kind in STREAMS}
+        self._problem = ""
+        self._over = False
+
+    def output(self, kind: int = STDOUT) -> bytes:
+        return bytes(self._output[kind])
+
+    def wake(self, job: Job) -> None:
+        with self._lock:
+            ended = not job.record.is_open  # all bytes are in the log before that
+            problem, self._problem = self._problem, self._gather() or self._problem
+            exceeds = bool(self._problem) and not problem
+            over, self._over = self._over, self._over or ended
+        self._jobs.acknowledge(job)
+        if exceeds:
+            self._jobs.cancel(job)
+        if ended and not over:
+            self._jobs.unfollow(job, self, leaves=True)
+            if self._problem:
+                self.future.set_exception(RpcError("PAYLOAD_TOO_LARGE", self._problem))
+            else:
+                self.future.set_result(self)
+
+    def _gather(self) -> str:
+        """Take what is new; return what is wrong with it."""
+        problem = ""
+        while True:
+            start, data = self.job.log.read(self.position)
+            if not data:
+                return problem
+            if start > self.position:
+                problem = f"{self.job.record.node_name} lost a part of its answer"
+            self.position = start + len(data)
+            for kind, piece in log_frames(data):
+                if kind in self._output:
+                    self._output[kind] += piece
+            if sum(map(len, self._output.values())) > MAX_GATHERED:
+                problem = f"the answer has more than {format_bytes(MAX_GATHERED)}"
+                self._output = {kind: bytearray() for kind in STREAMS}
 
 
 class Wait:
@@ -13917,6 +15185,15 @@ class Jobs:
                 job.log.forget(offset)
         self._notify(job, lambda link: link.acknowledge(job.id, offset))
 
+    def gather(self, record: JobRecord) -> Future[Gathering]:
+        """Start an unkept job; return a future of all its output, done at its end.
+
+        Raises what start() raises.
+        """
+        gathering = Gathering(self, self.start(record))
+        self.follow(gathering.job, gathering)
+        return gathering.future
+
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
     ) -> Job:
@@ -14089,7 +15366,7 @@ class Jobs:
         """Record its place in line on its node; 0: it runs."""
         job = self._of_node(link.node_id, job_id)
         if job is not None:
-            job.place = max(0, place)
+            job.place = min(max(0, place), MAX_LINE)
             self._wake(job)
 
     def on_input(
@@ -16010,6 +17287,8 @@ class SessionLog:
         self._words: dict[str, list[str]] = {}  # of answers, not announced yet
         self._unsaved: set[str] = set()
         self._closed = False
+        # The person's choice of a node, and the model's after it; replaced as a whole.
+        self.selection: tuple[str, str] | None = None
 
     def add(
         self,
@@ -16127,15 +17406,15 @@ class SessionLog:
             return self._find(message_id)
 
     def last(self, before: int | None) -> list[SessionMessage]:
-        """Return the last messages that were created before a time (ms)."""
+        """Return a page of messages created before a time (ms), and one older."""
         with self._lock:
-            stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
+            stored = self._store.messages.last(self.key, before, HISTORY_PAGE + 1)
             return [self._live.get(message.id, message) for message in stored]
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
-        """Return the messages that changed after `seq`."""
+        """Return the messages that changed after `seq`, up to one more than a page."""
         with self._lock:
-            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
+            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED + 1)
             known = {message.id: message for message in stored}
             known.update((k, m) for k, m in self._live.items() if m.seq > seq)
         return sorted(known.values(), key=lambda message: message.created_at)
@@ -16351,12 +17630,10 @@ class TurnChat(Conversation):
         session_log: SessionLog,
         store: Store,
         jobs: Jobs,
-        selections: dict[str, tuple[str, str]],
         is_closing: Callable[[], bool],
     ) -> None:
         self.key = session_log.key
         self.key_id = turn.asked_by.id
-        self._selections = selections
         self._is_closing = is_closing
         self._asked: set[str] = set()  # ids of jobs whose question is open
         self._turn = turn
@@ -16375,11 +17652,11 @@ class TurnChat(Conversation):
     def selected(self) -> str:
         chosen = self._turn.node_id
         # A model's choice is for its own commands, until the person chooses again.
-        before, selected = self._selections.get(self.key, (chosen, chosen))
+        before, selected = self._log.selection or (chosen, chosen)
         return chosen if self._turn.is_typed or before != chosen else selected
 
     def select(self, node_id: str) -> None:
-        self._selections[self.key] = self._turn.node_id, node_id
+        self._log.selection = self._turn.node_id, node_id
 
     def directory(self, node_id: str) -> str | None:
         return self._store.sessions.directory(self.key, node_id)
@@ -16572,8 +17849,6 @@ class Chats:
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
-        # By session: the person's choice of a node, and the model's that followed it.
-        self._selections: dict[str, tuple[str, str]] = {}
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -16740,20 +18015,25 @@ class Chats:
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
     ) -> list[JsonObject]:
-        """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
+        """Return messages, the oldest first; it says so if older ones were left out.
+
+        Raises RpcError NOT_FOUND.
+        """
         session_log = self._log(key)
         if after is not None:
-            found = session_log.changed_after(after)
+            found, limit = session_log.changed_after(after), MAX_CHANGED
         else:
-            found = session_log.last(before)
+            found, limit = session_log.last(before), HISTORY_PAGE
         messages: list[JsonObject] = []
         size = 0
-        for message in reversed(found):
+        for message in found[: -limit - 1 : -1]:
             value = message_to_json(message, self._job_of(message))
             size += len(to_json(value))
             if messages and size > MAX_HISTORY:
                 break
             messages.append(value)
+        if len(messages) < len(found):
+            messages[-1]["hasEarlier"] = True
         return messages[::-1]
 
     def on_end(self, job: Job) -> None:
@@ -16792,14 +18072,7 @@ class Chats:
         if turn.directory is not None:
             self._store.sessions.keep_directory(key, turn.node_id, turn.directory)
         self._tell("patched", key)
-        chat = TurnChat(
-            turn,
-            session_log,
-            self._store,
-            self._jobs,
-            self._selections,
-            self._is_closing,
-        )
+        chat = TurnChat(turn, session_log, self._store, self._jobs, self._is_closing)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
@@ -16872,7 +18145,6 @@ class Chats:
         if queue is not None:
             queue.close()
         self._approvals.forget(key)
-        self._selections.pop(key, None)
         with self._lock:
             dropped = self._logs.pop(key, None)
         if dropped is not None:
@@ -17058,7 +18330,8 @@ def answer_request(
 
 
 def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.work == TERMINAL))
+    spec = record.spec or {}
+    return WORKS[record.work].takes_input or bool(spec.get("stdin"))
 
 
 STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end", "people")
@@ -17434,8 +18707,10 @@ class KeyShares:
         """Return the bytes that may yet wait for the clients of a key to read."""
         return max(0, MAX_KEY_OUTBOX - self._backlog(key_id))
 
-    def page_lock(self, caller: Caller) -> threading.Lock:
+    def page_lock(self, caller: Caller) -> contextlib.AbstractContextManager[Any]:
         """Return the lock under which a key gets one long answer at a time."""
+        if caller.may(Scope.ADMIN):
+            return contextlib.nullcontext()
         with self._lock:
             return self._pages.setdefault(caller.id, threading.Lock())
 
@@ -17734,8 +19009,28 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
+def gathered_answer(gathering: Gathering) -> JsonObject:
+    """Return what `job.once` answers.
+
+    Raises RpcError unless the job is done.
+    """
+    job = gathering.job
+    name, record = job.record.node_name, job.record
+    if record.state != JobState.DONE:
+        code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
+        raise RpcError(code, f"{name}: {record.reason or record.words()}")
+    output = b64encode(gathering.output())
+    return {"job": job_view(job), "result": job.result or {}, "output": output}
+
+
 def caller_origin(caller: Caller) -> Origin:
     return Origin(caller.kind, caller.id, caller.name, caller.address)
+
+
+def check_reader(job: Job, caller: Caller) -> None:
+    """Raises RpcError FORBIDDEN unless the caller may read the job's log."""
+    # Files are more than the output of commands.
+    caller.require(Scope.WRITE if job.record.work in FILE_WORKS else Scope.READ)
 
 
 class JobMethods:
@@ -17798,6 +19093,14 @@ class JobMethods:
             return {"id": record.id, "node": record.node_name, "error": problem}
         return job_view(job)
 
+    def once(
+        self, caller: Caller, node_id: str, work: str, spec: JsonObject
+    ) -> Future[JsonObject]:
+        """Start a short job; answer with its whole output and its result."""
+        node, origin = self._fleet.resolve(node_id), caller_origin(caller)
+        record = new_job(node, work, spec, origin, kept=False)
+        return mapped(self._jobs.gather(record), gathered_answer)
+
     def follow(
         self,
         peer: OperatorPeer,
@@ -17815,6 +19118,7 @@ class JobMethods:
         """
         if hold:
             peer.caller.require(Scope.WRITE)
+        check_reader(job, peer.caller)
         peer.check_room(1)
         newest = (tail or (SCREEN if job.is_terminal else None)) if skip else None
         if tail is not None:
@@ -17833,12 +19137,19 @@ class JobMethods:
         peer.acknowledge(job_id, offset)
 
     def read(
-        self, job: Job, offset: int, tail: int | None, wait: float, encoding: str
+        self,
+        caller: Caller,
+        job: Job,
+        offset: int,
+        tail: int | None,
+        wait: float,
+        encoding: str,
     ) -> Future[JsonObject]:
         """Answer with output from `offset` on, waiting `wait` s for the first.
 
         Of what is there, at most the last `tail` bytes.
         """
+        check_reader(job, caller)
 
         def answer(job: Job) -> JsonObject:
             newest = 0 if tail is None else job.log.tail(tail)
@@ -18186,11 +19497,18 @@ class Rpc:
                 *(jobs.start, write),
                 call=RpcCall,
                 jobs=objects_in,
-                work=one_of("run"),
+                work=one_of("run", *FILE_WORKS),
                 spec=dict,
                 keep=Optional(bool),
                 hold=flag,
                 queue=Optional(seconds(MAX_QUEUE), 0.0),
+            ),
+            "job.once": Method(
+                *(jobs.once, write),
+                caller=Caller,
+                nodeId=str,
+                work=one_of(*FILE_WORKS),
+                spec=dict,
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
@@ -18213,6 +19531,7 @@ class Rpc:
             ),
             "job.read": Method(
                 *(jobs.read, read),
+                caller=Caller,
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
@@ -20156,7 +21475,9 @@ JOBS_PATH = "/api/jobs/"
 MCP_PATH = "/mcp"
 # Where MCP clients look for OAuth, which we do not offer.
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
-PAGE_PATHS = ("/chat/", "/activity/", "/settings/")  # answered with the page
+PAGE_PATHS = (  # answered with the page
+    *("/chat/", "/activity", "/activity/", "/nodes", "/nodes/", "/settings/"),
+)
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -20422,6 +21743,7 @@ AUDIT_COLUMNS = (
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
     *("callerId", "count", "lastAt"),
 )
+AUDIT_TIMES = ("at", "lastAt")  # ms
 
 
 def audit_pages(
@@ -20470,7 +21792,7 @@ def _csv_row(row: JsonObject) -> list[str]:
     values = []
     for name in AUDIT_COLUMNS:
         value = row.get(name, "")
-        if name.lower().endswith("at") and value:
+        if name in AUDIT_TIMES and value:
             value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
         values.append(str(value))
     return [FORMULA_START.sub("'", value) for value in values]
@@ -20691,6 +22013,10 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
+        # The page, cut where it names its other files.
+        page = files.get("/")
+        body = page.body if page is not None and isinstance(page.body, bytes) else b""
+        self._page_pieces = re.split(rb'(?<=(?:href|.src)=")(?=app\.)', body)
         self._mcp_calls = CallsUnderWay()
         # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
@@ -20793,13 +22119,9 @@ class HttpApp:
         )
 
     def _page(self, request: HttpRequest) -> Reply:
-        page = self._files.get("/")
-        if page is None or not isinstance(page.body, bytes):
-            return self._not_found(request)
         # Relative to the page, for a proxy may have put a path before ours.
         up = b"../" * (request.path.count("/") - 1)
-        body = re.sub(b'((?:href|src)=")(app\\.)', b"\\1" + up + b"\\2", page.body)
-        return page.replace(body=body)
+        return self._files["/"].replace(body=up.join(self._page_pieces))
 
     def _join(self, request: HttpRequest) -> Reply:
         """Answer a join link with a node's settings, once."""
@@ -20828,8 +22150,10 @@ class HttpApp:
         job_id, _, what = request.path[len(JOBS_PATH) :].partition("/")
         if what not in ("output", "recording"):
             return self._not_found(request)
-        self.caller(request).require(Scope.READ)
+        caller = self.caller(request)
+        caller.require(Scope.READ)
         job = self._jobs.get(job_id)
+        check_reader(job, caller)
         if what == "recording":
             if not job.is_terminal:
                 raise RpcError("NOT_FOUND", f"{job.id} {NO_RECORDING}")
@@ -20989,25 +22313,11 @@ def _too_many(what: str) -> RpcError:
 class Admission:
     """One connection's place within ConnectionLimits, which guards it with its lock."""
 
-    def __init__(
-        self, limits: ConnectionLimits, sock: socket.socket, since: float
-    ) -> None:
+    def __init__(self, sock: socket.socket, since: float) -> None:
         self.sock = sock
         self.since = since  # on the clock of the limits
         self.network = ""  # where it counts as a stranger; "" once it does not
         self.key_id: str | None = None  # of the credential that was proved
-        self._limits = limits
-
-    def move(self, address: str) -> None:
-        """Count it in the network of a proxy's client.  Raises RpcError."""
-        self._limits.move(self, address)
-
-    def identified(self, caller: Caller) -> None:
-        """Count it as a stranger's no longer.  Raises RpcError."""
-        self._limits.identify(self, caller)
-
-    def end(self) -> None:
-        self._limits.forget(self)
 
 
 class ConnectionLimits:
@@ -21045,11 +22355,11 @@ class ConnectionLimits:
 
         `shared` addresses, as of a proxy, may have more than others.
         """
-        admission = Admission(self, sock, self._clock())
+        admission = Admission(sock, self._clock())
         return admission if self._place(admission, address, shared=shared) else None
 
     def move(self, admission: Admission, address: str) -> None:
-        """Raises RpcError RATE_LIMITED."""
+        """Count it where a proxy's client is.  Raises RpcError RATE_LIMITED."""
         if admission.network in ("", address_network(address)):
             return
         with self._lock:
@@ -21058,7 +22368,7 @@ class ConnectionLimits:
             raise _too_many("connections from your network")
 
     def identify(self, admission: Admission, caller: Caller) -> None:
-        """Raises RpcError RATE_LIMITED."""
+        """Count it as a stranger's no longer.  Raises RpcError RATE_LIMITED."""
         limited = not caller.may(Scope.ADMIN)
         with self._lock:
             if admission.key_id is not None:
@@ -21226,7 +22536,8 @@ class TcpPeer(Value):
 
     address: str
     tls: TlsIdentity | None  # the certificate that it was shown
-    admission: Admission
+    move: Callable[[str], None]  # gets the address of a proxy's client
+    on_identified: Callable[[Caller], None]
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
@@ -21351,14 +22662,13 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             else:
                 binding = None if tls is None else tls.channel_binding
             if public.client != direct.client:
-                self.peer.admission.move(public.client)
+                self.peer.move(public.client)
             path, _, query = self.path.partition("?")
             if public.prefix and path.startswith(public.prefix + "/"):
                 path = path[len(public.prefix) :]
-            admission = self.peer.admission
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
-                on_identified=admission.identified,
+                on_identified=self.peer.on_identified,
                 is_abandoned=partial(is_closed_there, self.connection),
                 query=query,
             )
@@ -21606,7 +22916,7 @@ class HttpDoor:
         try:
             self._threads.start(serve, sock, f"moltis-read-{address}")
         except BaseException:  # RuntimeError: the system has no thread left
-            admission.end()
+            self._limits.forget(admission)
             raise
 
     def _serve(self, sock: socket.socket, address: str, admission: Admission) -> None:
@@ -21617,7 +22927,13 @@ class HttpDoor:
                 identity = self._tls.identity
                 sock = _secured(sock, identity, admission)
                 self._threads.replace_socket(sock)
-            peer = TcpPeer(address, identity, admission)
+            limits = self._limits
+            peer = TcpPeer(
+                address,
+                identity,
+                partial(limits.move, admission),
+                partial(limits.identify, admission),
+            )
             upgraded = self._handler(sock, peer, self._server).upgraded
             if upgraded is not None:
                 upgraded()
@@ -21627,7 +22943,7 @@ class HttpDoor:
         except Exception:
             log.exception("connection failed address=%s", address)
         finally:
-            admission.end()
+            self._limits.forget(admission)
             self._server.shutdown_request(sock)
 
 
@@ -21668,6 +22984,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-menu" d="M3 6h14M3 10h14M3 14h14"/>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
+<path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
@@ -21720,14 +23037,15 @@ WEB_HTML = r"""<!doctype html>
 <button class="tool" data-part="copy">Copy output</button>
 <a class="tool" data-part="save" download>Download</a>
 <button class="tool" data-part="wrap">Wrap lines</button>
-<button class="tool" data-part="again">Run again…</button>
+<button class="tool" data-part="again" data-needs="write">Run again…</button>
 <button class="tool" data-part="link">Copy link</button>
 </span></span>
 <span class="who" data-part="who"></span>
 <span class="verdict"><span class="word" data-part="word"></span>
 <span class="time" data-part="time"></span></span>
 <time class="clock" data-part="clock"></time>
-<button class="button small" data-part="stop" data-icon="stop">Stop</button>
+<button class="button small" data-part="stop" data-icon="stop"
+ data-needs="write">Stop</button>
 <button class="bare" data-part="fold" data-icon="down" title="Collapse output"
  aria-expanded="true"></button>
 </header>
@@ -21747,35 +23065,27 @@ WEB_HTML = r"""<!doctype html>
 <template id="running-item"><li><a data-part="link">
 <span class="dot" data-part="dot"></span><code data-part="line"></code>
 <span class="detail" data-part="detail"></span></a>
-<button class="bare" data-part="stop" data-icon="stop" title="Stop"></button>
+<button class="bare" data-part="stop" data-icon="stop" title="Stop"
+ data-needs="write"></button>
 </li></template>
 
-<template id="meter"><div class="meter">
-<dt data-part="label"></dt><dd data-part="value"></dd>
-<span class="track" aria-hidden="true"><i data-part="bar"></i></span></div></template>
-
-<template id="node-card"><article class="node card">
-<header>
-<span class="dot" data-part="dot"></span>
-<h2 data-part="name"></h2>
-<span class="tools">
-<button class="bare" data-part="rename" data-icon="pen" title="Rename"></button>
-<button class="bare" data-part="use" data-icon="chat" title="Use in the chat"></button>
-<button class="bare" data-part="revoke" data-icon="bin"
- title="Revoke its token"></button>
-</span>
-</header>
-<p class="since" data-part="since"></p>
-<p class="about" data-part="about"></p>
-<p class="warn" data-part="outdated" hidden></p>
-<div class="cpu"><dl data-part="cpuMeter"></dl>
+<template id="figure"><div class="figure">
+<span class="label" data-part="label"></span>
+<span class="value" data-part="value"></span>
 <svg class="spark" data-part="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
- role="img"><path class="area"/><path class="trace"/></svg></div>
-<dl class="meters" data-part="meters"></dl>
-<p class="facts" data-part="facts"></p>
-<dl class="lists" data-part="lists"></dl>
-<ul class="running" data-part="running" aria-label="Running commands"></ul>
-</article></template>
+ role="img"><path class="area"/><path class="trace"/></svg>
+<span class="detail" data-part="detail"></span></div></template>
+
+<template id="node-row"><li class="node">
+<div class="who"><span class="dot" data-part="dot"></span>
+<a class="name" data-part="name"></a>
+<span class="detail" data-part="state"></span></div>
+<div class="does" data-part="does"></div>
+<div class="figures" data-part="figures"></div>
+<span class="seen detail" data-part="seen"></span>
+<button class="bare" data-part="use" data-icon="chat" data-needs="write"
+ title="Use in the chat"></button>
+</li></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -21819,7 +23129,7 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <div class="side-foot">
 <h2 id="settings-head">Settings</h2>
 <ul aria-labelledby="settings-head">
-<li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
+<li><a id="to-nodes" href="/nodes" data-icon="node">Nodes <span
  id="node-count" class="count"></span></a></li>
 <li><a id="to-models" href="/settings/models" data-icon="chip">Models</a></li>
 <li><a id="to-access" href="/settings/access" data-icon="key">Access</a></li>
@@ -21891,15 +23201,48 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 
 <section id="nodes" class="settings" aria-labelledby="nodes-title" hidden>
 <header class="bar"><h1 id="nodes-title">Nodes</h1>
-<button id="new-token" class="button main"
- data-icon="plus">Generate Token</button></header>
+<button id="new-token" class="button main" data-needs="pairing"
+ data-icon="plus">Add a machine</button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machines">
-<p id="nodes-summary" class="lead"></p>
-<div id="node-cards"></div>
-<section id="unused" aria-labelledby="unused-title" hidden>
-<h2 id="unused-title">Unused tokens</h2>
-<ul id="unused-list" class="rows"></ul>
+<p id="nodes-headline" class="headline"></p>
+<details id="unused" hidden><summary id="unused-count"></summary>
+<ul id="unused-list" class="rows"></ul></details>
+<div id="node-find" class="find">
+<input id="find-node" type="search" placeholder="Search machines"
+ aria-label="Search machines">
+<div id="node-chips" class="chips" role="group" aria-label="Show"></div>
+</div>
+<div class="node node-head" aria-hidden="true"><span>Machine</span><span>Runs</span>
+<span class="figures"><span>CPU</span><span>Memory</span><span>Disk</span></span>
+<span>Seen</span></div>
+<ul id="node-cards" aria-label="Machines"></ul>
+<p id="nodes-empty" class="lead" hidden>No machine matches.</p>
+<button id="nodes-more" class="button small" hidden></button>
+</div>
 </section>
+
+<section id="node" class="settings" aria-labelledby="node-title" hidden>
+<header class="bar"><a class="bare" href="/nodes" aria-label="All machines"
+ title="All machines" data-icon="back"></a><h1 id="node-title"></h1>
+<button id="node-rename" class="bare" data-icon="pen" title="Rename"
+ data-needs="write"></button>
+<button id="node-use" class="button main" data-icon="chat" data-needs="write">Use<span
+ class="wider"> in the chat</span></button></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Machine">
+<p id="node-state" class="headline"></p>
+<div id="node-figures" class="figures large"></div>
+<div class="columns">
+<section aria-labelledby="node-about-head"><h2 id="node-about-head">About</h2>
+<dl id="node-facts" class="facts"></dl></section>
+<section aria-labelledby="node-jobs-head"><h2 id="node-jobs-head">Commands</h2>
+<ul id="node-jobs" class="rows jobs"></ul>
+<p id="node-no-jobs" class="lead" hidden>None yet.</p></section>
+<section id="node-token" aria-labelledby="node-token-head" data-needs="pairing">
+<h2 id="node-token-head">Token</h2>
+<p id="node-token-text" class="lead"></p>
+<button id="node-revoke" class="button" data-icon="bin">Revoke its token</button>
+</section>
+</div>
 </div>
 </section>
 
@@ -21954,21 +23297,24 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <dialog id="token" aria-labelledby="token-title">
 <form id="token-form">
 <h2 id="token-title">Add a machine</h2>
-<p>A token admits one machine. Give it a name; you can change it later.</p>
+<p>Any machine with Python 3.8 that can reach this gateway. Nothing connects to it: it
+dials out.</p>
 <label for="token-name">Name</label>
 <input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button id="token-cancel" class="button"
  type="button">Cancel</button>
-<button class="button main" type="submit">Generate Token</button></div>
+<button class="button main" type="submit">Show the command</button></div>
 </form>
 <div id="token-made" hidden>
 <h2 id="token-made-title" tabindex="-1"></h2>
 <div id="token-warnings"></div>
-<div id="token-lines"></div>
+<div id="token-ways" class="tabs" role="tablist" aria-label="How"></div>
+<div id="token-lines" role="tabpanel" aria-label="Command"></div>
 <p id="token-wait" role="status"></p>
-<div class="actions"><button id="token-chat" class="button"
- hidden>Use it in the chat</button>
+<div class="actions"><button id="token-again" class="button"
+ hidden>Make another link</button>
+<button id="token-chat" class="button" hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
@@ -22054,7 +23400,8 @@ button:disabled { opacity: .5; cursor: default; }
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
   background: var(--surface); border: var(--rule); }
-.bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
+.bar h1, .where, #prompt, .does code, .jobs code, .pick-label, .who .name,
+.who .detail, #sessions .name,
 #sessions .detail, #running code { overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
@@ -22087,6 +23434,8 @@ input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
 .edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
 .bad { color: var(--bad); }
 p.bad:empty { display: none; }
+#app:not(.may-write) [data-needs=write], #app:not(.may-pairing) [data-needs=pairing],
+#app:not(.may-admin) [data-needs=admin] { display: none; }
 .warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
   background: var(--wait-tint); color: var(--wait); }
 .dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
@@ -22167,7 +23516,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
-#to-activity { margin: 0 -4px; padding: 6px 10px; }
+#to-activity { padding: 6px 10px; }
 #running { margin: -6px -4px 0; }
 #running li { position: relative; display: flex; align-items: center;
   border-radius: 8px; }
@@ -22253,7 +23602,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   border-radius: 10px; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
-#welcome p { margin-top: 10px; }
+#welcome h3 { margin-top: 40px; font-size: 16px; font-weight: 600; color: var(--ink); }
+#welcome p { margin-top: 10px; text-wrap: balance; }
+#welcome .main { margin-top: 8px; min-height: 42px; padding-inline: 18px; }
 .starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
   padding: 12px 0; }
 #thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
@@ -22380,47 +23731,96 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
 .lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
-#node-cards { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); }
-.card { padding: 16px 18px; border-radius: 15px; }
-.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
-.node h2 { min-width: 0; }
-.since { font-size: 13.5px; }
-.about, .facts { font-size: 13px; color: var(--soft); }
-.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
-.facts:empty, .about:empty { display: none; }
-.node .warn { margin-top: 8px; }
-.away .since { color: var(--soft); }
-.away :is(.cpu, .meters, .facts) { display: none; }
-.away h2 { color: var(--soft); }
-.stale .since { color: var(--wait); }
-.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
-.cpu > dl { flex: 1; }
-.spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
-.spark.none { visibility: hidden; }
-.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
+.headline { margin-bottom: 16px; font-size: 20px; font-weight: 600;
+  letter-spacing: -.015em; text-wrap: balance; }
+.headline .detail { display: block; margin-top: 2px; font-size: 14px; font-weight: 400;
+  letter-spacing: 0; }
+.headline.trouble { color: var(--bad); }
+#unused { margin: 0 0 14px; }
+.find { position: sticky; top: -20px; z-index: 2; display: flex; flex-wrap: wrap;
+  gap: 10px; padding: 10px 0; background: var(--paper); }
+.find input { flex: 0 1 260px; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; }
+.chips button, .tabs button { min-height: 36px; padding: 4px 12px; border: var(--rule);
+  border-radius: 18px; background: none; color: var(--soft); white-space: nowrap; }
+.chips button:hover, .tabs button:hover { background: var(--hover); }
+.chips [aria-pressed=true] { background: var(--tint); border-color: transparent;
+  color: var(--ink); font-weight: 560; }
+.node { display: grid; align-items: center; gap: 4px 18px; padding: 9px 12px;
+  grid-template-columns: minmax(190px, 1.3fr) minmax(90px, 1fr) minmax(300px, 1.5fr)
+    84px 34px; }
+.node-head { padding-block: 4px; font-size: 12.5px; color: var(--soft); }
+#node-cards { border: var(--rule); border-radius: 13px; background: var(--surface); }
+#node-cards:empty { display: none; }
+#node-cards .node { position: relative; min-height: 62px; content-visibility: auto;
+  contain-intrinsic-size: auto 62px; }
+#node-cards .node + .node { border-top: var(--rule); }
+#node-cards .node:first-child { border-radius: 12px 12px 0 0; }
+#node-cards .node:last-child { border-radius: 0 0 12px 12px; }
+#node-cards .node:hover { background: var(--hover); }
+.who { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 10px;
+  align-items: center; }
+.who .name { font-weight: 560; color: var(--ink); text-decoration: none; }
+.who .name::after { content: ""; position: absolute; inset: 0; border-radius: inherit; }
+.who .name:focus-visible { outline: none; }
+.who .name:focus-visible::after { outline: 2px solid var(--accent);
+  outline-offset: -2px; }
+.who .detail { grid-column: 2; }
+.node .bare { position: relative; z-index: 1; }
+.node.away :is(.name, .value) { color: var(--soft); }
+.node.trouble .who .detail { color: var(--bad); }
+.does { display: flex; gap: 8px; min-width: 0; align-items: center; font-size: 13px;
+  color: var(--soft); }
+.figures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 18px; }
+.figure { display: grid; grid-template-columns: minmax(0, 3.2em) minmax(0, 1fr);
+  align-items: center; gap: 0 8px; font-size: 13.5px;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+#node-cards .figure .label { position: absolute; width: 1px; height: 1px;
+  overflow: hidden; clip-path: inset(50%); }
+#node-cards .figure .detail { display: none; }
+.figure[data-level=wait] { --level: var(--wait); }
+.figure[data-level=bad] { --level: var(--bad); }
+.figure[data-level=wait] .value, .figure[data-level=bad] .value { color: var(--level);
+  font-weight: 620; }
+.spark { width: 100%; height: 24px; border-bottom: var(--rule); }
+.spark .trace { fill: none; stroke: var(--level, var(--accent)); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.spark .area { fill: var(--accent); opacity: .13; }
-.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
-.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
-.meter dt { flex: 1; color: var(--soft); }
-.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
-  overflow: hidden; background: var(--line); }
-.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
-  transition: width .5s; }
-.high .track i { background: var(--bad); }
-.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
-  margin-top: 12px; font-size: 13px; }
-.lists:empty { display: none; }
-.lists dt { color: var(--soft); padding-top: 1px; }
-.lists dd { min-width: 0; }
-.running { margin-top: 8px; padding-top: 8px; border-top: var(--rule); }
-.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
-.running code { flex: 1; }
-#unused { margin-top: 30px; }
+.spark .area { fill: var(--level, var(--accent)); opacity: .16; }
+.figures.large { max-width: 1100px; margin-bottom: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(220px, 100%), 1fr)); }
+.figures.large .figure { grid-template-columns: minmax(0, 1fr) auto; padding: 14px 16px;
+  border: var(--rule); border-radius: 13px; background: var(--surface); }
+.figures.large .label { color: var(--soft); }
+.figures.large .value { grid-column: 1; font-size: 24px; font-weight: 600; }
+.figures.large .label + .value { margin-top: -2px; }
+.figures.large .spark { grid-column: 1 / -1; order: 5; height: 64px; margin-top: 8px; }
+.figures.large .detail { grid-column: 2; grid-row: 1; }
+.columns { display: grid; gap: 28px 40px; max-width: 1400px;
+  grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); }
+.columns h2 { margin-bottom: 8px; }
+.facts { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 6px 18px;
+  font-size: 14px; }
+.facts dt { color: var(--soft); }
+.facts dd { overflow-wrap: anywhere; }
+.tabs { display: flex; flex-wrap: wrap; gap: 4px; margin-top: 14px; padding: 3px;
+  border-radius: 20px; background: var(--sunken); width: fit-content; }
+.tabs button { min-height: 32px; border-color: transparent; }
+.tabs [aria-selected=true] { background: var(--surface); color: var(--ink);
+  font-weight: 560; box-shadow: 0 1px 3px rgb(0 0 0 / .12); }
+.ready { margin-top: 12px; }
+.ready pre { padding: 13px 15px; border-radius: 10px; font-size: 13.5px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.ready .button { min-height: 44px; width: 100%; margin-top: 8px; font-size: 16px; }
+.ready .detail { margin-top: 8px; }
+#token-lines details { margin-top: 12px; }
+.mend { display: block; }
+.mend .secret { margin-top: 8px; color: var(--ink); }
 .rows { max-width: 640px; margin-top: 8px; }
-.rows li { padding: 6px 0; border-bottom: var(--rule); font-size: 14px; }
+.rows li { display: flex; align-items: center; gap: 9px; padding: 6px 0;
+  border-bottom: var(--rule); font-size: 14px; }
+.jobs code { flex: 1; min-width: 60px; }
+.jobs .detail { flex: none; }
 .rows .name { flex: 1; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
 .scroll > * + h2, .scroll > form { margin-top: 28px; }
@@ -22500,7 +23900,20 @@ details label input { flex: 0 1 420px; }
   #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
   #hint, .size { display: none; }
-  .meters { grid-template-columns: 1fr; gap: 10px; }
+  .wider, .node-head { display: none; }
+  .node { grid-template-columns: minmax(0, 1fr) auto; gap: 6px 10px; padding: 12px; }
+  .node .who { grid-area: 1 / 1; }
+  .node .bare { grid-area: 1 / 2; }
+  .node .does, .node .figures { grid-column: 1 / -1; }
+  .node .does:empty, .node .seen { display: none; }
+  .node .figures { gap: 12px; }
+  #node-cards .figure { grid-template-columns: auto minmax(0, 1fr); }
+  #node-cards .figure .label { position: static; width: auto; height: auto;
+    clip-path: none; color: var(--soft); }
+  #node-cards .spark { grid-column: 1 / -1; }
+  .find { top: -14px; }
+  .find input { flex: 1 1 100%; }
+  .headline { font-size: 18px; }
   #welcome { padding-top: 5vh; }
   .scroll { padding: 14px; }
   .command > header { flex-wrap: wrap; gap: 2px 9px; }
@@ -22961,12 +24374,14 @@ function formatTime(ms) {
   return today ? clock : `${dayFormat.format(date)}, ${clock}`;
 }
 
-function ago(ms) {
-  const seconds = (now() - ms) / 1000;
-  if (seconds < 60) return "just now";
-  const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
-  return `${count} ${unit} ago`;
+// Return how long ago a time is, in one unit.
+function roughly(ms) {
+  const minutes = Math.floor((now() - ms) / 60_000);
+  const [count, unit] = formatDuration(Math.max(1, minutes) * 60).split(" ");
+  return `${count} ${unit}`;
 }
+
+const ago = ms => (Date.now() - ms < 60_000 ? "just now" : `${roughly(ms)} ago`);
 
 // Characters that hide part of a text: controls, bidirectional marks, those without
 // width, spaces other than U+0020, and many blanks or line ends, which push the rest
@@ -24939,13 +26354,16 @@ class JobLog {
 const MAIN = "main"; // key of the session that cannot be deleted
 const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
+const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
 const PAGE_SIZE = 100; // jobs per request
 const MAX_JOBS = 5000; // on the page; the first known of those that ended go
 const MAX_LOGS = 300; // on the page
 const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
-const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
+const HISTORY_SPAN = 30 * 60_000; // ms; usage in a sparkline
+const NODE_JOBS = 20; // newest commands on a machine's page
+const ROWS_SHOWN = 300; // machines at first; the search finds the others
 const SENT_UNASKED = 5 * 60_000; // ms that a message may wait; older ones ask again
 
 const state = {
@@ -24957,7 +26375,8 @@ const state = {
   models: [],
   nodes: [],
   devices: [],
-  usage: new Map(), // node id → [[ms, percent], …]
+  usage: new Map(), // node id → [[ms, percents of CPU, memory, disk], …]
+  nodeView: {filter: "all", search: "", limit: ROWS_SHOWN},
   chats: new Map(), // session key → Chat
   jobs: new Map(), // id → job, of all callers, as far as the page knows them
   logs: new Map(), // job id → JobLog
@@ -24970,11 +26389,12 @@ const state = {
   storage: null,
   keys: [],
   logins: [],
-  pin: "", // of the gateway's certificate, if no public CA signed it
+  server: {}, // what the gateway said of itself
+  scopes: [], // of the operator's key
   version: "", // of the gateway that this script came from
   isUpdated: false, // the gateway has another version now
   deleted: new Set(), // keys of sessions
-  token: null, // {deviceId, name} of the machine that the dialog waits for
+  token: null, // of the machine that the dialog waits for, and how it is to join
   search: "",
 };
 
@@ -25157,15 +26577,18 @@ class Chat {
     let rows;
     try {
       rows = await link.call("chat.history", params);
+      if (this.loaded && rows[0]?.hasEarlier) {
+        // Older changes are missing: begin anew.
+        rows = await link.call("chat.history", {sessionKey: this.key});
+        this.rows.clear();
+      }
     } catch (error) {
       this.waiting = [];
       if (error.code === "NOT_FOUND") state.deleted.add(this.key);
       else if (!error.isLost) showError(error);
       return;
     }
-    // The answer is cut at 1000 rows: older changes are missing.
-    if (rows.length >= 1000) this.rows.clear();
-    if (!this.rows.size) this.earlier = rows.length >= 200;
+    if (!this.rows.size) this.earlier = Boolean(rows[0]?.hasEarlier);
     rows.forEach(row => this.merge(row));
     this.outbox.filter(({sent}) => sent).forEach(({id}) => this.drop(id));
     this.loaded = true;
@@ -25180,7 +26603,7 @@ class Chat {
     const params = {sessionKey: this.key, before: first.createdAt};
     const rows = await attempt("chat.history", params);
     if (!rows) return;
-    this.earlier = rows.length >= 200;
+    this.earlier = Boolean(rows[0]?.hasEarlier);
     for (const row of rows) if (!this.rows.has(row.id)) this.merge(row);
     touch("chat");
   }
@@ -25234,11 +26657,20 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
+const nameOrder = new Intl.Collator([], {numeric: true, sensitivity: "base"});
+const byName = (a, b) => nameOrder.compare(a.displayName, b.displayName);
+
 // Return machines in display order: Local, connected, offline.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
-  const name = node => node.displayName;
-  return [...nodes].sort((a, b) => rank(a) - rank(b) || name(a).localeCompare(name(b)));
+  return [...nodes].sort((a, b) => rank(a) - rank(b) || byName(a, b));
+}
+
+// Whether the operator's key has a scope, or one that includes it.
+function may(scope) {
+  const {scopes} = state;
+  return scopes.includes("operator.admin") || scopes.includes(`operator.${scope}`) ||
+    (scope === "read" && scopes.includes("operator.write"));
 }
 
 function currentSession() {
@@ -25532,6 +26964,14 @@ const stopJob = id => attempt("job.cancel", {id});
 
 // == events ==
 
+// Return the usage of CPU, memory and disk, in percent; null where it is not known.
+function sharesOf({cpuUsage, memTotal, memAvailable, diskTotal, diskAvailable}) {
+  const used = (total, left) =>
+    total && left != null ? (100 * (total - left)) / total : null;
+  return [cpuUsage ?? null, used(memTotal, memAvailable),
+    used(diskTotal, diskAvailable)];
+}
+
 async function loadUsage(node) {
   if (state.usage.has(node.nodeId)) return;
   state.usage.set(node.nodeId, []);
@@ -25555,8 +26995,8 @@ function onTelemetry(payload) {
   Object.assign(node, {telemetry, lastSeenAt: now()});
   if (providers) node.providers = providers;
   const points = state.usage.get(nodeId);
-  if (points && telemetry.cpuUsage != null) {
-    points.push([now(), telemetry.cpuUsage]);
+  if (points) {
+    points.push([now(), ...sharesOf(telemetry)]);
     while (points[0][0] < now() - HISTORY_SPAN) points.shift();
   }
   touch("nodes");
@@ -25604,7 +27044,7 @@ const HANDLERS = {
 const link = new Link({
   async up({server, auth}) {
     clock.ahead = auth.issuedAtMs - Date.now();
-    Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
+    Object.assign(state, {link: "up", wasUp: true, server, scopes: auth.scopes});
     state.version ||= server.version;
     state.isUpdated = server.version !== state.version;
     touch("link");
@@ -25649,6 +27089,7 @@ const PAGES = {
 };
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices"],
+  node: ["nodes", "devices"],
   models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
@@ -25658,7 +27099,9 @@ function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "activity") return {page: "activity", id: rest};
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
+  if (area === "nodes" && !rest) return {page: "nodes"};
   try {
+    if (area === "nodes") return {page: "node", ref: decodeURIComponent(rest)};
     if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
   } catch {
     // Not percent-encoded text: show the last chat.
@@ -25699,7 +27142,7 @@ function enterRoute() {
     if (id) loadLinked((state.activity.opened = id));
     loadActivity();
   }
-  else refresh(...PAGE_TOPICS[page]);
+  else refresh(...PAGE_TOPICS[page]).then(() => page === "node" && loadNodeJobs());
 }
 
 // == widgets ==
@@ -25920,6 +27363,7 @@ function drawLink() {
   const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
+  for (const scope of SCOPES) app.classList.toggle(`may-${scope}`, may(scope));
   // Show the page when it is connected, or when connecting failed.
   app.hidden = out || (state.link === "connecting" && appears);
   if (appears) focusText();
@@ -25949,14 +27393,17 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  for (const name of ["chat", ...Object.keys(PAGES)]) $(name).hidden = name !== page;
-  for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === page);
+  for (const name of ["chat", "node", ...Object.keys(PAGES)])
+    $(name).hidden = name !== page;
+  const of = page === "node" ? "nodes" : page;
+  for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
   drawTitle();
 }
 
 function drawTitle() {
   const {page} = state.route;
-  const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
+  const title = page === "chat" ? sessionName(currentSession())
+    : page === "node" ? state.route.ref : PAGES[page];
   const asked = state.asks.length;
   const running = longRunning().length;
   const news = asked ? `(${asked} to approve)` : running && `(${running} running)`;
@@ -26146,8 +27593,9 @@ function drawSessions() {
       `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
     ),
   );
-  const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
-  setText($("node-count"), online ? `${online} online` : "");
+  const online = state.nodes.filter(node => node.connected).length;
+  const of = online < state.nodes.length ? ` of ${state.nodes.length}` : "";
+  setText($("node-count"), state.nodes.length ? `${online}${of} online` : "");
 }
 
 // Open a chat with the machine and the model of the chat that one looks at, or looked
@@ -26334,7 +27782,7 @@ class CommandCard {
     setText(this.word, dotted(words, command.background && "in the background",
       moved && "sent before the chat changed its machine"));
     this.stop.hidden = !this.isOpen || asks;
-    this.again.hidden = this.isOpen || !job;
+    this.again.hidden = this.isOpen || !job || (job.work ?? "run") !== "run";
     if (this.isRow) this.drawRow(job);
     this.drawApproval(row, asks);
     this.drawLeftOut();
@@ -26660,27 +28108,45 @@ function announceEnd(chat, rows) {
   }
 }
 
-const STARTERS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
+const COMMANDS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
+const QUESTIONS = ["Is anything wrong on this machine?", "What fills the disk?",
+  "What uses the CPU and the memory?", "What does this machine do?"];
 
+// Show an empty chat: how to add the first machine, then what to type.
 function drawWelcome(chat, rows) {
   const box = $("welcome");
-  box.hidden = !chat.loaded || rows.length > 0 || state.deleted.has(chat.key);
+  box.hidden = !chat.loaded || !state.nodes.length || rows.length > 0 ||
+    state.deleted.has(chat.key);
   if (box.hidden) return;
-  const {node, model, shell} = namesOf(currentSession());
-  const run = line =>
+  const isFirst = state.nodes.every(({nodeId}) => nodeId === LOCAL) && may("pairing");
+  const entry = currentSession();
+  fillIfChanged(box, {...namesOf(entry), isFirst, mayWrite: may("write")}, welcome);
+}
+
+function welcome({node, model, shell, isFirst, mayWrite}) {
+  if (!mayWrite) return h("p", "Nothing was said in this chat yet.");
+  const start = line =>
     button(line, () => {
-      send(shell ? line : `!${line}`);
+      send(line);
       focusText();
-    }, "button small mono");
+    }, shell ? "button small mono" : "button small");
+  const starters = h("p", {class: "starters"},
+    (shell ? COMMANDS : QUESTIONS).map(start));
   const what = shell
-    ? `Commands run on ${node}; their output appears here.`
-    : `${model} can run commands on ${node} to answer.`;
-  const others = state.nodes.some(other => other.nodeId !== LOCAL)
-    ? "Choose another machine at the top."
-    : h("a", {href: `${ROOT}/settings/nodes`}, "Add a machine");
-  fill(box,
-    h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
-    h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
+    ? `What you type runs on ${node}; its output appears here.`
+    : `${model} answers, and runs commands on ${node} for it.`;
+  if (!isFirst) {
+    const title = shell ? `A shell on ${node}` : `What do you want to know of ${node}?`;
+    return [h("h2", title), h("p", what), starters,
+      h("p", "Choose another machine at the top.")];
+  }
+  const add = h("button", {class: "button main", onclick: openToken}, icon("plus"),
+    "Add a machine");
+  return [h("h2", "Add your first machine"),
+    h("p", "Run one line on a Raspberry Pi, a server, a laptop: whatever has ",
+      "Python 3.8 and reaches this gateway."), h("p", add),
+    h("h3", shell ? "Or type a command here" : "Or ask about this machine"),
+    h("p", `${what} ${node} is the gateway’s own machine.`), starters];
 }
 
 // Return the end of a directory's name, which tells most.
@@ -26861,173 +28327,242 @@ const pickers = [
 
 // == view: nodes ==
 
-// A figure with a bar.
-class Meter {
-  constructor(parent, label, limit = 0.9) {
-    Object.assign(this, copyOf("meter"));
-    this.label.textContent = label;
-    this.limit = limit; // above it the bar is red
+// Percentages from which a figure deserves a look, and from which it is trouble.  A CPU
+// is there to be used.
+const LEVELS = {cpu: [80, Infinity], memory: [80, 95], disk: [80, 90]};
+const FIGURES = Object.keys(LEVELS); // in the order of the gateway's history
+const LABELS = {cpu: "CPU", memory: "Memory", disk: "Disk"};
+const HEADLINE_LIMIT = 3; // troubles that the headline names
+
+function levelOf(kind, share) {
+  const [look, trouble] = LEVELS[kind];
+  return share >= trouble ? "bad" : share >= look ? "wait" : "fine";
+}
+
+// Return what is wrong with a machine: predicates of its name.
+function troublesOf(node) {
+  const {connected, lastSeenAt, outdated} = node;
+  if (!connected)
+    return [`is offline${lastSeenAt ? ` for ${roughly(lastSeenAt)}` : ""}`];
+  const telemetry = node.telemetry || {};
+  const full = sharesOf(telemetry).map((share, n) =>
+    levelOf(FIGURES[n], share) === "bad" && `${FIGURES[n]} ${Math.round(share)} %`);
+  return [...full, telemetry.stale && "sends no figures",
+    outdated && "runs an old moltis"].filter(Boolean);
+}
+
+const runningOn = ({nodeId}) => state.running.filter(job => job.nodeId === nodeId);
+
+const isBusy = node =>
+  node.connected && (node.telemetry?.cpuUsage >= LEVELS.cpu[0] ||
+    runningOn(node).length > 0);
+
+const FILTERS = {
+  all: ["All", () => true],
+  trouble: ["Trouble", node => troublesOf(node).length > 0],
+  offline: ["Offline", node => !node.connected],
+  busy: ["Busy", isBusy],
+};
+
+// Return the headline: what is wrong, by machine.
+function headline(nodes) {
+  const away = nodes.filter(node => !node.connected);
+  const here = nodes.filter(node => node.connected);
+  const named = away.length > 2 ? here : [...away, ...here];
+  const parts = named.flatMap(node =>
+    troublesOf(node).map(trouble => `${node.displayName} ${trouble}`));
+  if (away.length > 2) parts.unshift(`${away.length} machines are offline`);
+  if (!parts.length) return "All well";
+  const more = parts.length - HEADLINE_LIMIT;
+  const shown = parts.slice(0, HEADLINE_LIMIT).join(", ");
+  return more > 0 ? `${shown} and ${more} more` : shown;
+}
+
+function countText(nodes) {
+  const online = nodes.filter(node => node.connected).length;
+  const busy = nodes.filter(isBusy).length;
+  return dotted(plural(nodes.length, "machine"),
+    online < nodes.length && `${online} online`, busy && `${busy} busy`);
+}
+
+// Return the machines that have no figures or a search leaves, trouble first.
+function shownNodes() {
+  const {filter, search} = state.nodeView;
+  const words = search.toLowerCase().split(/\s+/);
+  const [, keeps] = FILTERS[filter];
+  const found = state.nodes.filter(node => {
+    const {hostname, system, user} = node.telemetry || {};
+    const text = [node.displayName, node.nodeId, node.remoteIp, node.platform, hostname,
+      system, user].join("\n").toLowerCase();
+    return keeps(node) && words.every(word => text.includes(word));
+  });
+  const trouble = new Map(found.map(node => [node, troublesOf(node).length > 0]));
+  return found.sort((a, b) => trouble.get(b) - trouble.get(a) || byName(a, b));
+}
+
+// A machine's usage of one thing: a number, its last half hour.
+class Figure {
+  constructor(parent, kind) {
+    Object.assign(this, copyOf("figure"));
+    this.kind = kind;
+    setText(this.label, LABELS[kind]);
     parent.append(this.root);
   }
 
-  update(used, text) {
-    this.root.hidden = used == null || Number.isNaN(used);
-    setText(this.value, text);
-    this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
-    this.root.classList.toggle("high", used > this.limit);
+  update(share, detail, points) {
+    const level = levelOf(this.kind, share);
+    this.root.dataset.level = level;
+    const word = level === "bad" ? "nearly full" : "high";
+    this.root.title = share == null ? "" : dotted(detail, level !== "fine" && word);
+    setText(this.value, share == null ? "–" : `${Math.round(share)} %`);
+    setText(this.detail, detail);
+    if (points) this.drawSpark(points);
+  }
+
+  // `points`: pairs of ms and percent, of the last half hour.
+  drawSpark(points) {
+    const end = now();
+    const recent = points.filter(([ms, share]) =>
+      ms > end - HISTORY_SPAN && share != null);
+    const x = ms => Math.min(120, 120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
+    const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
+    const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
+    const [area, line] = this.spark.children;
+    const drawn = recent.length > 1;
+    line.setAttribute("d", drawn ? `M${trace}` : "");
+    area.setAttribute("d", drawn
+      ? `M${x(recent[0][0])} 28L${trace}L${x(recent.at(-1)[0])} 28Z` : "");
+    const most = Math.round(Math.max(...recent.map(([, share]) => share)));
+    this.spark.setAttribute("aria-label", drawn
+      ? `${LABELS[this.kind]} of the last half hour, at most ${most} percent`
+      : `${LABELS[this.kind]}: no history yet`);
   }
 }
 
-// Draw a node's CPU usage over the last 30 minutes.
-function drawSpark(svg, points) {
-  const end = now();
-  const recent = points.filter(([ms]) => ms > end - HISTORY_SPAN);
-  svg.classList.toggle("none", recent.length < 2);
-  if (recent.length < 2) return;
-  const x = ms => (120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
-  const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
-  const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
-  const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
-  const [area, line] = svg.children;
-  line.setAttribute("d", `M${trace}`);
-  area.setAttribute("d", `M${first} 28L${trace}L${last} 28Z`);
-  const top = Math.round(Math.max(...recent.map(([, usage]) => usage)));
-  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
+// Three figures of a machine.
+class Figures {
+  constructor(parent) {
+    this.all = FIGURES.map(kind => new Figure(parent, kind));
+  }
+
+  // `draws`: whether to draw the history, too.
+  update(node, draws) {
+    const telemetry = (node.connected && node.telemetry) || {};
+    const {memTotal, memAvailable, diskTotal, diskAvailable, cpuCount} = telemetry;
+    const used = (total, left) =>
+      total && left != null && `${formatBytes(total - left)} of ${formatBytes(total)}`;
+    const details = [cpuCount && plural(cpuCount, "core"), used(memTotal, memAvailable),
+      used(diskTotal, diskAvailable)];
+    const history = draws && state.usage.get(node.nodeId);
+    sharesOf(telemetry).forEach((share, n) =>
+      this.all[n].update(share, details[n] || "",
+        history && history.map(reading => [reading[0], reading[n + 1]])));
+  }
 }
 
-class NodeCard {
-  constructor({nodeId}) {
-    Object.assign(this, copyOf("node-card"));
-    this.cpu = new Meter(this.cpuMeter, "CPU", 1);
-    this.memory = new Meter(this.meters, "Memory");
-    this.disk = new Meter(this.meters, "Disk");
-    this.rename.hidden = this.revoke.hidden = nodeId === LOCAL;
-    on(this.rename, "click", () => this.editName());
-    on(this.revoke, "click", () => this.revokeToken());
-    on(this.use, "click", () => this.chat());
+// Tells the rows that are in view, or nearly: the others draw no history.
+const rowWatch = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) {
+    target.view.isNear = isIntersecting;
+    if (isIntersecting) target.view.update(target.view.node);
+  }
+}, {rootMargin: "300px"});
+
+const nodePath = ({nodeId, displayName}) => {
+  const sameName = node => node.displayName === displayName;
+  const isOnly = state.nodes.filter(sameName).length === 1;
+  return `${ROOT}/nodes/${encodeURIComponent(isOnly ? displayName : nodeId)}`;
+};
+
+class NodeRow {
+  constructor() {
+    Object.assign(this, copyOf("node-row"));
+    this.shares = new Figures(this.figures);
+    on(this.use, "click", () => useNode(this.node));
+    this.root.view = this;
+    rowWatch.observe(this.root);
   }
 
   update(node) {
     this.node = node;
-    const telemetry = node.telemetry || {};
+    const troubles = troublesOf(node);
+    const {hostname, system} = node.telemetry || {};
+    const what = dotted(node.nodeId === LOCAL && "this gateway",
+      hostname !== node.displayName && hostname, system || platformName(node.platform));
+    const wrong = troubles.map(text => text.replace(/^is /, "")).join(", ");
     this.root.classList.toggle("away", !node.connected);
-    this.root.classList.toggle("stale", Boolean(telemetry.stale) && node.connected);
-    this.dot.className = `dot ${node.connected ? "on" : "off"}`;
-    if (!this.name.dataset.edited) setText(this.name, node.displayName);
-    setText(this.since, this.stateText(node));
-    const version = node.version && `moltis ${node.version}`;
-    setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
-    this.outdated.hidden = !node.outdated;
-    setText(this.outdated,
-      `It runs ${version || "an old version of moltis"}: update moltis there.`);
-    this.drawTelemetry(telemetry);
-    this.drawLists(node.providers || [], telemetry);
-    const own = state.running.filter(row => row.nodeId === node.nodeId);
-    fillIfChanged(this.running, own, rows => rows.map(runningItem));
-    this.running.hidden = !own.length;
-  }
-
-  stateText(node) {
-    if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (!node.connected) return offlineText(node);
-    const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its telemetry is out of date" : "";
-    return `Connected${since}${stale}`;
-  }
-
-  drawTelemetry(telemetry) {
-    const {cpuUsage, cpuCount, load, uptimeSecs, temperature} = telemetry;
-    const cores = cpuCount ? ` of ${plural(cpuCount, "core")}` : "";
-    this.cpu.update(cpuUsage == null ? null : cpuUsage / 100,
-      `${Math.round(cpuUsage)} %${cores}`);
-    for (const [meter, total, available] of [
-      [this.memory, telemetry.memTotal, telemetry.memAvailable],
-      [this.disk, telemetry.diskTotal, telemetry.diskAvailable],
-    ]) {
-      const used = total - available;
-      meter.update(used / total, `${formatBytes(used)} of ${formatBytes(total)}`);
-    }
-    drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
-    const facts = dotted(
-      load?.length && `load ${load.map(n => n.toFixed(2)).join(" ")}`,
-      uptimeSecs && `up ${formatDuration(Math.max(60, uptimeSecs))}`,
-      temperature != null && `${Math.round(temperature)} °C`,
-    );
-    setText(this.facts, facts);
-  }
-
-  drawLists(providers, telemetry) {
-    const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
-    const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
-    const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
-    const provided = ({provider, models}) =>
-      models?.length ? `${provider}: ${models.join(", ")}` : provider;
-    const rows = [
-      ["GPU", gpus.map(gpuText)],
-      ["Runtimes", runtimes.map(runtime)],
-      ["Services", services],
-      ["Models", providers.map(provided)],
-    ].filter(([, names]) => names.length);
-    fillIfChanged(this.lists, rows, () =>
-      rows.map(([label, names]) => [h("dt", label),
-        h("dd", names.map(name => h("span", {class: "chip"}, name)))]),
-    );
-  }
-
-  editName() {
-    editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
-      await attempt("node.rename", {nodeId: this.node.nodeId, displayName: name});
-      refresh("nodes", "devices");
-    });
-  }
-
-  async chat() {
-    const key = lastKey();
-    await selectNode(key, this.node.nodeId);
-    go(chatPath(key));
-    $("text").focus();
-  }
-
-  revokeToken() {
-    const {deviceId, nodeId, displayName} = this.node;
-    const known = state.devices.find(device => device.nodeId === nodeId);
-    revokeDevice(deviceId || known?.deviceId, displayName);
+    this.root.classList.toggle("trouble", troubles.length > 0);
+    this.dot.className = `dot ${nodeDot(node)}`;
+    setText(this.name, node.displayName);
+    this.name.href = nodePath(node);
+    setText(this.state, wrong ? capitalized(wrong) : what);
+    this.use.setAttribute("aria-label", `Use ${node.displayName} in the chat`);
+    const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
+    setText(this.seen, seen || "never");
+    const jobs = runningOn(node);
+    fillIfChanged(this.does, jobs.map(job => job.command), commands =>
+      [commands.length > 0 && h("span", {class: "dot run"}),
+        commands.length > 0 && h("code", {title: commands[0]}, commands[0]),
+        commands.length > 1 && h("span", `+${commands.length - 1}`)]);
+    if (this.isNear) loadUsage(node);
+    this.shares.update(node, this.isNear);
   }
 }
 
-async function revokeDevice(deviceId, name) {
-  const question = `Revoke the token of ${name || "this machine"}?`;
-  const text = "It is disconnected at once and needs a new token to connect again.";
-  if (!(await confirmed(question, text, "Revoke"))) return;
-  await attempt("device.token.revoke", {deviceId});
-  refresh("nodes", "devices");
+const nodeDot = node =>
+  !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
+
+async function useNode({nodeId}) {
+  const key = lastKey();
+  await selectNode(key, nodeId);
+  go(chatPath(key));
+  $("text").focus();
 }
 
-const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
-  h("li", h("span", {class: `dot ${jobKind(job)}`}), h("code", command),
-    h("span", {class: "detail"}, `${words} since ${formatTime(startedAt || askedAt)}`),
-    iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
+const nodeRows = new Keyed($("node-cards"), n => n.nodeId, () => new NodeRow());
 
-const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
+// Return `nodes` with those that are shown in the order in which they are: rows do not
+// change places under a pointer or with the focus in one of them.
+function steady(nodes) {
+  const list = $("node-cards");
+  if (!list.matches(":hover") && !list.contains(document.activeElement)) return nodes;
+  const place = new Map([...list.children].map((row, n) => [row.view.node.nodeId, n]));
+  const at = ({nodeId}) => place.get(nodeId) ?? Infinity;
+  return [...nodes].sort((a, b) => at(a) - at(b) || 0);
+}
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
-  const nodes = inOrder(state.nodes);
-  if (state.link === "up") nodes.forEach(loadUsage);
-  nodeCards.show(nodes);
-  const others = nodes.filter(node => node.nodeId !== LOCAL);
-  const online = others.filter(node => node.connected).length;
-  setText($("nodes-summary"),
-    others.length
-      ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
-      : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.");
+  const {nodes, nodeView} = state;
+  const isWell = !nodes.some(node => troublesOf(node).length);
+  $("nodes-headline").classList.toggle("trouble", !isWell);
+  fillIfChanged($("nodes-headline"), nodes.length > 0 && [headline(nodes),
+    countText(nodes)], texts => texts && [texts[0], h("span", {class: "detail"},
+    texts[1])]);
+  $("node-find").hidden = nodes.length < 2;
+  const chips = Object.entries(FILTERS).map(([value, [label, keeps]]) =>
+    [value, label, nodes.filter(keeps).length, value === nodeView.filter]);
+  fillIfChanged($("node-chips"), chips, all =>
+    all.map(([value, label, count, isChosen]) =>
+      h("button", {"aria-pressed": String(isChosen), "data-key": value,
+        onclick: () => showNodes({filter: value})}, `${label} ${count}`)));
+  const found = shownNodes();
+  nodeRows.show(steady(found.slice(0, nodeView.limit)));
+  $("nodes-empty").hidden = found.length > 0 || !nodes.length;
+  $("nodes-more").hidden = found.length <= nodeView.limit;
+  setText($("nodes-more"), `Show all ${found.length.toLocaleString()}`);
   drawUnused();
+}
+
+function showNodes(change) {
+  Object.assign(state.nodeView, change);
+  touch("nodes");
 }
 
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
+  setText($("unused-count"), plural(devices.length, "unused token"));
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
       listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
@@ -27036,7 +28571,135 @@ function drawUnused() {
   );
 }
 
-// == view: Generate Token ==
+async function revokeDevice(deviceId, name) {
+  const question = `Revoke the token of ${name || "this machine"}?`;
+  const text = "It is disconnected at once and needs a new token to connect again.";
+  if (!(await confirmed(question, text, "Revoke"))) return false;
+  const done = await attempt("device.token.revoke", {deviceId});
+  refresh("nodes", "devices");
+  return done !== null;
+}
+
+// == view: one node ==
+
+// Return the machine of the current route, by its id or its name.
+function routeNode() {
+  const {route} = state;
+  const wanted = route.ref.toLowerCase();
+  const node = nodeById(route.nodeId || route.ref) ||
+    state.nodes.find(({displayName}) => displayName.toLowerCase() === wanted);
+  route.nodeId = node?.nodeId; // it may be renamed while it is shown
+  return node;
+}
+
+function nodeStateText(node) {
+  if (!node.connected) return offlineText(node);
+  const troubles = troublesOf(node);
+  if (troubles.length) return capitalized(troubles.join(", "));
+  return runningOn(node).length ? "Busy" : "All well";
+}
+
+const VIRTUAL = {no: "no, real hardware", container: "a container"};
+
+// Return pairs of a label and texts.
+function nodeFacts(node) {
+  const telemetry = node.telemetry || {};
+  const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
+  const {load, uptimeSecs, temperature, virtual} = telemetry;
+  const provided = ({provider, models}) =>
+    models?.length ? `${provider}: ${models.join(", ")}` : provider;
+  const chips = texts => texts.map(text => h("span", {class: "chip"}, text));
+  return [
+    ["Host name", telemetry.hostname],
+    ["System", telemetry.system || platformName(node.platform)],
+    ["Virtual", virtual && (VIRTUAL[virtual] || virtual)],
+    ["User", telemetry.user],
+    ["Address", node.nodeId === LOCAL ? "this gateway’s own machine" : node.remoteIp],
+    ["Cores", telemetry.cpuCount],
+    ["Load", load?.length && load.map(n => n.toFixed(2)).join(" ")],
+    ["Up for", uptimeSecs && formatDuration(Math.max(60, uptimeSecs))],
+    ["Temperature", temperature != null && `${Math.round(temperature)} °C`],
+    ["GPU", gpus.length && chips(gpus.map(({name, memTotal}) =>
+      `${name} ${formatBytes(memTotal)}`.trim()))],
+    ["Runtimes", runtimes.length && chips(runtimes.map(name =>
+      `${name} ${runtimeVersions[name] || ""}`.trim()))],
+    ["Services", services.length && chips(services)],
+    ["Models", node.providers?.length && chips(node.providers.map(provided))],
+    ["moltis", dotted(node.version, node.outdated && "too old: update it there")],
+    ["Connected", node.connected && node.connectedAt &&
+      `since ${formatTime(node.connectedAt)}`],
+    ["Id", h("code", node.nodeId)],
+  ].filter(([, text]) => text);
+}
+
+const nodeFigures = new Figures($("node-figures"));
+
+const jobItem = ({id, command, words, startedAt, askedAt, ...job}) =>
+  h("li", {"data-key": id}, h("span", {class: `dot ${jobKind(job)}`}),
+    h("code", {title: command}, command),
+    h("span", {class: "detail"},
+      `${capitalized(words)}, ${formatTime(startedAt || askedAt)}`),
+    OPEN.has(job.state) && may("write") &&
+      iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
+
+function drawNode() {
+  if (state.route.page !== "node" || !state.wasUp) return;
+  const node = routeNode();
+  const isKnown = Boolean(node);
+  for (const id of ["node-figures", "node-rename", "node-use"]) $(id).hidden = !isKnown;
+  document.querySelector("#node .columns").hidden = !isKnown;
+  $("node-state").classList.toggle("trouble",
+    !isKnown && state.nodes.length > 0 || isKnown && troublesOf(node).length > 0);
+  if (!isKnown) {
+    setText($("node-title"), state.route.ref);
+    setText($("node-state"), state.nodes.length
+      ? `There is no machine called ${state.route.ref}.` : "");
+    return;
+  }
+  if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
+  $("node-rename").hidden = node.nodeId === LOCAL;
+  setText($("node-state"), nodeStateText(node));
+  loadUsage(node);
+  nodeFigures.update(node, true);
+  const facts = nodeFacts(node);
+  const shown = facts.map(([label, text]) =>
+    [label, [text].flat().map(part => part.textContent ?? part)]);
+  fillIfChanged($("node-facts"), shown, () =>
+    facts.map(([label, text]) => [h("dt", label), h("dd", text)]));
+  const jobs = [...state.jobs.values()].filter(job => job.nodeId === node.nodeId)
+    .sort((a, b) => b.seq - a.seq).slice(0, NODE_JOBS);
+  fillIfChanged($("node-jobs"), jobs, all => all.map(jobItem));
+  $("node-no-jobs").hidden = jobs.length > 0;
+  const device = state.devices.find(({nodeId}) => nodeId === node.nodeId);
+  $("node-token").hidden = !device;
+  setText($("node-token-text"), device
+    ? `Made ${formatTime(device.createdAt)}. Without it the machine is no longer a ` +
+      "node, and its commands end." : "");
+}
+
+async function loadNodeJobs() {
+  const node = routeNode();
+  if (!node) return;
+  const jobs = await attempt("job.list", {nodeId: node.nodeId, limit: NODE_JOBS});
+  if (!jobs) return;
+  jobs.forEach(learn);
+  touch("jobs");
+}
+
+function renameNode() {
+  const {nodeId, displayName} = routeNode();
+  editInPlace($("node-title"), displayName, "Name of the machine", async name => {
+    await attempt("node.rename", {nodeId, displayName: name});
+    refresh("nodes", "devices");
+  });
+}
+
+async function revokeNode() {
+  const {deviceId, displayName} = routeNode();
+  if (await revokeDevice(deviceId, displayName)) go(`${ROOT}/nodes`, true);
+}
+
+// == view: Add a machine ==
 
 function openToken() {
   $("token-form").hidden = false;
@@ -27052,12 +28715,24 @@ async function generateToken() {
   try {
     const named = name ? {displayName: name} : {};
     const made = await link.call("device.token.create", named);
-    state.token = {deviceId: made.deviceId, name};
-    showToken(made);
+    state.token = {...made, name, expiresAt: now() + JOIN_LIFETIME, way: "curl"};
+    $("token-form").hidden = true;
+    $("token-made").hidden = false;
+    setText($("token-made-title"), `Run this on ${name || "the machine"}`);
+    drawToken();
+    $("token-made-title").focus();
     refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), error.message);
   }
+}
+
+// Replace a link that has expired; its token was never used.
+async function renewToken() {
+  const {deviceId, name} = state.token;
+  await attempt("device.token.revoke", {deviceId});
+  $("token-name").value = name;
+  generateToken();
 }
 
 const copyLine = (label, line) =>
@@ -27068,75 +28743,120 @@ const copyLine = (label, line) =>
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
-function showToken({deviceToken, joinCode}) {
-  const {protocol} = location;
+const JOIN_LIFETIME = 600_000; // ms; the gateway's JOIN_CODE_LIFETIME
+const LOOPBACK = /^(?:localhost|127\..*|\[::1\])$/;
+
+// Return the address of this gateway for other machines, which ends with "/".
+function joinBase() {
+  const {url, openWith} = state.server;
+  return LOOPBACK.test(location.hostname) && url && !openWith ? `${url}/` : BASE;
+}
+
+// By way: its label; the line, from what was made; what it does.
+const WAYS = {
+  curl: ["With curl", ({download, join}) => `${download} | python3 - node add ${join}`,
+    "It needs curl and Python 3.8 or later, and installs a service that starts with " +
+      "the machine."],
+  installed: ["moltis is installed", ({join}) => `moltis node add ${join}`,
+    "It installs a service that starts with the machine."],
+  once: ["Try it once",
+    ({download, join}) => `${download} | python3 - node add ${join} --foreground`,
+    "It installs nothing, and is a node until you press Ctrl+C."],
+};
+
+function drawToken() {
+  if (!state.token || $("token-made").hidden) return;
+  const {joinCode, deviceToken, name, way} = state.token;
   // The pin replaces a CA: curl accepts only this gateway's certificate.
-  const pin = protocol === "https:" && state.pin;
+  const base = joinBase();
+  const pin = base.startsWith("https:") && state.server.fingerprint;
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
     : ["curl -fsSL", ""];
-  const name = state.token.name && ` --name ${shellWord(state.token.name)}`;
-  const options = `--host ${socketAddress()} --token ${deviceToken}${name}`;
-  const add = `${curl} ${BASE}moltis.py | python3 - node add`;
-  const lines = [
-    ["The token, shown only once", deviceToken],
-    ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
-    ["If moltis is installed there", `moltis node add ${options}${pinned}`],
-    ["Valid for ten minutes, without the token in the shell’s history",
-      `${add} --join ${BASE}join/${joinCode}${pinned}`],
-    ["Until you press Ctrl+C, without installing a service",
-      `${add} ${options}${pinned} --foreground`],
-  ].map(line => copyLine(...line));
-  $("token-form").hidden = true;
-  $("token-made").hidden = false;
-  setText($("token-made-title"), `Run this on ${state.token.name || "the machine"}`);
-  fill($("token-lines"), lines.slice(0, 3),
-    h("details", h("summary", "Other ways"), lines.slice(3)));
-  fill($("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
-  $("token-chat").hidden = true;
+  const parts = {download: `${curl} ${base}moltis.py`,
+    join: `--join ${base}join/${joinCode}${pinned}`};
+  const tabs = Object.entries(WAYS).map(([key, [label]]) => [key, label, key === way]);
+  fillIfChanged($("token-ways"), tabs, all =>
+    all.map(([key, label, isChosen]) =>
+      h("button", {role: "tab", type: "button", "data-key": key,
+        "aria-selected": String(isChosen), "aria-controls": "token-lines",
+        tabindex: isChosen ? 0 : -1, onclick: () => chooseWay(key)}, label)));
+  const [, make, what] = WAYS[way];
+  const named = name && ` --name ${shellWord(name)}`;
+  const ws = `${base.replace("http", "ws")}ws`;
+  fillIfChanged($("token-lines"), [make(parts), what], ([line, text]) =>
+    h("div", {class: "ready"},
+      h("pre", {tabindex: 0}, h("code", line)),
+      onClickCopy(h("button", {class: "button main", type: "button"},
+        icon("copy"), "Copy"), () => line),
+      h("p", {class: "detail"}, `It works once, within ten minutes. ${text}`),
+      h("details", h("summary", "Show the token instead"),
+        copyLine("For a machine that cannot use the link", deviceToken),
+        copyLine("As a command", `moltis node add --host ${ws} --token ` +
+          `${deviceToken}${named}${pinned}`))));
+  const warnings = tokenWarnings();
+  fillIfChanged($("token-warnings"), warnings.map(node => node.textContent),
+    () => warnings);
   drawTokenWait();
-  $("token-made-title").focus();
+}
+
+function chooseWay(way) {
+  state.token.way = way;
+  drawToken();
 }
 
 function tokenWarnings() {
   const {hostname, protocol} = location;
-  if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
-    return [
-      `${hostname} means this machine: these lines work here only. ` +
-        "For others, start the gateway with --bind 0.0.0.0 and open this page under " +
-        "its network name.",
-    ];
+  const {url, openWith} = state.server;
+  if (LOOPBACK.test(hostname) && openWith) {
+    return [h("div", {class: "warn mend"},
+      `Only this machine reaches ${hostname}. To let others in, stop the gateway and ` +
+        `start it with this command; the line below then names ${url}`,
+      copyLine("", openWith))];
   }
-  if (protocol === "https:") return [];
-  return [
+  if (joinBase().startsWith("https:")) return [];
+  return [h("p", {class: "warn"}, icon("warn"), protocol === "https:" ? "" :
     "Without TLS others on the network can read what you see. Start the gateway " +
-      "with --tls. (Nodes prove their token without sending it.)",
-  ];
+      "with --tls. (Nodes prove their token without sending it.)")];
 }
 
 function drawTokenWait() {
   if (!state.token || $("token-made").hidden) return;
-  const {deviceId, name} = state.token;
+  const {deviceId, name, expiresAt} = state.token;
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const text = here
-    ? `${node.displayName} is connected`
-    : `Waiting for ${name || "the machine"} to connect…`;
+  const expired = !here && now() > expiresAt;
+  const text = here ? `${node.displayName} is connected`
+    : expired ? "The link has expired."
+      : `Waiting for ${name || "the machine"} to connect…`;
   fillIfChanged($("token-wait"), text, () =>
     [here ? icon("check") : h("span", {class: "dot wait"}), text]);
   $("token-wait").classList.toggle("here", here);
+  $("token-again").hidden = !expired;
   $("token-chat").hidden = !here;
   $("token-chat").onclick = () => {
     $("token").close();
-    nodeCards.views.get(node.nodeId)?.chat();
+    useNode(node);
   };
 }
 
 function forgetToken() {
   state.token = null;
-  fill($("token-lines"));
+  for (const id of ["token-lines", "token-warnings"]) {
+    fill($(id));
+    $(id).shown = null;
+  }
+}
+
+// The arrow keys choose among tabs.
+function tabKey(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (!step) return;
+  const ways = Object.keys(WAYS);
+  const at = ways.indexOf(state.token.way) + step;
+  chooseWay(ways.at(at % ways.length));
+  $("token-ways").querySelector("[aria-selected=true]").focus();
 }
 
 // == view: activity ==
@@ -27365,8 +29085,6 @@ function useNamedModel() {
 
 // == view: access ==
 
-const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
-
 async function changeAccess(method, params) {
   await attempt(method, params);
   refresh("keys", "logins");
@@ -27408,7 +29126,14 @@ async function createKey() {
   const scopes = [...checked].map(box => `operator.${box.value}`);
   const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key, shown only once", made.key));
+  const url = `${BASE}mcp`, bearer = `Bearer ${made.key}`;
+  const server = {type: "http", url, headers: {Authorization: bearer}};
+  const claude = "claude mcp add --transport http moltis";
+  fill($("key-made"), copyLine("The key, shown only once", made.key),
+    h("details", h("summary", "Connect an AI agent (MCP)"),
+      copyLine("Claude Code", `${claude} ${url} --header "Authorization: ${bearer}"`),
+      copyLine("VS Code, in .vscode/mcp.json",
+        JSON.stringify({servers: {moltis: server}}, null, 2))));
   refresh("keys");
 }
 
@@ -27491,6 +29216,7 @@ function tick() {
   if (Math.abs(clocks() - clocksApart) > 2000) link.reopen();
   clocksApart = clocks();
   if (state.link === "down") drawBanner();
+  drawTokenWait();
   for (const view of [...turns.views.values(), ...activityRows.views.values()])
     if (view.isOpen || armed.has(view)) view.tick();
   if (state.running.length) touch("running");
@@ -27510,6 +29236,11 @@ const CLICKS = {
   "new-token": openToken,
   "token-cancel": () => $("token").close(),
   "token-done": () => $("token").close(),
+  "token-again": renewToken,
+  "nodes-more": () => showNodes({limit: Infinity}),
+  "node-rename": renameNode,
+  "node-use": () => useNode(routeNode()),
+  "node-revoke": revokeNode,
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -27536,7 +29267,8 @@ function start() {
   watch("route running asks sessions", drawRunning);
   watch("route chat asks sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
-  watch("nodes devices", drawTokenWait);
+  watch("route nodes devices running jobs", drawNode);
+  watch("nodes devices link", drawToken);
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
@@ -27571,6 +29303,8 @@ function start() {
   onSubmit("key-form", createKey);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
+  on($("token-ways"), "keydown", tabKey);
+  on($("find-node"), "input", event => showNodes({search: event.target.value}));
   on($("text"), "keydown", composerKey);
   on($("text"), "input", keepDraft);
   // Output that is drawn later also makes the conversation longer.
@@ -27908,6 +29642,7 @@ class JobInput:
         self._sent = 0  # offset
         self._ended = False  # nothing follows what is kept
         self._flows = False  # the job was started
+        self._closed = False  # the rest is not needed
 
     def feed(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives, to its end, at most a window ahead of the job.
@@ -27917,11 +29652,19 @@ class JobInput:
         while not self._ended:
             data = read(MAX_LOG_MESSAGE)
             with self._changed:
-                while len(self._kept) + len(data) > LOG_WINDOW:
+                while len(self._kept) + len(data) > LOG_WINDOW and not self._closed:
                     self._changed.wait()  # for consumed()
+                if self._closed:
+                    return
                 self._kept += data
                 self._ended = not data
                 self._send_rest()
+
+    def close(self) -> None:
+        """End feed(), also while it waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def consumed(self, offset: int) -> None:
         """Forget what is before `offset`."""
@@ -28026,6 +29769,8 @@ class JobFeed:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._input is not None:
+            self._input.close()
         for job in self.open.values():
             # A connection that just ends would count as broken.
             self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
@@ -28303,9 +30048,9 @@ class JobFeed:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Telemetry, Language models,
-#       Machine, Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat,
-#       Gateway, HTTP, Web page
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Files, Language models,
+#       Telemetry, Machine, Node agent, Store, Access, Fleet, Jobs, Agent,
+#       Model directory, Chat, Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -28419,7 +30164,11 @@ class LocalNode:
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         home = home_directory()
         options = MachineOptions(
-            environ, self._inventory, working_dir=home, inherited=inherited
+            environ,
+            self._inventory,
+            working_dir=home,
+            inherited=inherited,
+            files=FilePlaces(home),
         )
         machine = self._machine = Machine(options)
         self._link = LocalLink(machine)
@@ -28620,6 +30369,19 @@ def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
     return ModelCatalog(make_providers(environ, entered))
 
 
+def shared_places(settings: NodeSettings) -> list[str]:
+    """Return the directories whose files a node shares."""
+    if not settings.files or (settings.allow and not settings.allow_files):
+        return []
+    return [*settings.allow_files] or ["/"]
+
+
+def shared_files(settings: NodeSettings) -> FilePlaces | None:
+    if not shared_places(settings):
+        return None
+    return FilePlaces(settings.working_dir or home_directory(), settings.allow_files)
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -28647,6 +30409,7 @@ class RunningNode:
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
                 terminals=settings.opens_terminals,
+                files=shared_files(settings),
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
@@ -28702,9 +30465,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Machine,
-#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
+#       Machine, Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client,
+#       MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -28822,6 +30585,11 @@ class Output:
         if self._terminal:
             self._write(visible(text))
             self._status_shown = True
+
+    def remark(self, text: str) -> None:
+        """Write a line, on a terminal only."""
+        if self._terminal:
+            self.say(text)
 
     def complain(self, text: str) -> None:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
@@ -29406,6 +31174,8 @@ def node_settings(
         llm=not args.no_llm,
         allow=args.allow or (),
         terminals=chosen_terminals(args),
+        files=not args.no_files,
+        allow_files=[os.path.abspath(path) for path in args.allow_files or ()],
         ca=trust.ca,
         proxies=proxies_from(context.environ),
     )
@@ -29482,6 +31252,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
             "Node id": settings.node_id,
             "Gateway": settings.gateway_url,
             "Allows": settings.allow,
+            "Files": ", ".join(shared_places(settings)) or "not shared",
             "Service": service.status().state,
             "Log": spec.log,
         }
@@ -29643,6 +31414,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         "gateway": settings.gateway_url if settings else None,
         "proxy": node_proxy(settings) if settings else None,
         "allow": list(settings.allow) if settings else [],
+        "files": shared_places(settings) if settings else [],
         "service": status.state if status else "none",
         "pid": pid,
         "connected": connected,
@@ -29662,6 +31434,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
                 "Gateway": value["gateway"],
                 "Proxy": value["proxy"],
                 "Allows": value["allow"],
+                "Files": ", ".join(value["files"]) or (settings and "not shared"),
                 "Service": f"{value['service']}{f', process {pid}' if pid else ''}",
                 "Connected": f"{'yes' if connected else 'no'}{since}",
                 "Last error": value["lastError"] or None,
@@ -30036,6 +31809,13 @@ class Waiting:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
 
+    def take_state(self, name: str, state: JsonObject) -> None:
+        """Say whether the node of a job in this state is away, or is back."""
+        if state.get("awayMs") is not None:
+            self.begin(name, state["awayMs"])
+        else:
+            self.end(name)
+
     def explain_interrupt(self) -> None:
         """Say why an interrupt has not ended the command yet."""
         if self._since:
@@ -30340,10 +32120,7 @@ class JobTerminal:
 
     def _take_change(self, job: FollowedJob) -> None:
         state = job.state
-        if state.get("awayMs") is not None:
-            self._waiting.begin(job.name, state["awayMs"])
-        else:
-            self._waiting.end(job.name)
+        self._waiting.take_state(job.name, state)
         if state.get("place"):
             text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
@@ -30914,6 +32691,324 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
                 f"moltis: it goes on; `moltis node attach {job_id}` follows it again"
             )
             return INTERRUPTED
+
+
+# -- moltis node cp ------------------------------------------------------------
+
+COPY_UPDATE = 0.2  # s between two updates of the line that shows progress
+BAR_WIDTH = 20  # characters
+
+
+class CopyPlace(Value):
+    """One source or the destination of a copy."""
+
+    nodes: tuple[str, ...]  # references; none: this machine
+    path: str
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it is our standard input or output."""
+        return not self.nodes and self.path == "-"
+
+
+def copy_place(text: str, working_dir: str | None) -> CopyPlace:
+    """Read `NODE:PATH`, `NODE,NODE:PATH` or a path, as scp does.
+
+    A colon after a slash is part of a path.
+    """
+    head, colon, path = text.partition(":")
+    if not colon or not head or "/" in head:
+        return CopyPlace((), text)
+    if working_dir and not path.startswith(("/", "~")):
+        path = f"{working_dir}/{path}"
+    return CopyPlace(tuple(filter(None, head.split(","))), path or ".")
+
+
+class CopyProgress:
+    """The line that shows how far a transfer is, and what it says of single files."""
+
+    def __init__(self, output: Output, label: str) -> None:
+        self._output = output
+        self._label = label
+        self._begin = time.monotonic()
+        self._shown_at = self._begin
+        self._name = ""
+        self._count = 0
+        self.total = 0  # bytes; 0: not known
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._output.complain(f"{self._label}{text}")
+
+    def add(self, name: str, count: int) -> None:
+        """Record `count` more bytes, of the file `name` if that is known."""
+        self._count += count
+        self._name = name or self._name
+        now = time.monotonic()
+        if now >= self._shown_at + COPY_UPDATE:
+            self._shown_at = now
+            self._output.status(self._line(now - self._begin))
+
+    def end(self, result: JsonObject) -> None:
+        """Say on a terminal what was copied."""
+        took = time.monotonic() - self._begin
+        files = "1 file" if result["files"] == 1 else f"{result['files']:,} files"
+        size, rate = result["bytes"], format_bytes(result["bytes"] / max(took, 0.001))
+        text = f"{self._label}{files}, {format_bytes(size)} in {format_duration(took)}"
+        self._output.remark(f"{text}, {rate}/s")
+
+    def _line(self, took: float) -> str:
+        rate = self._count / took
+        parts = [f"{self._label}{self._name[-40:]}"]
+        if self.total:
+            done = min(1.0, self._count / self.total)
+            parts.append(
+                "#" * round(done * BAR_WIDTH) + "." * round((1 - done) * BAR_WIDTH)
+            )
+            left = format_duration((self.total - self._count) / max(rate, 1))
+            parts.append(f"{format_bytes(self._count)} of {format_bytes(self.total)}")
+            parts += [f"{format_bytes(rate)}/s", f"{left} left"]
+        else:
+            parts += [format_bytes(self._count), f"{format_bytes(rate)}/s"]
+        return "  ".join(filter(None, parts))
+
+
+class RemoteFiles:
+    """One end of a transfer on a node: a job, and what it says."""
+
+    def __init__(
+        self,
+        feed: JobFeed,
+        node: tuple[str, str],
+        work: str,
+        spec: Value,
+        progress: CopyProgress,
+        waiting: Waiting,
+    ) -> None:
+        """`node`: what the gateway calls it, and its name for people."""
+        self.result: JsonObject = {}
+        self.stopped = False
+        self._feed = feed
+        self._progress = progress
+        self._waiting = waiting
+        self._said = bytearray()  # the begin of a line
+        request = {"work": work, "spec": encode_value(spec)}
+        (self._job,) = feed.start(dict([node]), request)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the job's standard output until it has ended.  Raises UserError."""
+        for news in self._feed.news(tick=1.0):
+            if self.stopped:
+                return
+            if isinstance(news, JobOutput):
+                for kind, data in news.frames:
+                    if kind == STDOUT:
+                        yield data
+                    elif kind == STDERR:
+                        self._hear(data)
+            elif isinstance(news, JobChange):
+                self._take_change()
+                if not self._feed.open:
+                    return
+            elif isinstance(news, GatewayChange):
+                change = self._waiting.end if news.reachable else self._waiting.begin
+                change("the gateway")
+            else:
+                self._waiting.show()
+
+    def _take_change(self) -> None:
+        job = self._job
+        self._waiting.take_state(job.name, job.state)
+        if job.error is not None:
+            raise job.error
+        if job.ending is not None and job.ending.state != JobState.DONE:
+            raise UserError(f"{job.name}: {job.ending.reason or job.ending.words()}")
+
+    def _hear(self, data: bytes) -> None:
+        *lines, rest = (bytes(self._said) + data).split(b"\n")
+        self._said = bytearray(rest)
+        for line in lines:
+            said = from_json(line)
+            if "note" in said:
+                self._progress.note(str(said["note"]))
+            self._progress.total = said.get("bytes", self._progress.total)
+            self.result = said.get("result", self.result)
+
+
+def one_by_one(pieces: Iterable[bytes]) -> Callable[[int], bytes]:
+    """Return a function that reads the pieces, then b""."""
+    left = filter(None, pieces)
+    return lambda _size: next(left, b"")
+
+
+def with_digest(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces, then their SHA-256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def counted(pieces: Iterable[bytes], progress: CopyProgress) -> Iterator[bytes]:
+    for piece in pieces:
+        progress.add("", len(piece))
+        yield piece
+
+
+def write_to_stdout(read: Callable[[int], bytes]) -> JsonObject:
+    """Write the one file in a stream to standard output.  Raises RpcError."""
+    stream, count = CheckedStream(read), 0
+    for number, member in enumerate(read_members(stream)):
+        if number or member.kind not in (b"0", b"\0"):
+            raise RpcError("INVALID_REQUEST", "- takes one file only")
+        for piece in stream.pieces(member.size):
+            sys.stdout.buffer.write(piece)
+            count += len(piece)
+        stream.exactly(-member.size % TAR_BLOCK)
+    sys.stdout.buffer.flush()
+    stream.check()
+    return {"files": 1, "bytes": count, "sha256": stream.sha256, "path": "-"}
+
+
+class FileCopy:
+    """`node cp`: streams of files from each source to each destination."""
+
+    def __init__(self, args: argparse.Namespace, context: Context) -> None:
+        self._args = args
+        self._output = context.output
+        self._waiting = Waiting(context.output)
+        self._dial = partial(operator_client, args, context)
+        inherited = context.inherited
+        self._umask = 0o022 if inherited is None else inherited.umask
+        self._several = False
+
+    def run(
+        self, sources: Sequence[CopyPlace], destination: CopyPlace
+    ) -> list[JsonObject]:
+        """Return what each transfer copied.  Raises UserError."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for source in sources:
+            for node in source.nodes or ("",):
+                groups.setdefault((node,), []).append(source.path)
+        targets = destination.nodes or ("",)
+        self._several = len(sources) > 1 or len(groups) > 1
+        with self._dial() as client:  # all names are checked before anything is copied
+            for node in {name for (name,) in groups} | set(targets) - {""}:
+                if node:
+                    client.call("node.describe", {"nodeId": node})
+        labels = len(groups) * len(targets) > 1
+        return [
+            self._transfer(source, paths, target, destination.path, labels=labels)
+            for (source,), paths in groups.items()
+            for target in targets
+        ]
+
+    def _transfer(
+        self, source: str, paths: list[str], target: str, path: str, *, labels: bool
+    ) -> JsonObject:
+        """Copy from one machine ("": this one) to one other."""
+        label = f"{target or source}: " if labels else ""
+        progress = CopyProgress(self._output, label)
+        try:
+            with contextlib.ExitStack() as stack:
+                pieces = self._pieces(source, paths, progress, stack)
+                result = self._deliver(pieces, target, path, progress, stack)
+        except RpcError as error:
+            raise user_error(error) from error
+        progress.end(result)
+        return {
+            "source": [f"{source}:{p}" if source else p for p in paths],
+            "destination": f"{target}:{path}" if target else path,
+            **{name: result.get(name) for name in ("files", "bytes", "sha256")},
+            "notes": progress.notes,
+        }
+
+    def _pieces(
+        self,
+        source: str,
+        paths: list[str],
+        progress: CopyProgress,
+        stack: contextlib.ExitStack,
+    ) -> Iterator[bytes]:
+        if not source and paths == ["-"]:
+            stdin = iter(partial(read_stdin, FILE_PIECE), b"")
+            return with_digest(counted(stdin, progress))
+        spec = FileRead(
+            [encode_path(path) for path in paths],
+            recursive=self._args.recursive,
+            patterns=bool(source),  # here the shell has expanded them
+        )
+        if source:
+            feed = stack.enter_context(JobFeed(self._dial))
+            node = (source, source)
+            remote = RemoteFiles(feed, node, "file.read", spec, progress, self._waiting)
+            stack.callback(setattr, remote, "stopped", True)
+            return counted(remote.pieces(), progress)
+        local = FileSource(spec, FilePlaces(os.getcwd()), progress.note, progress.add)
+        progress.total = local.measure()
+        return local.pieces()
+
+    def _deliver(
+        self,
+        pieces: Iterator[bytes],
+        target: str,
+        path: str,
+        progress: CopyProgress,
+        stack: contextlib.ExitStack,
+    ) -> JsonObject:
+        spec = FileWrite(
+            encode_path(path),
+            into=self._several,
+            mkdir=self._args.mkdir,
+            bare=self._args.paths[0] == "-",
+        )
+        if not target:
+            if path == "-":
+                return write_to_stdout(one_by_one(pieces))
+            here = FilePlaces(os.getcwd())
+            written = FileTarget(spec, here, progress.note, umask=self._umask)
+            return written.receive(one_by_one(pieces))
+        feed = stack.enter_context(JobFeed(self._dial))
+        node = (target, target)
+        remote = RemoteFiles(feed, node, "file.write", spec, progress, self._waiting)
+        problems: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                feed.feed_input(one_by_one(pieces))
+            except (MoltisError, OSError) as error:
+                problems.append(error)
+                remote.stopped = True
+
+        sender = threading.Thread(target=send, name="moltis-copy", daemon=True)
+        sender.start()
+        for _ in remote.pieces():  # a writer has no output
+            pass
+        if problems:
+            raise problems[0]
+        return remote.result
+
+
+def cmd_node_cp(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    if len(args.paths) < 2:
+        raise UsageError("name what to copy and where to: node cp app.tar pi:")
+    *sources, destination = (copy_place(p, args.working_dir) for p in args.paths)
+    if not destination.nodes and not all(source.nodes for source in sources):
+        raise UsageError(
+            "one side has to be on a node, as NODE:PATH; cp copies files of one machine"
+        )
+    pipes = [place for place in (*sources, destination) if place.is_pipe]
+    if pipes and len(sources) > 1:
+        raise UsageError("- takes one source and one destination")
+    if destination.is_pipe and len(sources[0].nodes) > 1:
+        raise UsageError("- takes the file of one node")
+    copies = FileCopy(args, context).run(sources, destination)
+    if args.json:
+        context.output.json(copies)
+    return EXIT_FAILURE if any(copy["notes"] for copy in copies) else EXIT_OK
 
 
 # -- moltis mcp ----------------------------------------------------------------
@@ -31710,6 +33805,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg("--no-terminal", "open no terminals; --allow implies it"),
             arg("--allow-terminal", "open terminals all the same with --allow"),
+            arg("--no-files", "do not let files be read and written; so does --allow"),
+            arg(
+                "--allow-files DIR",
+                "only files in this directory; may be given more than once",
+                action="append",
+            ),
             arg("--foreground", "run here until Ctrl+C, keep nothing"),
         ),
     ),
@@ -31787,6 +33888,20 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "print a job's output from its beginning, or go into a terminal",
         "moltis node attach 5f0c",
         (arg("job ID", "from `node jobs`, or its beginning"), *GATEWAY),
+    ),
+    "node cp": Subcommand(
+        cmd_node_cp,
+        "copy files and directories to and from nodes",
+        "moltis node cp -r site/ web1,web2:/srv/www",
+        (
+            arg("paths PATH", "NODE:PATH, or a file of this machine", nargs="+"),
+            arg("-r --recursive", "copy directories, and links as links"),
+            arg("--mkdir", "make missing directories at the destination"),
+            arg("--working-dir DIR", "where relative paths on nodes begin"),
+            *GATEWAY,
+            JSON,
+        ),
+        usage="moltis node cp [-r] [--mkdir] [options] SOURCE [SOURCE ...] DESTINATION",
     ),
     "node rename": Subcommand(
         cmd_node_rename,

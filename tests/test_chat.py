@@ -1110,6 +1110,32 @@ def chats_of(machines):
         chats.close()
 
 
+@pytest.mark.parametrize("bound", ["HISTORY_PAGE", "MAX_HISTORY", "MAX_CHANGED"])
+def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, bound):
+    if bound != "MAX_HISTORY":
+        monkeypatch.setattr(moltis, bound, 2)
+    after = 0 if bound == "MAX_CHANGED" else None
+    with chats_of(machines) as chats:
+        key = chats.create("")["key"]
+        log = chats._log(key)
+        for number in range(5):
+            log.add("final", "user", "run", "done", text=f"{number}" + "x" * 90)
+            found = chats.history(key, after=after)
+            if bound == "MAX_HISTORY" and number == 0:
+                size = len(moltis.to_json(found[0]))
+                monkeypatch.setattr(moltis, bound, size * 5 // 2)
+            assert ["hasEarlier" in row for row in found] == [
+                number > 1 and n == 0 for n in range(len(found))
+            ]
+        assert [row["text"][0] for row in found] == ["3", "4"]
+        if after is None:
+            found = chats.history(key, before=found[0]["createdAt"])
+            assert [row["text"][0] for row in found] == ["1", "2"]
+            assert found[0]["hasEarlier"]
+            (first,) = chats.history(key, before=found[0]["createdAt"])
+            assert "hasEarlier" not in first
+
+
 def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
     machines.store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
     machines.store.sessions.keep_run("s", "run")
