@@ -21477,6 +21477,7 @@ MCP_PATH = "/mcp"
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = (  # answered with the page
     *("/chat/", "/activity", "/activity/", "/nodes", "/nodes/", "/settings/"),
+    "/terminal/",
 )
 
 SECURITY_HEADERS = (
@@ -22984,6 +22985,8 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-menu" d="M3 6h14M3 10h14M3 14h14"/>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
+<path id="i-term" d="M3 4h14v12H3zM6 8l2.5 2L6 12m4.5.5H14"/>
+<path id="i-keys" d="M2.5 6h15v9h-15zM5.5 9h.5m3 0h.5m3 0h.5m-6.5 3h6"/>
 <path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
@@ -23035,6 +23038,7 @@ WEB_HTML = r"""<!doctype html>
 <span class="size" data-part="size"></span>
 <button class="tool" data-part="copyLine">Copy command</button>
 <button class="tool" data-part="copy">Copy output</button>
+<a class="tool" data-part="terminal" hidden>Open terminal</a>
 <a class="tool" data-part="save" download>Download</a>
 <button class="tool" data-part="wrap">Wrap lines</button>
 <button class="tool" data-part="again" data-needs="write">Run again…</button>
@@ -23083,9 +23087,20 @@ WEB_HTML = r"""<!doctype html>
 <div class="does" data-part="does"></div>
 <div class="figures" data-part="figures"></div>
 <span class="seen detail" data-part="seen"></span>
+<span class="tools"><button class="bare" data-part="term" data-icon="term"
+ data-needs="write" title="Open a terminal"></button>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
- title="Use in the chat"></button>
+ title="Use in the chat"></button></span>
 </li></template>
+
+<template id="terminal-view"><div class="term">
+<div class="term-box" data-part="box"><div class="term-rows"
+ data-part="rows" tabindex="-1">
+<div data-part="lines"></div><i class="cursor" data-part="cursor"></i>
+<textarea data-part="keys" rows="1" aria-label="Terminal; Ctrl+F6 leaves it"></textarea>
+</div></div>
+<p class="unseen" role="log" aria-live="polite" data-part="news"></p>
+</div></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -23161,6 +23176,8 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="node-list" class="choices" role="listbox" aria-label="Machine" tabindex="-1"
  hidden></ul></div>
+<button id="chat-term" class="bare" data-icon="term" data-needs="write"
+ title="Open a terminal on this machine"></button>
 <div id="approvals" class="picker" hidden><button id="approvals-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="approvals-list" class="choices" role="listbox" aria-label="Approvals"
@@ -23226,6 +23243,8 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
  title="All machines" data-icon="back"></a><h1 id="node-title"></h1>
 <button id="node-rename" class="bare" data-icon="pen" title="Rename"
  data-needs="write"></button>
+<button id="node-term" class="button" data-icon="term"
+ data-needs="write">Open terminal</button>
 <button id="node-use" class="button main" data-icon="chat" data-needs="write">Use<span
  class="wider"> in the chat</span></button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machine">
@@ -23244,6 +23263,36 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 </section>
 </div>
 </div>
+</section>
+
+<section id="terminal" class="settings" aria-labelledby="terminal-title" hidden>
+<header class="bar"><h1 id="terminal-title" class="unseen">Terminals</h1>
+<ul id="terminal-tabs" aria-label="Terminals"></ul>
+<span id="terminal-people" class="detail" role="status"></span>
+<span id="terminal-bar" hidden>
+<button id="terminal-new" class="bare" data-icon="plus"
+ title="Another terminal on this machine" hidden></button>
+<button id="terminal-link" class="bare" data-icon="copy"
+ title="Copy the link to this terminal"></button>
+<button id="terminal-more" class="bare" data-icon="keys" title="Row of keys"
+ aria-pressed="false"></button>
+<button id="terminal-end" class="bare" data-icon="stop" title="End this terminal"
+ hidden></button></span></header>
+<p id="terminal-note" class="warn" role="status" hidden><span
+ id="terminal-note-text"></span>
+<button id="terminal-act" class="link" hidden></button></p>
+<div id="terminal-home" class="scroll" tabindex="0" role="region"
+ aria-label="Terminals" hidden>
+<h2 id="terminal-open-head">Open terminals</h2>
+<ul id="terminal-open" class="rows"></ul>
+<h2>On a machine</h2>
+<ul id="terminal-nodes" class="rows"></ul>
+<p class="lead">A terminal goes on when you leave the page: its link opens it again. It is
+recorded, and it ends when moltis is restarted on its machine. Ctrl+F6 takes the focus out
+of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
+</div>
+<div id="terminal-views"></div>
+<div id="terminal-keys" role="toolbar" aria-label="Keys"></div>
 </section>
 
 <section id="activity" class="settings" aria-labelledby="activity-title" hidden>
@@ -23722,11 +23771,58 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .screen .cut a { color: inherit; }
 .cut em { font-style: normal; }
 .screen .err { color: #f5bfa5; }
-.screen .b { font-weight: 700; }
-.screen .dim { opacity: .7; }
-.screen .i { font-style: italic; }
-.screen .u { text-decoration: underline; }
-.screen .s { text-decoration: line-through; }
+:is(.screen, .term) .b { font-weight: 700; }
+:is(.screen, .term) .dim { opacity: .7; }
+:is(.screen, .term) .i { font-style: italic; }
+:is(.screen, .term) .u { text-decoration: underline; }
+:is(.screen, .term) .s { text-decoration: line-through; }
+:is(.screen, .term) .over { text-decoration: overline; }
+.term .gone { color: transparent !important; }
+.term .to { text-decoration: underline dotted; cursor: pointer; }
+
+/* a terminal */
+#terminal-home .lead { margin-top: 20px; }
+#terminal-title.unseen + #terminal-tabs { flex: 1; }
+#terminal-tabs { display: flex; gap: 4px; min-width: 0; overflow-x: auto; }
+#terminal-tabs li { display: flex; align-items: center; min-width: 90px;
+  max-width: 260px; border-radius: 9px; }
+#terminal-tabs li:has([aria-current]) { background: var(--sunken); }
+#terminal-tabs a { flex: 1; min-width: 0; padding: 5px 2px 5px 12px; color: var(--ink);
+  text-decoration: none; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#terminal-tabs .over a { color: var(--soft); }
+#terminal-bar { display: flex; }
+#terminal-more[aria-pressed=true] { color: var(--accent); }
+#terminal-note { align-items: center; border-radius: 0; padding: 6px 20px; }
+#terminal-views { flex: 1; min-height: 0; display: grid; background: var(--screen); }
+.term { position: relative; min-height: 0; min-width: 0; display: grid; }
+.term-box { overflow: auto; padding: 6px 0 6px 8px; scrollbar-gutter: stable;
+  overflow-anchor: none; color-scheme: dark; min-height: 0; }
+.term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
+  cursor: text; outline: none; font-variant-ligatures: none; touch-action: pan-y; }
+.term-rows > div { white-space: pre; }
+.term-rows > div span { display: inline-block; vertical-align: top; }
+.term-rows .probe { position: absolute; visibility: hidden; }
+.cell { width: 1ch; overflow: hidden; text-align: center; }
+.wide { width: 2ch; }
+.cursor { position: absolute; left: 0; top: 0; pointer-events: none;
+  outline: 1px solid var(--screen-ink); outline-offset: -1px; }
+.focused .cursor { background: var(--screen-ink); opacity: .55; }
+.term textarea { position: absolute; left: 0; top: 0; width: 2px; min-width: 0;
+  padding: 0; border: 0; border-radius: 0; outline: 0; resize: none; overflow: hidden;
+  background: none; color: transparent; caret-color: transparent; font: inherit; }
+.bell { box-shadow: inset 0 0 0 2px var(--wait); }
+#terminal-keys { display: none; gap: 4px; padding: 5px 6px; overflow-x: auto;
+  background: var(--sunken); border-top: var(--rule); }
+.with-keys #terminal-keys { display: flex; }
+.key { flex: 1 0 auto; min-width: 38px; min-height: 36px; padding: 0 8px;
+  border: var(--rule); border-radius: 8px; background: var(--surface);
+  font: 14px var(--mono); }
+.key[aria-pressed=true] { background: var(--accent); color: var(--on-accent); }
+@media (pointer: coarse) {
+  #terminal-keys { display: flex; }
+  #terminal-more { display: none; }
+}
 
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
@@ -23748,7 +23844,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   color: var(--ink); font-weight: 560; }
 .node { display: grid; align-items: center; gap: 4px 18px; padding: 9px 12px;
   grid-template-columns: minmax(190px, 1.3fr) minmax(90px, 1fr) minmax(300px, 1.5fr)
-    84px 34px; }
+    84px 66px; }
 .node-head { padding-block: 4px; font-size: 12.5px; color: var(--soft); }
 #node-cards { border: var(--rule); border-radius: 13px; background: var(--surface); }
 #node-cards:empty { display: none; }
@@ -23903,7 +23999,7 @@ details label input { flex: 0 1 420px; }
   .wider, .node-head { display: none; }
   .node { grid-template-columns: minmax(0, 1fr) auto; gap: 6px 10px; padding: 12px; }
   .node .who { grid-area: 1 / 1; }
-  .node .bare { grid-area: 1 / 2; }
+  .node .tools { grid-area: 1 / 2; }
   .node .does, .node .figures { grid-column: 1 / -1; }
   .node .does:empty, .node .seen { display: none; }
   .node .figures { gap: 12px; }
@@ -24517,11 +24613,12 @@ class Style {
     let color = ink === DEFAULT_COLOR ? "" : cssColor(ink);
     let background = ground === DEFAULT_COLOR ? "" : cssColor(ground);
     // Of the first 16, a background is darker than a text of the same name, for
-    // contrast, unless the text is black.
+    // contrast, and a black text on it is white.
+    const isNamed = ground < 16;
     if (ground === 0) background = "#000";
-    else if (ink === 0 && background) color = "#000";
-    else if (ground > 0 && ground < 16)
+    else if (background && isNamed)
       background = `color-mix(in srgb, ${background} 40%, #000)`;
+    if (ink === 0 && background) color = isNamed ? "#fff" : "#000";
     if (flags & INVERSE)
       [color, background] = [background || "var(--screen)",
         color || "var(--screen-ink)"];
@@ -24971,7 +25068,8 @@ class Row {
   }
 
   get text() {
-    return this.cells.slice(0, this.length).map(cell => cell.text || " ").join("");
+    return this.cells.slice(0, this.length)
+      .map(({text, width}) => text || " ".repeat(width)).join("");
   }
 }
 
@@ -25732,6 +25830,66 @@ class Emulator {
   }
 }
 
+const ARROWS = {ArrowUp: "A", ArrowDown: "B", ArrowRight: "C", ArrowLeft: "D",
+  Home: "H", End: "F", F1: "P", F2: "Q", F3: "R", F4: "S"};
+const TILDES = {Insert: 2, Delete: 3, PageUp: 5, PageDown: 6, F5: 15, F6: 17, F7: 18,
+  F8: 19, F9: 20, F10: 21, F11: 23, F12: 24};
+const KEYPAD = {Enter: "M", "*": "j", "+": "k", ",": "l", "-": "m", "/": "o",
+  Clear: "E"};
+const CONTROL_KEYS = {" ": 0, 2: 0, 3: 27, 4: 28, 5: 29, 6: 30, 7: 31, 8: 127, "/": 31,
+  "-": 31, "?": 127};
+
+// Return what a key sends, null for a key whose text the browser types.
+function keySequence(event, modes, isMac) {
+  const {key, ctrlKey, altKey, shiftKey, metaKey} = event;
+  const isText = [...key].length === 1;
+  if (metaKey || isComposing(event) || key === "Dead") return null;
+  // AltGr is Ctrl and Alt on some systems, and Option types characters.
+  if (isText && altKey && (ctrlKey || isMac || event.getModifierState("AltGraph")))
+    return null;
+  const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
+  const meta = altKey ? "\x1b" : "";
+  if (modes.keypad && event.location === 3 && key in KEYPAD && modifiers === 1 &&
+    !event.getModifierState("NumLock")) return `\x1bO${KEYPAD[key]}`;
+  if (key in ARROWS) {
+    if (modifiers > 1) return `\x1b[1;${modifiers}${ARROWS[key]}`;
+    const isApplication = modes.cursorKeys || /^F\d/.test(key);
+    return `\x1b${isApplication ? "O" : "["}${ARROWS[key]}`;
+  }
+  if (key in TILDES)
+    return `\x1b[${TILDES[key]}${modifiers > 1 ? `;${modifiers}` : ""}~`;
+  if (key === "Enter") return `${meta}\r`;
+  if (key === "Escape") return `${meta}\x1b`;
+  if (key === "Tab") return shiftKey ? "\x1b[Z" : `${meta}\t`;
+  if (key === "Backspace") return meta + (ctrlKey ? "\b" : "\x7f");
+  if (!isText) return null;
+  if (ctrlKey) {
+    if (key in CONTROL_KEYS) return String.fromCharCode(CONTROL_KEYS[key]);
+    const isLetter = /^[a-z@[\\\]^_]$/i.test(key);
+    return isLetter ? String.fromCharCode(key.charCodeAt(0) & 31) : null;
+  }
+  return altKey ? meta + key : null;
+}
+
+// Return what a mouse event sends, "" for none.  `button` is 0 to 2, or 64 and 65 of a
+// wheel; 3 moves without a button.
+function mouseSequence({button, isMove, isUp, x, y, modifiers}, modes) {
+  const {mouse} = modes;
+  if (!mouse || (mouse === 9 && (isMove || isUp || button > 2))) return "";
+  if (isMove && (mouse < 1002 || (button === 3 && mouse < 1003))) return "";
+  const code = button + (isMove ? 32 : 0) + (mouse === 9 ? 0 : modifiers);
+  if (modes.sgrMouse) return `\x1b[<${code};${x + 1};${y + 1}${isUp ? "m" : "M"}`;
+  if (x > 94 || y > 94) return ""; // more would be no ASCII
+  const codes = [(isUp ? code | 3 : code) + 32, x + 33, y + 33];
+  return `\x1b[M${String.fromCharCode(...codes)}`;
+}
+
+// Return what a paste sends.  It holds no ESC: that could end the bracket.
+function pasteSequence(text, modes) {
+  const typed = text.replace(/[\x1b\u009b]/g, "").replace(/\r?\n/g, "\r");
+  return modes.bracketedPaste ? `\x1b[200~${typed}\x1b[201~` : typed;
+}
+
 // == Markdown ==
 
 const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
@@ -26134,6 +26292,10 @@ class Link {
     throw lostError("UNAVAILABLE", "The gateway cannot be reached right now.");
   }
 
+  sendData(bytes) {
+    if (this.isUp) this.socket.send(bytes);
+  }
+
   retryNow() {
     if (this.timer) this.open();
   }
@@ -26230,6 +26392,8 @@ class Link {
 const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
+const MARK = 4; // of a terminal: its time, size and modes
+const INPUT_DATA = 2; // kind of binary message
 const FRAME_HEAD = 5; // bytes: kind, length of the data
 const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
@@ -26248,6 +26412,18 @@ function decodeLogData(message) {
   if (message[0] !== LOG_DATA) return null;
   const offset = Number(viewOf(message).getBigUint64(17));
   return {id: uuidOf(message.subarray(1, 17)), offset, frames: message.subarray(25)};
+}
+
+// Return a message with input for a job.
+function encodeInput(id, offset, data) {
+  const message = new Uint8Array(25 + data.length);
+  message[0] = INPUT_DATA;
+  const hex = id.replaceAll("-", "");
+  for (let n = 0; n < 16; n += 1)
+    message[1 + n] = parseInt(hex.slice(2 * n, 2 * n + 2), 16);
+  viewOf(message).setBigUint64(17, BigInt(offset));
+  message.set(data, 25);
+  return message;
 }
 
 // Yield kind, data and end of each whole frame; the end counts from the first frame.
@@ -26349,6 +26525,68 @@ class JobLog {
   }
 }
 
+const MAX_INPUT = 64 * 1024; // bytes in one message
+const INPUT_WINDOW = 256 * 1024; // bytes on their way to a terminal
+const AWAY_KEYS = 4096; // bytes typed while a link is away; more are refused
+
+// What is typed at a terminal, kept until it has arrived.  Others may type as well:
+// only whoever holds the terminal's input sends.
+class TypedInput {
+  constructor(send) {
+    this.send = send; // called with an offset and bytes
+    this.consumed = 0; // offset of what is kept
+    this.kept = new Uint8Array();
+    this.sent = 0; // offset
+    this.flows = false; // we hold the input
+  }
+
+  get waits() {
+    return this.kept.length > 0 && !this.flows;
+  }
+
+  // Return whether there is room for it.
+  type(bytes, isAway) {
+    if (isAway && this.kept.length + bytes.length > AWAY_KEYS) return false;
+    const kept = new Uint8Array(this.kept.length + bytes.length);
+    kept.set(this.kept);
+    kept.set(bytes, this.kept.length);
+    this.kept = kept;
+    this.sendRest();
+    return true;
+  }
+
+  sendRest() {
+    const end = this.consumed + this.kept.length;
+    while (this.flows && this.sent < Math.min(end, this.consumed + INPUT_WINDOW)) {
+      const at = this.sent - this.consumed;
+      const data = this.kept.subarray(at, at + MAX_INPUT);
+      this.send(this.sent, data);
+      this.sent += data.length;
+    }
+  }
+
+  take({offset, resume, held}) {
+    const gone = offset - this.consumed;
+    if (gone >= 0 && gone <= this.sent - this.consumed) {
+      this.kept = this.kept.slice(gone);
+      this.consumed = offset;
+    }
+    if (resume) {
+      // Others may have typed: ours, which was not sent yet, follows.
+      this.consumed = this.sent = offset;
+      this.flows = true;
+    }
+    if (held === false) this.pause();
+    this.sendRest();
+  }
+
+  // Keep what is typed: another holds the input, or the connection broke.
+  pause() {
+    this.flows = false;
+    this.sent = this.consumed;
+  }
+}
+
 // == state ==
 
 const MAIN = "main"; // key of the session that cannot be deleted
@@ -26381,6 +26619,7 @@ const state = {
   jobs: new Map(), // id → job, of all callers, as far as the page knows them
   logs: new Map(), // job id → JobLog
   followed: new Set(), // ids of jobs whose logs the gateway sends
+  terminals: new Map(), // job id → TerminalSession, those open on this page
   running: [], // open jobs, the oldest first
   asks: [], // commands that wait for an approval, in all chats
   activity: {ids: [], more: false, node: "", result: "", query: "", opened: ""},
@@ -26884,6 +27123,7 @@ function unfollowJob(id) {
 function onJobState({ending, ...change}) {
   const {id} = change;
   learn({...change, ...ending});
+  state.terminals.get(id)?.takeState(ending);
   // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
@@ -26893,7 +27133,9 @@ function onJobState({ending, ...change}) {
 
 function onLogData(message) {
   const {id, offset, frames} = decodeLogData(message) || {};
-  if (state.followed.has(id)) state.logs.get(id).take(offset, frames);
+  const terminal = state.terminals.get(id);
+  if (terminal) terminal.take(offset, frames);
+  else if (state.followed.has(id)) state.logs.get(id).take(offset, frames);
 }
 
 // The filters of the list that are no state of a job.
@@ -26961,6 +27203,177 @@ function onJobs({jobs, more}) {
 }
 
 const stopJob = id => attempt("job.cancel", {id});
+
+// == terminals ==
+
+const ACK_AFTER = 64 * 1024; // bytes of a log; its program waits for them
+const encoder = new TextEncoder();
+const TERMINAL = "terminal"; // the work of such a job
+
+// A terminal on a machine: its screen here, and what is typed into it.
+class TerminalSession {
+  constructor(id, size) {
+    this.id = id;
+    this.emulator = new Emulator(size.cols, size.rows);
+    this.emulator.answer = text => {
+      // One of those who look answers, and nobody what is over.
+      if (this.holds && this.position > this.oldUntil) this.type(text);
+    };
+    this.position = 0; // in its log
+    this.acknowledged = 0;
+    this.oldUntil = 0; // what is before it was shown to others
+    this.isFresh = true; // the next output begins a screen
+    this.holds = false; // or watches
+    this.follows = false;
+    this.problem = ""; // why it cannot be shown
+    this.size = size; // of the terminal
+    this.wanted = null; // the size that we asked for last
+    this.listeners = new Set(); // called after something changed
+    this.input = new TypedInput((offset, data) =>
+      link.sendData(encodeInput(id, offset, data)));
+  }
+
+  get job() {
+    return state.jobs.get(this.id);
+  }
+
+  // Whether keys wait for a connection.
+  get isAway() {
+    return state.link !== "up" || this.job?.awayMs != null;
+  }
+
+  get isOver() {
+    return Boolean(this.problem) || (this.job ? !isOpen(this.job) : false);
+  }
+
+  // Start it on a machine.
+  async start(node) {
+    const env = {TERM: "xterm-256color", COLORTERM: "truecolor"};
+    const spec = {command: "", env, tty: this.size};
+    const jobs = [{id: this.id, node}];
+    this.holds = this.follows = true;
+    this.wanted = this.size;
+    try {
+      const answer = await link.call("job.start", {jobs, work: "run", spec, hold: true});
+      const [job] = answer.jobs;
+      if (job.error) this.problem = job.error.message;
+      else learn(job);
+    } catch (error) {
+      this.problem = error.message;
+    }
+    this.changed();
+  }
+
+  // Follow it from the last screen on, or from where the connection broke.
+  async follow() {
+    if (this.follows || this.problem || state.link !== "up") return;
+    this.follows = true;
+    const {id, holds, isFresh, position} = this;
+    try {
+      const answer = await link.call("job.follow",
+        {id, offset: position, hold: holds, skip: true, screen: isFresh});
+      if (answer.job.work !== TERMINAL)
+        throw callError("NOT_FOUND", "This is no terminal.");
+      learn(answer.job);
+      if (!position) {
+        this.position = this.acknowledged = answer.offset;
+        this.oldUntil = answer.job.end;
+      }
+    } catch (error) {
+      this.follows = false;
+      if (!error.isLost) this.problem = error.message;
+    }
+    this.changed();
+  }
+
+  // The connection broke.
+  pause() {
+    this.follows = false;
+    this.input.pause();
+    this.changed();
+  }
+
+  // Stop looking at it; it goes on.
+  leave() {
+    state.terminals.delete(this.id);
+    if (this.follows) link.call("job.unfollow", {id: this.id}).catch(() => null);
+  }
+
+  changed() {
+    for (const listener of this.listeners) listener();
+  }
+
+  take(offset, frames) {
+    if (offset > this.position) {
+      if (this.position) this.isFresh = true; // from here on it is another screen
+      this.position = offset;
+    }
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.position) continue;
+      this.position = offset + end;
+      if (kind === MARK) this.takeMark(JSON.parse(new TextDecoder().decode(data)));
+      else if (kind === STDOUT || kind === STDERR) {
+        if (this.isFresh) this.beginScreen({});
+        this.emulator.write(data);
+      }
+    }
+    if (this.holds && this.position - this.acknowledged >= ACK_AFTER) {
+      this.acknowledged = this.position;
+      link.call("job.ack", {id: this.id, offset: this.position}).catch(() => null);
+    }
+    this.changed();
+  }
+
+  takeMark({rows, cols, modes = {}}) {
+    this.size = {rows, cols};
+    this.emulator.resize(cols, rows);
+    if (this.isFresh) this.beginScreen(modes);
+  }
+
+  beginScreen(modes) {
+    this.isFresh = false;
+    this.emulator.reset();
+    for (const [number, value] of Object.entries(modes))
+      this.emulator.setPrivateMode(Number(number), value);
+  }
+
+  takeInput(input) {
+    this.input.take(input);
+    if (input.held !== false) return;
+    this.holds = false;
+    if (this.input.waits) this.takeHold();
+  }
+
+  takeState(ending) {
+    if (ending) this.follows = false;
+    this.changed();
+  }
+
+  takeHold() {
+    this.holds = true;
+    this.follows = false;
+    this.follow();
+  }
+
+  // Type a text; return whether it was taken.
+  type(text) {
+    if (this.isOver || !this.input.type(encoder.encode(text), this.isAway)) return false;
+    if (!this.holds) this.takeHold();
+    return true;
+  }
+
+  // Give the terminal a size, which is ours from now on.
+  resize(size) {
+    if (this.isOver || state.link !== "up") return;
+    this.wanted = size;
+    link.call("job.resize", {id: this.id, ...size}).catch(() => null);
+  }
+
+  get isSizedHere() {
+    const {size, wanted} = this;
+    return wanted?.rows === size.rows && wanted.cols === size.cols;
+  }
+}
 
 // == events ==
 
@@ -27036,6 +27449,7 @@ const HANDLERS = {
   session: onSession,
   job: onJobs,
   "job.state": onJobState,
+  "job.input": input => state.terminals.get(input.id)?.takeInput(input),
   "node.telemetry": onTelemetry,
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -27054,6 +27468,7 @@ const link = new Link({
       return; // lost again; the next connection repeats this
     }
     state.usage.clear();
+    for (const terminal of state.terminals.values()) terminal.follow();
     enterRoute();
     for (const chat of state.chats.values()) chat.deliver();
     await refresh("sessions", "models", "nodes", "devices", "running", "asks");
@@ -27062,6 +27477,7 @@ const link = new Link({
   down(retryAt) {
     Object.assign(state, {link: "down", retryAt});
     state.followed.clear();
+    for (const terminal of state.terminals.values()) terminal.pause();
     touch("link");
   },
   refused() {
@@ -27098,6 +27514,7 @@ const PAGE_TOPICS = {
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "activity") return {page: "activity", id: rest};
+  if (area === "terminal") return {page: "terminal", id: rest};
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
   if (area === "nodes" && !rest) return {page: "nodes"};
   try {
@@ -27115,6 +27532,8 @@ const lastKey = () => kept.get("session") || MAIN;
 const chatPath = key => `${ROOT}/chat/${encodeURIComponent(key)}`;
 
 const jobPath = id => `${ROOT}/activity/${id}`;
+
+const terminalPath = id => `${ROOT}/terminal/${id}`;
 
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
@@ -27138,6 +27557,7 @@ function enterRoute() {
   if (state.link !== "up") return;
   const {page, id} = state.route;
   if (page === "chat") currentChat().load();
+  else if (page === "terminal") refresh("nodes");
   else if (page === "activity") {
     if (id) loadLinked((state.activity.opened = id));
     loadActivity();
@@ -27393,17 +27813,22 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  for (const name of ["chat", "node", ...Object.keys(PAGES)])
+  for (const name of ["chat", "node", "terminal", ...Object.keys(PAGES)])
     $(name).hidden = name !== page;
   const of = page === "node" ? "nodes" : page;
   for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
   drawTitle();
 }
 
+const terminalTitle = () =>
+  state.terminals.has(state.route.id) ? terminalName(state.terminals.get(state.route.id))
+    : "Terminals";
+
 function drawTitle() {
   const {page} = state.route;
   const title = page === "chat" ? sessionName(currentSession())
-    : page === "node" ? state.route.ref : PAGES[page];
+    : page === "node" ? state.route.ref
+      : page === "terminal" ? terminalTitle() : PAGES[page];
   const asked = state.asks.length;
   const running = longRunning().length;
   const news = asked ? `(${asked} to approve)` : running && `(${running} running)`;
@@ -27441,7 +27866,8 @@ class RunningItem {
   update({id, command, node, sessionKey, asks}) {
     const job = state.jobs.get(id);
     const isOver = !asks && !(job && isOpen(job));
-    this.link.href = sessionKey ? chatPath(sessionKey) : jobPath(id);
+    this.link.href = sessionKey ? chatPath(sessionKey)
+      : job?.work === TERMINAL ? terminalPath(id) : jobPath(id);
     this.dot.className = `dot ${asks ? "wait" : job ? jobKind(job) : "off"}`;
     setText(this.line, command);
     this.line.title = command;
@@ -27805,7 +28231,7 @@ class CommandCard {
     this.wants.hidden = !wants;
     setText(this.wants, wants
       ? "Nothing can be typed into a command here: its input is empty. " +
-        "Give it in the line, as in: echo yes | command"
+        "Give it in the line, as in: echo yes | command, or open a terminal."
       : "");
   }
 
@@ -27834,6 +28260,10 @@ class CommandCard {
 
   drawOutput(job) {
     const {command} = this.row;
+    if (job?.work === TERMINAL) {
+      this.drawTerminal(job);
+      return;
+    }
     if (job && !this.log && !this.isShut) {
       this.log = logOf(this.row);
       this.output = new Screen(this.log, this);
@@ -27858,6 +28288,18 @@ class CommandCard {
     if (this.isOpen && this.log) this.watchedSince ??= now();
     if (!this.isOpen && isComplete)
       this.output.end(now() - (this.watchedSince ?? now()) > WATCHED);
+  }
+
+  // A terminal has a page of its own.
+  drawTerminal(job) {
+    this.wrap.hidden = this.copy.hidden = this.again.hidden = true;
+    this.terminal.hidden = false;
+    this.terminal.href = terminalPath(job.id);
+    setText(this.terminal, this.isOpen ? "Open terminal" : "Last screen");
+    this.save.href = `${ROOT}/api/jobs/${job.id}/recording`;
+    setText(this.save, "Download recording");
+    this.save.hidden = this.isOpen || !job.kept;
+    this.link.hidden = false;
   }
 
   // Follow the job only near the viewport: a long chat has many cards.
@@ -28479,6 +28921,7 @@ class NodeRow {
     Object.assign(this, copyOf("node-row"));
     this.shares = new Figures(this.figures);
     on(this.use, "click", () => useNode(this.node));
+    on(this.term, "click", () => openTerminal(this.node));
     this.root.view = this;
     rowWatch.observe(this.root);
   }
@@ -28497,6 +28940,8 @@ class NodeRow {
     this.name.href = nodePath(node);
     setText(this.state, wrong ? capitalized(wrong) : what);
     this.use.setAttribute("aria-label", `Use ${node.displayName} in the chat`);
+    this.term.setAttribute("aria-label", `Open a terminal on ${node.displayName}`);
+    this.term.disabled = !node.connected;
     const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
     setText(this.seen, seen || "never");
     const jobs = runningOn(node);
@@ -28646,7 +29091,8 @@ function drawNode() {
   if (state.route.page !== "node" || !state.wasUp) return;
   const node = routeNode();
   const isKnown = Boolean(node);
-  for (const id of ["node-figures", "node-rename", "node-use"]) $(id).hidden = !isKnown;
+  for (const id of ["node-figures", "node-rename", "node-term", "node-use"])
+    $(id).hidden = !isKnown;
   document.querySelector("#node .columns").hidden = !isKnown;
   $("node-state").classList.toggle("trouble",
     !isKnown && state.nodes.length > 0 || isKnown && troublesOf(node).length > 0);
@@ -28658,6 +29104,7 @@ function drawNode() {
   }
   if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
+  $("node-term").disabled = !node.connected;
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
   nodeFigures.update(node, true);
@@ -29137,6 +29584,620 @@ async function createKey() {
   refresh("keys");
 }
 
+// == view: terminal ==
+
+const FONT_SIZE = 13; // px; of a terminal that is larger than the window, less
+const MIN_FONT_SIZE = 6;
+const DRAW_AT_MOST = 500; // rows at once; the others follow when output pauses
+const PAUSE = 200; // ms without output
+const HOLD = 150; // ms that a program may hold the screen back (mode 2026)
+const MAX_NEWS = 20; // lines read out at once
+const isMac = /^(Mac|iP)/.test(navigator.platform);
+
+// Characters that have the width of others in a font for terminals.
+const EVEN = /^[\x20-\x7e\xa0-\u024f\u0370-\u03ff\u0400-\u04ff\u2500-\u259f]$/;
+
+// Draw a row of a terminal as runs of the same style.
+function drawRow(div, row) {
+  let end = row.cells.length;
+  while (end > 0 && !row.cells[end - 1].text && !row.cells[end - 1].style.background)
+    end -= 1;
+  const nodes = [];
+  let run = null; // [text, style]
+  const finish = () => {
+    if (run) nodes.push(styled(...run));
+    run = null;
+  };
+  for (const {text, width, style} of row.cells.slice(0, end)) {
+    if (!width) continue;
+    if (text && !EVEN.test(text)) {
+      finish();
+      nodes.push(styled(text, style, width === 2 ? "cell wide" : "cell"));
+    } else if (run?.[1] === style) run[0] += text || " ";
+    else {
+      finish();
+      run = [text || " ", style];
+    }
+  }
+  finish();
+  fill(div, nodes.length ? nodes : h("br"));
+}
+
+function styled(text, style, added = "") {
+  if (style === PLAIN && !added) return text;
+  const {classes, color, background, link: address} = style;
+  const span = h("span", {class: [classes, added, address && "to"].join(" ").trim()},
+    text);
+  span.style.color = color;
+  span.style.backgroundColor = background;
+  if (address) {
+    span.title = address;
+    on(span, "click", () => openAddress(address));
+  }
+  return span;
+}
+
+// A program may name any address: a person sees it before it is opened.
+async function openAddress(address) {
+  if (!/^(https?|mailto):/i.test(address)) showToast("This is no web address: ", address);
+  else if (await confirmed("Open this address?", address, "Open"))
+    open(address, "_blank", "noopener");
+}
+
+// A terminal as it is seen and typed into.
+class TerminalView {
+  constructor(id) {
+    Object.assign(this, copyOf("terminal-view"));
+    this.id = id;
+    this.epoch = -1; // of the rows drawn
+    this.first = this.base = 0; // numbers of the first row drawn, and of the screen
+    this.divs = new WeakMap(); // by Row
+    this.read = 0; // number of the row after those read out
+    this.tail = new Tail(this.box, () => null);
+    $("terminal-views").append(this.root);
+    for (const [name, value] of Object.entries(AS_TYPED))
+      this.keys.setAttribute(name, value);
+    this.setFont(FONT_SIZE);
+    this.session = new TerminalSession(id, this.fitting());
+    this.session.listeners.add(() => this.changed());
+    state.terminals.set(id, this.session);
+    this.listen();
+    this.observer = new ResizeObserver(() => this.fit());
+    this.observer.observe(this.box);
+  }
+
+  listen() {
+    const {rows, keys} = this;
+    on(rows, "keydown", event => this.key(event));
+    on(keys, "beforeinput", event => this.input(event));
+    on(keys, "compositionend", event => {
+      this.text(event.data);
+      keys.value = "";
+    });
+    on(rows, "paste", event => {
+      event.preventDefault();
+      this.paste(event.clipboardData.getData("text/plain"));
+    });
+    on(rows, "copy", event => this.copy(event));
+    on(keys, "focus", () => this.focused(true));
+    on(keys, "blur", () => this.focused(false));
+    on(rows, "pointerdown", event => this.pointer(event));
+    on(rows, "pointermove", event => this.pointer(event));
+    on(rows, "pointerup", event => this.pointer(event));
+    on(rows, "pointercancel", () => (this.pressed = undefined));
+    on(rows, "click", () => getSelection().isCollapsed && this.focus());
+    rows.addEventListener("wheel", event => this.wheel(event), {passive: false});
+  }
+
+  focus() {
+    this.keys.focus({preventScroll: true});
+  }
+
+  get isShown() {
+    return !this.root.hidden && !$("terminal").hidden && !document.hidden;
+  }
+
+  // Size
+
+  setFont(size) {
+    if (size === this.fontSize) return;
+    this.fontSize = size;
+    this.cellHeight = Math.round(size * 1.32);
+    this.rows.style.font = `${size}px/${this.cellHeight}px var(--mono)`;
+    const probe = h("span", {class: "probe"}, "0".repeat(100));
+    this.rows.append(probe);
+    this.cellWidth = probe.getBoundingClientRect().width / 100 || size * 0.6;
+    probe.remove();
+    if (size === FONT_SIZE) this.usual = {width: this.cellWidth, height: this.cellHeight};
+  }
+
+  // Return how large a terminal fits into the window.
+  fitting() {
+    const {clientWidth, clientHeight} = this.box;
+    const limit = n => Math.min(1000, Math.max(2, Math.floor(n)));
+    return {rows: limit((clientHeight - 12) / this.usual.height),
+      cols: limit((clientWidth - 16) / this.usual.width)};
+  }
+
+  // Take over the size of the window if the terminal has ours, or scale it.
+  fit(takesOver = false) {
+    if (!this.isShown) return;
+    const {session} = this;
+    const size = this.fitting();
+    const isOurs = takesOver || session.isSizedHere;
+    const isNew = size.rows !== session.size.rows || size.cols !== session.size.cols;
+    clearTimeout(this.resizing);
+    if (takesOver && may("write")) session.resize(size);
+    else if (isOurs && isNew)
+      this.resizing = setTimeout(() => session.resize(size), 100);
+    const share = Math.min(1, size.cols / session.size.cols);
+    this.setFont(isOurs ? FONT_SIZE :
+      Math.max(MIN_FONT_SIZE, Math.floor(FONT_SIZE * share * 2) / 2));
+    this.schedule();
+  }
+
+  // Drawing
+
+  changed() {
+    const {session} = this;
+    const said = [terminalName(session), session.isOver, session.isSizedHere,
+      session.isAway].join();
+    if (said !== this.said) touch("terminal");
+    this.said = said;
+    this.schedule();
+  }
+
+  schedule() {
+    if (this.isScheduled) return;
+    this.isScheduled = true;
+    requestAnimationFrame(() => {
+      this.isScheduled = false;
+      this.draw();
+    });
+  }
+
+  draw() {
+    if (!this.isShown || this.pressed === "select") return;
+    const {emulator, size} = this.session;
+    if (this.drawnSize !== `${size.rows} ${size.cols}`) {
+      this.drawnSize = `${size.rows} ${size.cols}`;
+      this.fit();
+    }
+    if (emulator.modes.synchronized) {
+      this.heldSince ??= Date.now();
+      if (Date.now() - this.heldSince < HOLD) {
+        setTimeout(() => this.schedule(), HOLD / 3);
+        return;
+      }
+    }
+    this.heldSince = undefined;
+    this.drawRows();
+    this.drawCursor();
+    this.tail.follow();
+    if (this.bells !== emulator.bells) {
+      if (this.bells !== undefined) this.flash();
+      this.bells = emulator.bells;
+    }
+    clearTimeout(this.pausing);
+    this.pausing = setTimeout(() => this.paused(), PAUSE);
+  }
+
+  drawRows() {
+    const {page, epoch} = this.session.emulator;
+    const base = page.dropped + page.base;
+    if (epoch !== this.epoch || base - this.base > DRAW_AT_MOST || base < this.base) {
+      fill(this.lines);
+      this.first = this.base = base;
+      this.read = Math.min(this.read, base);
+      this.epoch = epoch;
+    }
+    for (; this.first < page.dropped; this.first += 1) this.lines.firstChild?.remove();
+    // What was on the screen when it was last drawn may have changed.
+    const from = Math.max(this.first, Math.min(this.base, base));
+    let place = this.lines.children[from - this.first] || null;
+    for (let n = from - page.dropped; n < page.rows.length; n += 1) {
+      const div = this.rowOf(page.rows[n]);
+      if (div === place) place = place.nextSibling;
+      else this.lines.insertBefore(div, place);
+    }
+    while (place) {
+      const next = place.nextSibling;
+      place.remove();
+      place = next;
+    }
+    this.base = base;
+  }
+
+  // Return the element of a row, drawn anew if it has changed.
+  rowOf(row) {
+    let div = this.divs.get(row);
+    if (!div) this.divs.set(row, (div = h("div")));
+    if (div.changes !== row.changes) drawRow(div, row);
+    div.changes = row.changes;
+    div.goesOn = row.goesOn;
+    return div;
+  }
+
+  drawCursor() {
+    const {emulator, isOver} = this.session;
+    const {page, modes} = emulator;
+    const x = Math.min(page.x, emulator.columns - 1) * this.cellWidth;
+    const y = (this.base - this.first + page.y) * this.cellHeight;
+    for (const element of [this.cursor, this.keys])
+      element.style.transform = `translate(${x}px, ${y}px)`;
+    this.cursor.style.width = `${this.cellWidth}px`;
+    this.cursor.style.height = this.keys.style.height = `${this.cellHeight}px`;
+    this.cursor.hidden = !modes.showsCursor || isOver;
+    this.lines.style.width = `${emulator.columns * this.cellWidth}px`;
+  }
+
+  // Output pauses: add the rows that scrolled out, and read out what is new.
+  paused() {
+    const {page, isAlternate} = this.session.emulator;
+    const rows = page.rows.slice(0, this.first - page.dropped).slice(-DRAW_AT_MOST);
+    if (rows.length) {
+      const before = this.box.scrollHeight;
+      this.lines.prepend(...rows.map(row => this.rowOf(row)));
+      this.first -= rows.length;
+      this.drawCursor();
+      if (!this.tail.follows)
+        this.box.scrollTop += this.box.scrollHeight - before;
+      this.tail.follow();
+      this.pausing = setTimeout(() => this.paused(), 16);
+    }
+    const last = page.dropped + page.base + page.y;
+    const from = isAlternate ? last : Math.max(this.read, last - MAX_NEWS);
+    const news = page.rows.slice(from - page.dropped, last - page.dropped + 1)
+      .map(row => row.text).filter(Boolean).join("\n");
+    setText(this.news, news);
+    this.read = isAlternate ? 0 : last;
+  }
+
+  flash() {
+    this.root.classList.add("bell");
+    setTimeout(() => this.root.classList.remove("bell"), 150);
+  }
+
+  // Typing
+
+  send(text) {
+    this.tail.resume();
+    if (text && !(may("write") && this.session.type(text))) this.flash();
+  }
+
+  // Send typed characters; the Ctrl of the row of keys applies to the first one.
+  text(text) {
+    if (!text) return;
+    const [first] = text;
+    if (takeControl() && /[@-~ ]/.test(first))
+      text = String.fromCharCode(first.toUpperCase().charCodeAt(0) & 31) +
+        text.slice(1);
+    this.send(text.replace(/\n/g, "\r"));
+  }
+
+  key(event) {
+    const {key, ctrlKey, shiftKey} = event;
+    if (key === "F6" && ctrlKey) { // leaves the terminal
+      event.preventDefault();
+      $("terminal-tabs").querySelector("a[aria-current]").focus();
+      return;
+    }
+    const isLetter = letter => ctrlKey && key.toLowerCase() === letter;
+    const hasSelection = !getSelection().isCollapsed;
+    if (isLetter("c") && (shiftKey || (hasSelection && event.target !== this.keys))) {
+      if (shiftKey) {
+        event.preventDefault();
+        document.execCommand("copy");
+      }
+      return;
+    }
+    // The browser pastes.
+    if ((isLetter("v") && shiftKey) || (key === "Insert" && shiftKey)) {
+      this.focus();
+      return;
+    }
+    const sequence = keySequence(event, this.session.emulator.modes, isMac);
+    if (sequence === null) {
+      if ([...key].length === 1 && !event.metaKey) this.focus(); // its text goes there
+      return;
+    }
+    event.preventDefault();
+    event.stopPropagation();
+    takeControl();
+    this.send(sequence);
+  }
+
+  input(event) {
+    if (event.isComposing || event.inputType === "insertFromPaste") return;
+    event.preventDefault();
+    if (event.inputType === "deleteContentBackward") this.send("\x7f");
+    else if (/insert(LineBreak|Paragraph)/.test(event.inputType)) this.send("\r");
+    else this.text(event.data);
+  }
+
+  async paste(text) {
+    const {modes} = this.session.emulator;
+    const count = text.split(/\r\n|\r|\n/).length;
+    if (count > 1 && !modes.bracketedPaste) {
+      const shown = text.trim().split(/\r\n|\r|\n/).slice(0, 8).join("\n");
+      const yes = await confirmed(`Paste ${plural(count, "line")}?`,
+        `The program there may run each of them at once:\n${shown}`, "Paste");
+      this.focus();
+      if (!yes) return;
+    }
+    if (text) this.send(pasteSequence(text, modes));
+  }
+
+  // Copy a line that was broken at the edge as one.
+  copy(event) {
+    const selection = getSelection();
+    if (selection.isCollapsed || event.target === this.keys) return;
+    const range = selection.getRangeAt(0);
+    const lines = [...this.lines.children].filter(div => range.intersectsNode(div));
+    if (lines.length < 2) return;
+    const text = lines.map((div, n) => {
+      const part = range.cloneRange();
+      if (n > 0) part.setStartBefore(div);
+      if (n < lines.length - 1) part.setEndAfter(div);
+      return (n > 0 && !div.goesOn ? "\n" : "") + part.toString();
+    }).join("");
+    event.clipboardData.setData("text/plain", text);
+    event.preventDefault();
+  }
+
+  focused(isFocused) {
+    this.root.classList.toggle("focused", isFocused);
+    if (this.session.emulator.modes.focus && may("write") && this.session.holds)
+      this.session.type(isFocused ? "\x1b[I" : "\x1b[O");
+  }
+
+  // Mouse
+
+  mouse(event, details) {
+    const {emulator} = this.session;
+    const {left, top} = this.lines.getBoundingClientRect();
+    const limit = (n, size) => Math.min(size - 1, Math.max(0, Math.floor(n)));
+    const x = limit((event.clientX - left) / this.cellWidth, emulator.columns);
+    const y = limit((event.clientY - top) / this.cellHeight - this.base + this.first,
+      emulator.height);
+    const modifiers = 4 * event.shiftKey + 8 * event.altKey + 16 * event.ctrlKey;
+    return mouseSequence({...details, x, y, modifiers}, emulator.modes);
+  }
+
+  // Shift selects text even where a program uses the mouse.
+  pointer(event) {
+    const {type, button, buttons, shiftKey, pointerType} = event;
+    const isDown = type === "pointerdown";
+    if (isDown && button === 0) this.pressed = "select";
+    if (type === "pointerup" && this.pressed === "select") {
+      this.pressed = undefined;
+      this.schedule();
+    }
+    if (pointerType !== "mouse" || shiftKey || !this.session.emulator.modes.mouse) return;
+    this.pressed = undefined;
+    const isMove = type === "pointermove";
+    const moved = buttons & 1 ? 0 : buttons & 4 ? 1 : buttons & 2 ? 2 : 3;
+    const sequence = this.mouse(event, {button: isMove ? moved : button, isMove,
+      isUp: type === "pointerup"});
+    if (isDown) {
+      event.preventDefault();
+      this.focus();
+      this.rows.setPointerCapture(event.pointerId);
+    }
+    if (!sequence || sequence === this.lastMouse) return;
+    this.lastMouse = sequence;
+    this.send(sequence);
+  }
+
+  wheel(event) {
+    const {emulator} = this.session;
+    if (event.shiftKey || !event.deltaY) return;
+    if (!emulator.modes.mouse && !emulator.isAlternate) return;
+    event.preventDefault();
+    const unit = event.deltaMode ? 1 : this.cellHeight;
+    this.turned = (this.turned || 0) + event.deltaY / unit;
+    const steps = Math.trunc(this.turned);
+    this.turned -= steps;
+    const isUp = steps < 0;
+    const sequence = emulator.modes.mouse
+      ? this.mouse(event, {button: isUp ? 64 : 65})
+      : `\x1b${emulator.modes.cursorKeys ? "O" : "["}${isUp ? "A" : "B"}`;
+    if (steps && sequence) this.send(sequence.repeat(Math.min(9, Math.abs(steps))));
+  }
+
+  // Close the tab; the terminal goes on.
+  leave() {
+    this.observer.disconnect();
+    this.session.leave();
+    clearTimeout(this.pausing);
+    this.root.remove();
+  }
+}
+
+const terminalViews = new Map(); // job id → TerminalView, in the order of the tabs
+const toStart = new Map(); // job id → id of the node
+
+function openTerminal({nodeId}) {
+  const id = newId();
+  toStart.set(id, nodeId);
+  go(terminalPath(id));
+}
+
+const shownTerminal = () =>
+  state.route.page === "terminal" ? terminalViews.get(state.route.id) : undefined;
+
+// Make the view that the route names.
+async function makeTerminal(id) {
+  const view = new TerminalView(id);
+  terminalViews.set(id, view);
+  const node = toStart.get(id);
+  toStart.delete(id);
+  if (!matchMedia("(pointer:coarse)").matches) view.focus();
+  if (node) {
+    await view.session.start(node);
+    return;
+  }
+  await view.session.follow();
+  // The size of whoever came last; never that of a hidden tab.
+  if (!view.session.isOver) view.fit(true);
+}
+
+function closeTerminal(id) {
+  const view = terminalViews.get(id);
+  const goesOn = !view.session.isOver;
+  view.leave();
+  terminalViews.delete(id);
+  if (goesOn)
+    showToast("The terminal goes on. ", h("a", {href: terminalPath(id)}, "Open it again"));
+  if (state.route.id === id) {
+    const next = [...terminalViews.keys()].at(-1);
+    go(next ? terminalPath(next) : `${ROOT}/terminal/`, true);
+  } else touch("terminal");
+}
+
+async function endTerminal() {
+  const view = shownTerminal();
+  const text = "The shell and what runs in it end.";
+  if (view && (await confirmed("End this terminal?", text, "End it")))
+    stopJob(view.id);
+  view?.focus();
+}
+
+const terminalName = ({job, emulator}) =>
+  dotted(job?.nodeName, emulator.title.slice(0, 60)) || "Terminal";
+
+let lastView; // that was shown
+
+function drawTerminal() {
+  if (state.route.page !== "terminal" || !state.wasUp) return;
+  const {id} = state.route;
+  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
+  for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
+  const view = terminalViews.get(id);
+  $("terminal-home").hidden = Boolean(id);
+  $("terminal-title").classList.toggle("unseen", Boolean(id));
+  for (const name of ["terminal-views", "terminal-bar"]) $(name).hidden = !id;
+  if (!id) drawTerminalHome();
+  const tabs = [...terminalViews.values()].map(({session}) =>
+    [session.id, terminalName(session), session.isOver]);
+  fillIfChanged($("terminal-tabs"), [id, ...tabs], () => tabs.map(drawTab));
+  drawTerminalNote(view?.session);
+  if (!view) return;
+  $("terminal-end").hidden = view.session.isOver || !may("write");
+  $("terminal-new").hidden = !view.session.job || !may("write");
+  if (view !== lastView) view.fit();
+  lastView = view;
+}
+
+function drawTab([id, name, isOver]) {
+  const isCurrent = id === state.route.id;
+  const close = iconButton("close", `Close ${name}`, () => closeTerminal(id));
+  return h("li", {"data-key": id, class: isOver ? "over" : null},
+    h("a", {href: terminalPath(id), "aria-current": isCurrent ? "page" : null}, name),
+    close);
+}
+
+function drawTerminalHome() {
+  const jobs = state.running.filter(job => job.work === TERMINAL);
+  fillIfChanged($("terminal-open"), jobs.map(job => [job.id, job.nodeName, job.askedAt]),
+    all => all.map(([jobId, name, askedAt]) =>
+      h("li", h("a", {class: "name", href: terminalPath(jobId)}, name),
+        h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));
+  $("terminal-open-head").hidden = !jobs.length;
+  const nodes = inOrder(state.nodes).filter(node => node.connected);
+  fillIfChanged($("terminal-nodes"), may("write") ? nodes.map(n => n.nodeId) : [], () =>
+    nodes.map(node => h("li", h("span", {class: "name"}, node.displayName),
+      button("Open", () => openTerminal(node), "button small"))));
+}
+
+// Return what is said above a terminal, and a button.
+function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
+  if (problem) return [problem];
+  if (!job) return ["Opening…"];
+  const again = may("write") && ["New terminal", () => openTerminal(job)];
+  if (isOver)
+    return [`${capitalized(job.words)}. The last screen stays here.`, again];
+  if (isAway) {
+    const seconds = Math.round((job.awayMs || 0) / 1000);
+    const name = state.link === "up" ? job.nodeName : "the gateway";
+    const since = seconds ? ` (${formatDuration(seconds)})` : "";
+    return [`Waiting for ${name} to come back${since}. What you type is kept.`];
+  }
+  if (!may("write")) return ["You can only watch: your key lacks operator.write."];
+  if (isSizedHere) return [];
+  const name = job.people?.find(person => person.sizes)?.name || "another window";
+  return [`It has the size of ${name}: ${size.cols} × ${size.rows}.`,
+    ["Use this window’s size", () => shownTerminal().fit(true)]];
+}
+
+let noteTimer; // what is over in a moment is not said
+
+function drawTerminalNote(session) {
+  const [text = "", act] = session ? terminalNote(session) : [];
+  const names = (session?.job?.people || []).map(person => person.name);
+  setText($("terminal-people"), names.length > 1 ? `In it: ${names.join(", ")}` : "");
+  clearTimeout(noteTimer);
+  noteTimer = setTimeout(() => {
+    $("terminal-note").hidden = !text;
+    setText($("terminal-note-text"), text);
+    $("terminal-act").hidden = !act;
+    if (!act) return;
+    setText($("terminal-act"), act[0]);
+    listen($("terminal-act"), "click", act[1]);
+  }, text ? 300 : 0);
+}
+
+// The row of keys: those that a phone lacks, or that browsers keep for themselves.
+const KEYS = [["Esc", "\x1b"], ["Tab", "\t"], ["Ctrl"], ["←", "ArrowLeft"],
+  ["↓", "ArrowDown"], ["↑", "ArrowUp"], ["→", "ArrowRight"], ["|", "|"], ["/", "/"],
+  ["~", "~"], ["-", "-"], ["^C", "\x03"], ["^W", "\x17"]];
+
+// Whether Ctrl was pressed in the row of keys; it applies once.
+function takeControl() {
+  const control = $("terminal-keys").querySelector("[aria-pressed]");
+  const isPressed = control.getAttribute("aria-pressed") === "true";
+  control.setAttribute("aria-pressed", "false");
+  return isPressed;
+}
+
+function pressKey(name, sends) {
+  const view = shownTerminal();
+  if (!view) return;
+  if (sends in ARROWS) {
+    const ctrlKey = takeControl();
+    const event = {key: sends, ctrlKey, altKey: false, shiftKey: false};
+    view.send(keySequence(event, view.session.emulator.modes, isMac));
+  } else if (sends.length > 1 || sends < " ") {
+    takeControl();
+    view.send(sends);
+  } else view.text(sends);
+}
+
+function makeKeys() {
+  fill($("terminal-keys"), KEYS.map(([name, sends]) => {
+    const key = h("button", {class: "key", type: "button", onclick() {
+      if (sends) pressKey(name, sends);
+      else key.setAttribute("aria-pressed", String(!takeControl()));
+    }}, name);
+    if (!sends) key.setAttribute("aria-pressed", "false");
+    // The focus stays where it is, and with it the keyboard of a phone.
+    on(key, "pointerdown", event => event.preventDefault());
+    return key;
+  }));
+}
+
+function showKeys() {
+  const shows = $("terminal").classList.toggle("with-keys");
+  $("terminal-more").setAttribute("aria-pressed", String(shows));
+  shownTerminal()?.focus();
+}
+
+// Leaving by a key that a program was meant to get (Ctrl+W) asks first.
+function askToLeave(event) {
+  const session = shownTerminal()?.session;
+  if (session?.job && !session.isOver && session.holds) event.preventDefault();
+}
+
 // == sign-in ==
 
 async function signIn(key) {
@@ -29241,6 +30302,11 @@ const CLICKS = {
   "node-rename": renameNode,
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
+  "node-term": () => openTerminal(routeNode()),
+  "chat-term": () => openTerminal(sessionNode(currentSession())),
+  "terminal-new": () => openTerminal(shownTerminal().session.job),
+  "terminal-end": endTerminal,
+  "terminal-more": showKeys,
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -29271,6 +30337,8 @@ function start() {
   watch("nodes devices link", drawToken);
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
+  watch("route nodes running jobs link terminal", drawTerminal);
+  watch("terminal", drawTitle);
   watch("providers", drawProviders);
   watch("storage", drawStorage);
   watch("keys logins", drawAccess);
@@ -29296,6 +30364,10 @@ function start() {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
   });
   on(window, "popstate", applyAddress);
+  on(window, "beforeunload", askToLeave);
+  on(document, "visibilitychange", () => shownTerminal()?.fit());
+  onClickCopy($("terminal-link"), () => location.href);
+  makeKeys();
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
