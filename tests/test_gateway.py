@@ -728,6 +728,7 @@ class Client:
         auth = {"api_key": key or gateway.api_key}
         answer = self.peer.request("connect", {"role": "operator", "auth": auth})
         assert answer["ok"], answer
+        self.hello = answer["payload"]
         self.logs, self.starts = {}, {}  # bytes, and the first offset, by job
         self.events = []  # names and payloads
         self.order = []  # "answer", "log", and names of events, as they came
@@ -1545,3 +1546,50 @@ def test_an_administrator_s_command_runs_beside_those_who_take_all_they_can(
         assert audience.backlog(made["keyId"]) <= moltis.MAX_KEY_OUTBOX
         for running in (job_id, sleep_id):
             admin.call("job.cancel", id=running)
+
+
+# -- what each scope may call --------------------------------------------------
+
+METHODS_OF = {
+    "operator.read": """
+        node.list node.describe telemetry.history job.follow job.unfollow job.ack
+        job.read job.wait job.list sessions.list sessions.resolve sessions.storage
+        chat.history exec.approval.list models.list models.providers
+        subscribe unsubscribe
+        """,
+    "operator.write": """
+        node.rename node.invoke job.start job.cancel job.resize sessions.create
+        sessions.patch sessions.reset sessions.delete nodes.set_session chat.send
+        chat.abort
+        """,
+    "operator.approvals": "exec.approval.resolve",
+    "operator.pairing": """
+        device.token.create device.token.rotate device.token.revoke device.pair.list
+        """,
+    "operator.admin": """
+        models.configure models.remove keys.list keys.create keys.revoke logins.list
+        logins.revoke audit.list audit.export
+        """,
+}
+INCLUDED = {  # what a scope may call besides its own methods
+    "operator.write": ("operator.read",),
+    "operator.admin": tuple(METHODS_OF),
+}
+
+
+@pytest.mark.parametrize("scope", METHODS_OF)
+def test_a_key_calls_the_methods_of_its_scope_and_no_other(gateway, scope):
+    """FAULTS, siblings of D9. Of every method that there is."""
+    key = gateway.call("keys.create", name=scope, scopes=[scope])["key"]
+    allowed = set()
+    for own in (scope, *INCLUDED.get(scope, ())):
+        allowed |= set(METHODS_OF[own].split())
+    with Client(gateway, key) as client:
+        methods = set(client.hello["features"]["methods"]) - {"auth.scram", "jobs"}
+        assert methods == set(" ".join(METHODS_OF.values()).split())
+        answers = {
+            method: client.peer.request(method, {"id": "x"})
+            for method in sorted(methods)
+        }
+    codes = {m: a.get("error", {}).get("code") for m, a in answers.items()}
+    assert {m for m, code in codes.items() if code != "FORBIDDEN"} == allowed
