@@ -6036,6 +6036,15 @@ class FilePlaces:
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         return descend(descriptor, [] if rest == "." else rest.split("/"))
 
+    def open_parent(self, path: str) -> tuple[int, str]:
+        """Return a descriptor of a directory, and the name of `path` in it.
+
+        Raises OSError.
+        """
+        if path in ("/", *self._below):  # what is above may not be looked at
+            return self.open_directory(path), "."
+        return self.open_directory(os.path.dirname(path)), os.path.basename(path)
+
     @property
     def follows_links(self) -> bool:
         """Whether a typed path may end with a link."""
@@ -6136,9 +6145,44 @@ class FileSource:
         return found
 
     def _expanded(self, pattern: str) -> list[str]:
-        import glob
+        """Return the paths that an absolute pattern means; itself if there are none.
 
-        return sorted(glob.glob(pattern)) or [pattern]
+        Not with `glob`, which looks behind links.
+        """
+        found = [""]
+        for part in pattern.split("/")[1:]:
+            if not re.search(r"[*?[]", part):
+                found = [f"{path}/{part}" for path in found]
+                continue
+            found = [
+                f"{path}/{name}" for path in found for name in self._names(path, part)
+            ]
+        return sorted(path for path in found if self._exists(path)) or [pattern]
+
+    def _names(self, directory: str, pattern: str) -> list[str]:
+        import fnmatch
+
+        try:
+            descriptor = self._places.open_directory(directory or "/")
+        except OSError:
+            return []
+        try:
+            names = os.listdir(descriptor)
+        finally:
+            os.close(descriptor)
+        hidden = pattern.startswith(".")
+        return [
+            name
+            for name in fnmatch.filter(names, pattern)
+            if hidden or not name.startswith(".")
+        ]
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self._stat(path, follow=False)
+        except OSError:
+            return False
+        return True
 
     def _problem(self, path: str) -> RpcError | None:
         try:
@@ -6154,26 +6198,30 @@ class FileSource:
         return None
 
     def _size(self, path: str) -> int:
-        if not os.path.isdir(path):
-            return os.stat(path).st_size if os.path.exists(path) else 0
+        try:
+            facts = self._stat(path)
+            if not stat.S_ISDIR(facts.st_mode):
+                return facts.st_size
+            top = self._places.open_directory(path)
+        except OSError:
+            return 0
         total = 0
-        for directory, _, names in os.walk(path):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += os.lstat(os.path.join(directory, name)).st_size
+        try:
+            for _, _, names, directory in os.fwalk(".", dir_fd=top):
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                        total += facts.st_size
+        finally:
+            os.close(top)
         return total
 
-    def _stat(self, path: str) -> os.stat_result:
+    def _stat(self, path: str, *, follow: bool = True) -> os.stat_result:
         """Raises OSError."""
-        if path == "/":
-            return os.stat(path)
-        parent = self._places.open_directory(os.path.dirname(path))
+        parent, name = self._places.open_parent(path)
         try:
-            return os.stat(
-                os.path.basename(path),
-                dir_fd=parent,
-                follow_symlinks=self._places.follows_links,
-            )
+            follow = follow and self._places.follows_links
+            return os.stat(name, dir_fd=parent, follow_symlinks=follow)
         finally:
             os.close(parent)
 
@@ -6181,11 +6229,11 @@ class FileSource:
         for path in self._paths:
             name = os.path.basename(path) or "root"
             try:
-                parent = self._places.open_directory(os.path.dirname(path))
+                parent, entry = self._places.open_parent(path)
             except OSError as error:
                 self._note(file_problem(path, error))
                 continue
-            yield from self._tree(parent, os.path.basename(path) or "/", name)
+            yield from self._tree(parent, entry, name)
 
     def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
         """Yield one file or directory, with all below it; `parent` is closed."""
@@ -6358,16 +6406,19 @@ class Member(Value):
 def _pax_fields(data: bytes) -> dict[str, str]:
     """Return the records `LENGTH NAME=VALUE\\n` of an extended header."""
     fields: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length, space, _ = data[:20].partition(b" ")
-        if not (space and length.isdigit() and 0 < int(length) <= len(data)):
+    data = data.rstrip(b"\0")
+    start = 0
+    while start < len(data):
+        length, space, _ = data[start : start + 20].partition(b" ")
+        # At least `N =` and a new line.
+        if not (space and length.isdigit() and 4 <= int(length) <= len(data) - start):
             raise _not_an_archive("an extended header has no length")
-        record = data[len(length) + 1 : int(length) - 1]
+        record = data[start + len(length) + 1 : start + int(length) - 1]
+        start += int(length)
         name, _, value = record.partition(b"=")
         fields[name.decode("utf-8", "replace")] = value.decode(
             "utf-8", "surrogateescape"
         )
-        data = data[int(length) :]
     return fields
 
 
@@ -11341,6 +11392,20 @@ MIGRATIONS: Mapping[int, str] = {
     );
     ALTER TABLE sessions ADD COLUMN explained INTEGER NOT NULL DEFAULT 0;
     """,
+    9: """
+    CREATE TABLE former_ids (                -- of devices that have another id now
+        node_id TEXT PRIMARY KEY,
+        device_id TEXT NOT NULL REFERENCES devices(id) ON DELETE CASCADE
+    );
+    -- A device may come with a new id each time: its 16 newest are kept.
+    CREATE TRIGGER remember_id AFTER UPDATE OF node_id ON devices
+        WHEN old.node_id <> new.node_id BEGIN
+        INSERT OR REPLACE INTO former_ids VALUES (old.node_id, old.id);
+        DELETE FROM former_ids WHERE device_id = old.id AND rowid NOT IN (
+            SELECT rowid FROM former_ids WHERE device_id = old.id
+            ORDER BY rowid DESC LIMIT 16);
+    END;
+    """,
 }
 
 
@@ -12043,6 +12108,11 @@ class DevicesTable(Table):
 
     name = "devices"
     CURRENT = "revoked_at IS NULL AND ifnull(expires_at, :now) >= :now"
+    IS_FREE = (  # a node id, or it is the device's own
+        "NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id AND id <> :id"
+        " UNION SELECT 1 FROM former_ids WHERE node_id = :client_id"
+        " AND device_id <> :id)"
+    )
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
@@ -12097,12 +12167,25 @@ class DevicesTable(Table):
                 return f"{row['node_id']} is the id of another machine"
             if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
                 return f"the id of another machine, {row['node_id']}, begins with it"
+        for gone in self.gone_ids(but=but):
+            node_id = gone.casefold()
+            if node_id == key or (
+                len(key) >= MIN_ID_PREFIX and node_id.startswith(key)
+            ):
+                return f"{gone} was the id of another machine"
         return ""
 
-    def is_revoked(self, node_id: str) -> bool:
-        """Return whether a device whose token was revoked had this node id."""
-        sql = "SELECT 1 FROM devices WHERE node_id = ? AND revoked_at IS NOT NULL"
-        return self._db.row(sql, (node_id,)) is not None
+    def gone_ids(self, *, but: str) -> list[str]:
+        """Return the node ids that devices other than `but` had once.
+
+        Sessions and scripts may still name them: nothing else may answer to them.
+        """
+        sql = (
+            "SELECT node_id FROM devices WHERE id <> :but AND revoked_at IS NOT NULL"
+            " AND node_id IS NOT NULL"
+            " UNION SELECT node_id FROM former_ids WHERE device_id <> :but"
+        )
+        return [row["node_id"] for row in self._db.rows(sql, {"but": but})]
 
     def names(self) -> NodeNames:
         """Return the names of all nodes; they are read again after a change only."""
@@ -12121,8 +12204,8 @@ class DevicesTable(Table):
         """Record the id and the description that a node sends when it connects.
 
         Empty texts, and the name of a node that an operator has renamed, change
-        nothing.  Return False, and record nothing, if the id belongs to another device,
-        though that is revoked, or if the device is revoked or expired.
+        nothing.  Return False, and record nothing, if the id is or was that of another
+        device, though that is revoked, or if the device is revoked or expired.
         """
         changed = self._db.write(
             "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
@@ -12133,8 +12216,7 @@ class DevicesTable(Table):
             " capabilities = :capabilities, commands = :commands,"
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
-            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
-            "   AND id <> :id)",
+            f" AND {self.IS_FREE}",
             {
                 **params.__dict__,
                 "capabilities": to_json(params.capabilities),
@@ -12165,9 +12247,15 @@ class DevicesTable(Table):
         credential: Credential,
         expires_at: int | None = None,
     ) -> bool:
-        """Replace the device's credential; False: no such device."""
-        expiry = {} if expires_at is None else {"expires_at": expires_at}
-        return self._replace(device_id, **credential.__dict__, **expiry)
+        """Replace the device's credential; False: no such device.
+
+        One that shall connect until `expires_at` must never have done so before.
+        """
+        where: JsonObject = {"id": device_id, "revoked_at": None}
+        changes: JsonObject = {**credential.__dict__}
+        if expires_at is not None:
+            where["node_id"], changes["expires_at"] = None, expires_at
+        return self._change(where, **changes)
 
     def revoke(self, device_id: str, now: int) -> bool:
         """Revoke the device's token; False: no such device."""
@@ -13733,8 +13821,12 @@ class Fleet:
             return
         # References that people and sessions keep must not reach another machine.
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
-        if not problem and self._devices.is_revoked(node_id):
-            problem = "that id had a token that was revoked"
+        for gone in [] if problem else self._devices.gone_ids(but=device.id):
+            # The beginning of an id will do, and an id that is gone is one of this.
+            if len(gone) >= MIN_ID_PREFIX and node_id.casefold().startswith(
+                gone.casefold()
+            ):
+                problem = f"{gone} was the id of another machine"
         if problem:
             raise RpcError(
                 "CONFLICT",
@@ -18533,6 +18625,7 @@ class AccessMethods:
         self._audit = audit
         self._audience = audience
         self._on_key_revoked = on_key_revoked
+        self._revoked: dict[str, str] = {}  # by whom, by key id; in this life
 
     def keys(self) -> list[JsonObject]:
         return list(map(_key_view, self._access.operators.keys()))
@@ -18543,8 +18636,20 @@ class AccessMethods:
 
     def revoke_key(self, key_id: str, by: Caller) -> None:
         self._access.operators.revoke_key(key_id, by=by)
+        self._revoked[key_id] = by.name
         self._audience.hang_up(lambda caller: caller.id == key_id)
         self._on_key_revoked(key_id, by.name)
+
+    def require_current(self, caller: Caller) -> None:
+        """Raises RpcError UNAUTHORIZED if the caller's key was revoked meanwhile."""
+        if caller.id in self._revoked:
+            raise RpcError("UNAUTHORIZED", "this operator key was revoked")
+
+    def end_of_call(self, caller: Caller) -> None:
+        """End what a call began while the caller's key was revoked."""
+        by = self._revoked.get(caller.id)
+        if by is not None:
+            self._on_key_revoked(caller.id, by)
 
     def logins(self, caller: Caller) -> list[JsonObject]:
         keys = self._access.operators.keys()
@@ -18655,6 +18760,7 @@ class Rpc:
     ) -> None:
         self._door = door
         self._shares = shares
+        self._access = access
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -18844,7 +18950,11 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        payload = self._within_share(name, method, RpcCall(caller, params, peer))
+        self._access.require_current(caller)
+        try:
+            payload = self._within_share(name, method, RpcCall(caller, params, peer))
+        finally:
+            self._access.end_of_call(caller)
         if name in AUDITED:
             event, describe = AUDITED[name]
             subject = clip(describe(params), 200)

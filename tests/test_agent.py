@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 
 import pytest
 from machines import Machines
-from support import wait_for, wait_in_shell
+from support import at_once, wait_for, wait_in_shell
 
 import moltis
 from moltis import (
@@ -774,6 +775,23 @@ def test_a_question_is_answered_once():
     chat.on_ask = answer_twice
     planned = PlannedCommand("i", "local", "Local", "true")
     assert approvals.ask(chat, planned, Cancellation()) == Verdict(True, "anna")
+
+
+def test_of_several_answers_at_once_one_counts():
+    approvals, chat, answers = Approvals(), Conversation(), itertools.count()
+
+    def answer_by_many(planned):
+        def answer():
+            number = next(answers)
+            approvals.answer(planned.job_id, allowed=number % 2 == 0, by=str(number))
+            return Verdict(number % 2 == 0, str(number))
+
+        chat.counted = [e for e in at_once(answer) if isinstance(e, Verdict)]
+
+    chat.on_ask = answer_by_many
+    planned = PlannedCommand("i", "local", "Local", "true")
+    verdict = approvals.ask(chat, planned, Cancellation())
+    assert chat.counted == [verdict]
 
 
 def test_open_questions_are_listed_with_their_command_and_their_end():
