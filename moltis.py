@@ -18246,7 +18246,9 @@ class NodeMethods:
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
         with self._devices.naming:
             name = free_name(self._devices, display_name) if display_name else ""
-            device, token = self._access.devices.create_device(name, platform, by=by)
+            device, token = self._access.devices.create_device(
+                name, printable(platform), by=by
+            )
         return {
             "deviceToken": token,
             "deviceId": device.id,

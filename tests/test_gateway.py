@@ -11,7 +11,7 @@ import types
 import uuid
 
 import pytest
-from peers import InProcessGateway, rust_connect
+from peers import InProcessGateway, rust_connect, silent_node
 from support import wait_for, wait_in_shell
 
 import moltis
@@ -441,6 +441,16 @@ def test_revoking_drops_the_connection_and_refuses_the_next(gateway):
         with gateway.peer() as again:
             answer = again.request("connect", params)
             assert answer["error"]["code"] == "UNAUTHORIZED"
+
+
+def test_a_platform_is_a_short_text_whoever_names_it(gateway):
+    """FAULTS, a sibling of D13: a key for tokens names it as well."""
+    named = {"displayName": "long", "platform": "\x1b]0;x\x07" + "p" * 500_000}
+    with gateway.operator() as client:
+        client.call("device.token.create", named)
+        (pair,) = client.call("device.pair.list")
+    assert pair["platform"].startswith("]0;xppp")
+    assert len(pair["platform"]) <= 200
 
 
 def test_a_rotated_token_replaces_the_old_one(gateway):
@@ -1546,6 +1556,35 @@ def test_an_administrator_s_command_runs_beside_those_who_take_all_they_can(
         assert audience.backlog(made["keyId"]) <= moltis.MAX_KEY_OUTBOX
         for running in (job_id, sleep_id):
             admin.call("job.cancel", id=running)
+
+
+# -- a node that turned --------------------------------------------------------
+
+
+def test_a_node_reports_on_its_own_jobs_alone(gateway, client):
+    """Whatever ids it names: it has seen none of the others', and guessed them."""
+    with silent_node(gateway, "honest") as honest, gateway.peer() as hostile:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token("turned"), "turned", extensions=extensions)
+        job_id = client.start("honest", "id", keep=True)
+        params["extensions"]["moltis"].update(instance="i", jobs={job_id: 0})
+        hello = hostile.request("connect", params)["payload"]
+        assert hello["extensions"]["moltis"]["jobs"] == {}
+        ending = moltis.Ending("done", 0)
+        forged = moltis.encode_log_frame(1, b"forged") + moltis.encode_log_frame(
+            moltis.ENDING, moltis.to_json(ending).encode()
+        )
+        hostile.send(moltis.encode_job_data(moltis.LOG_DATA, job_id, 0, forged))
+        for name, field in (("job.place", "place"), ("job.input", "offset")):
+            event = {"id": job_id, field: 7, "resume": True}
+            hostile.send({"type": "event", "event": name, "payload": event})
+        result = {"invokeId": job_id, "result": {"stdout": "forged", "exitCode": 0}}
+        hostile.request("node.invoke.result", result)  # all before it is read
+        job = gateway.running.jobs.get(job_id)
+        assert (job.record.state, job.log.end, job.input_at) == ("running", 0, 0)
+        assert job.place != 7
+        honest.send(moltis.encode_job_data(moltis.LOG_DATA, job_id, 0, forged))
+        assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
 
 
 # -- what each scope may call --------------------------------------------------
