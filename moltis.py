@@ -16986,6 +16986,9 @@ class TurnQueue:
         waited = False
         while True:
             with self._lock:
+                if not self._waiting:  # also if the first was dropped before this
+                    self._thread = None
+                    return
                 turn = self._current = self._waiting.popleft()
             try:
                 self._take(turn, waited)
@@ -16997,10 +17000,6 @@ class TurnQueue:
                 idle = not self._waiting
             if idle:
                 self._on_idle()
-            with self._lock:
-                if not self._waiting:
-                    self._thread = None
-                    return
 
 
 class TurnChat(Conversation):

@@ -298,6 +298,7 @@ def test_the_terminal_says_what_goes_on_in_the_background(site, server):
 def test_a_model_lists_describes_and_selects_a_node_and_runs_a_command_there(
     site, server
 ):
+    """FAULTS D15, of the selection."""
     key = site.session("walk", approvals="all")
     server.turns += [
         calls(("nodes_list", {})),

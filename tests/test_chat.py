@@ -254,6 +254,20 @@ def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
     assert not gateway.call("chat.abort", sessionKey="main")["aborted"]
 
 
+def test_a_turn_that_is_stopped_before_it_begins_is_not_the_session_s_last():
+    """A thread that found nothing left to do died, and no other one began."""
+    taken = []
+    queue = moltis.TurnQueue("main", lambda turn, _: taken.append(turn), lambda: None)
+    run, turns = queue._run, [object(), object()]
+    queue._run = lambda: (queue.abort(), run())  # Stop is faster
+    queue.add(turns[0])
+    wait_for(lambda: queue._thread is None, 5, what="its thread to end")
+    queue._run = run
+    queue.add(turns[1])
+    wait_for(lambda: taken == turns[1:], 5, what="the next turn")
+    queue.close()
+
+
 def test_stopping_one_card_is_enough(gateway, chat):
     chat.send("sleep 100")
     gateway.call("job.cancel", id=chat.card()["jobId"])
