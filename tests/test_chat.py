@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import threading
+import types
 import urllib.error
 import urllib.request
 
@@ -258,7 +259,9 @@ def test_a_turn_that_is_stopped_before_it_begins_is_not_the_session_s_last():
     """A thread that found nothing left to do died, and no other one began."""
     taken = []
     queue = moltis.TurnQueue("main", lambda turn, _: taken.append(turn), lambda: None)
-    run, turns = queue._run, [object(), object()]
+    person = types.SimpleNamespace(id="key")
+    turns = [types.SimpleNamespace(asked_by=person) for _ in range(2)]
+    run = queue._run
     queue._run = lambda: (queue.abort(), run())  # Stop is faster
     queue.add(turns[0])
     wait_for(lambda: queue._thread is None, 5, what="its thread to end")

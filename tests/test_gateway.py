@@ -448,7 +448,7 @@ def test_a_platform_is_a_short_text_whoever_names_it(gateway):
     named = {"displayName": "long", "platform": "\x1b]0;x\x07" + "p" * 500_000}
     with gateway.operator() as client:
         client.call("device.token.create", named)
-        (pair,) = client.call("device.pair.list")
+        (pair,) = client.call("device.pair.list", {})
     assert pair["platform"].startswith("]0;xppp")
     assert len(pair["platform"]) <= 200
 
@@ -1597,7 +1597,7 @@ METHODS_OF = {
         subscribe unsubscribe
         """,
     "operator.write": """
-        node.rename node.invoke job.start job.cancel job.resize sessions.create
+        node.rename node.invoke job.start job.once job.cancel job.resize sessions.create
         sessions.patch sessions.reset sessions.delete nodes.set_session chat.send
         chat.abort
         """,
