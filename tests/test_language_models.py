@@ -243,7 +243,7 @@ class Responses:
 
     def check(self, headers, body):
         assert headers["Authorization"] == "Bearer k-secret"
-        allowed = {"model", "input", "stream", "store", "include", "tools"}
+        allowed = {"model", "input", "stream", "store", "include", "reasoning", "tools"}
         assert set(body) <= allowed
         assert (body["stream"], body["store"]) == (True, False)
         for item in body["input"]:
