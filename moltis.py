@@ -14307,6 +14307,7 @@ class Approvals:
         return [
             {
                 **asked.planned.to_json(),
+                "risks": command_risks(asked.planned.command),
                 "sessionKey": asked.chat.key,
                 "expiresAt": asked.expires_at,
             }
@@ -15884,7 +15885,7 @@ class TurnChat(Conversation):
         self._store.jobs.add(
             record.replace(
                 state=JobState.DENIED,
-                reason=verdict.reason or None,
+                reason=verdict.reason or f"by {verdict.by}",
                 ended_at=now_ms(),
                 spec=None,
             )
@@ -16048,7 +16049,9 @@ class Chats:
         # Stored before it is answered: what was accepted is not lost with us.
         run_id = new_id()
         message_id = session_log.add(
-            "user_message", "user", run_id, MessageState.QUEUED, text=text
+            *("user_message", "user", run_id, MessageState.QUEUED),
+            text=text,
+            details={"typed": True} if model.id == SHELL_ID else NOTHING,
         )
         turn = Turn(run_id, text, message_id, model, asked_by, Cancellation())
         waits = queue.add(turn)
@@ -18382,7 +18385,7 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
+PAGE_PATHS = ("/chat/", "/activity/", "/settings/")  # answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -19717,7 +19720,8 @@ WEB_HTML = r"""<!doctype html>
 
 <template id="chat-item"><li><a data-part="link">
 <span class="name" data-part="name"></span>
-<span class="detail" data-part="detail"></span></a>
+<span class="detail"><span class="dot" data-part="dot" hidden></span><span
+ data-part="detail"></span></span></a>
 <span class="tools"><button class="bare" data-part="rename" data-icon="pen"
  title="Rename"></button><button class="bare" data-part="remove" data-icon="bin"
  title="Delete"></button></span></li></template>
@@ -19732,33 +19736,44 @@ WEB_HTML = r"""<!doctype html>
 <button class="bare" data-part="copy" data-icon="copy" title="Copy answer"></button>
 </footer></article></template>
 
-<template id="command-card"><article class="turn command">
+<template id="command-card"><article class="turn command" tabindex="-1">
 <header>
-<span class="dot" data-part="dot"></span>
 <span class="where" data-part="where"></span>
+<span class="dot" data-part="dot"></span>
 <code class="line" data-part="line"></code>
-<button class="bare" data-part="copyLine" data-icon="copy"
- title="Copy command"></button>
+<span class="side" role="group" aria-label="Actions"><span class="tools">
+<span class="size" data-part="size"></span>
+<button class="tool" data-part="copyLine">Copy command</button>
+<button class="tool" data-part="copy">Copy output</button>
+<a class="tool" data-part="save" download>Download</a>
+<button class="tool" data-part="wrap">Wrap lines</button>
+<button class="tool" data-part="again">Run again…</button>
+<button class="tool" data-part="link">Copy link</button>
+</span></span>
+<span class="who" data-part="who"></span>
+<span class="verdict"><span class="word" data-part="word"></span>
+<span class="time" data-part="time"></span></span>
+<time class="clock" data-part="clock"></time>
+<button class="button small" data-part="stop" data-icon="stop">Stop</button>
 <button class="bare" data-part="fold" data-icon="down" title="Collapse output"
  aria-expanded="true"></button>
 </header>
 <div class="approval" data-part="approval" hidden></div>
+<p class="facts" data-part="facts" hidden></p>
 <div class="screen empty" data-part="screen" tabindex="0" role="region">
 <p class="cut" data-part="cut" hidden>Only the end is shown.
 <a data-part="whole" download>Download all of it</a></p>
 <div class="lines" data-part="lines"></div>
 </div>
-<footer>
-<span class="word" data-part="word"></span>
-<span data-part="time"></span>
-<span class="size" data-part="size"></span>
-<span class="tools">
-<button class="button small" data-part="stop" data-icon="stop">Stop</button>
-<button class="bare" data-part="copy" data-icon="copy" title="Copy output"></button>
-<a class="bare" data-part="save" data-icon="save" title="Download output" download></a>
-</span>
-</footer>
+<button class="button small latest" data-part="latest" data-icon="down"
+ hidden>Latest</button>
 </article></template>
+
+<template id="running-item"><li><a data-part="link">
+<span class="dot" data-part="dot"></span><code data-part="line"></code>
+<span class="detail" data-part="detail"></span></a>
+<button class="bare" data-part="stop" data-icon="stop" title="Stop"></button>
+</li></template>
 
 <template id="meter"><div class="meter">
 <dt data-part="label"></dt><dd data-part="value"></dd>
@@ -19816,6 +19831,12 @@ is also in a file on the gateway’s machine:</p>
 </div>
 <button id="new-chat" class="button wide"
  data-icon="plus">New chat</button>
+<a id="to-activity" href="/activity/" data-icon="list">Activity <span
+ id="running-count" class="count"></span></a>
+<ul id="running" aria-label="Running"></ul>
+<div id="notify-offer" hidden><p>Notify you of approvals, and when a long command
+ends?</p><button id="notify-yes" class="button small">Notify me</button>
+<button id="notify-no" class="button small">No</button></div>
 <input id="find-chat" type="search" placeholder="Search chats" aria-label="Search chats"
  hidden>
 <ul id="sessions" aria-label="Chats"></ul>
@@ -19824,7 +19845,6 @@ is also in a file on the gateway’s machine:</p>
 <ul aria-labelledby="settings-head">
 <li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
  id="node-count" class="count"></span></a></li>
-<li><a id="to-commands" href="/settings/commands" data-icon="list">Commands</a></li>
 <li><a id="to-models" href="/settings/models" data-icon="chip">Models</a></li>
 <li><a id="to-access" href="/settings/access" data-icon="key">Access</a></li>
 <li><button id="sign-out" class="bare" data-icon="out">Sign out</button>
@@ -19899,19 +19919,19 @@ is also in a file on the gateway’s machine:</p>
 </div>
 </section>
 
-<section id="commands" class="settings" aria-labelledby="commands-title" hidden>
-<header class="bar"><h1 id="commands-title">Commands</h1>
+<section id="activity" class="settings" aria-labelledby="activity-title" hidden>
+<header class="bar"><h1 id="activity-title">Activity</h1>
+<div class="filters"><input id="find-command" type="search"
+ placeholder="Search commands" aria-label="Search commands" autocomplete="off">
+<select id="filter-node" aria-label="Machine"></select>
+<select id="filter-state" aria-label="Result"></select>
 <a id="audit-save" class="bare" href="/api/audit.csv" download
- title="Download as CSV" aria-label="Download as CSV" data-icon="save"></a>
-<div class="filters"><label>Node <select id="filter-node"></select></label>
-<label>Result <select id="filter-state"></select></label></div></header>
-<div class="scroll" tabindex="0" role="region" aria-label="Command history">
-<table id="audit"><thead><tr><th scope="col">When</th><th scope="col">Who</th>
-<th scope="col">Node</th><th scope="col">Command</th><th scope="col">Result</th>
-<th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
-</tr></thead><tbody id="audit-rows"></tbody></table>
-<p id="audit-empty" class="lead" hidden>No command matches.</p>
-<button id="audit-older" class="button small" hidden>Show older</button>
+ title="Download as CSV" data-icon="save"></a></div></header>
+<div id="activity-scroll" class="scroll" tabindex="0" role="region"
+ aria-label="Commands of all callers">
+<div id="activity-list"></div>
+<p id="activity-empty" class="lead" hidden></p>
+<button id="activity-older" class="button small" hidden>Show older</button>
 </div>
 </section>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
@@ -19967,6 +19987,19 @@ environment of the gateway or a node. A key entered here is never shown again.</
  hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
+</dialog>
+
+<dialog id="again" aria-labelledby="again-title">
+<form id="again-form">
+<h2 id="again-title">Run again</h2>
+<pre tabindex="0"><code id="again-line"></code></pre>
+<label for="again-node">On</label>
+<select id="again-node" autofocus></select>
+<p id="again-note"></p>
+<div class="actions"><button id="again-cancel" class="button"
+ type="button">Cancel</button>
+<button class="button main" type="submit">Run</button></div>
+</form>
 </dialog>
 
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
@@ -20038,7 +20071,7 @@ button:disabled { opacity: .5; cursor: default; }
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
   background: var(--surface); border: var(--rule); }
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-#sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
+#sessions .detail, #running code { overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
   stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
@@ -20106,7 +20139,9 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 #token { width: min(660px, calc(100vw - 24px)); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
-#token-form { display: grid; gap: 8px; }
+#token-form, #again-form { display: grid; gap: 8px; }
+#again pre { max-height: 40vh; overflow: auto; padding: 10px 13px; border-radius: 10px;
+  background: var(--sunken); white-space: pre-wrap; overflow-wrap: anywhere; }
 #token-warnings { margin: 10px 0; }
 .secret { position: relative; margin-top: 14px; }
 .secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
@@ -20133,12 +20168,13 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li, #sessions a, .side-foot a, .side-foot .bare { border-radius: 9px; }
-#sessions a, .side-foot a, .side-foot .bare { color: var(--ink);
+#sessions li, #sessions a, #to-activity, .side-foot a, .side-foot .bare {
+  border-radius: 9px; }
+#sessions a, #to-activity, .side-foot a, .side-foot .bare { color: var(--ink);
   text-decoration: none; }
-#sessions li:hover, .side-foot a:hover { background: var(--hover); }
-#sessions li.current, .side-foot a[aria-current] { background: var(--surface);
-  box-shadow: 0 0 0 1px var(--line); }
+#sessions li:hover, #to-activity:hover, .side-foot a:hover { background: var(--hover); }
+#sessions li.current, :is(#to-activity, .side-foot a)[aria-current] {
+  background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
 #sessions li { position: relative; }
 #sessions a { display: block; padding: 7px 10px; }
 #sessions .name, #sessions .detail { display: block; }
@@ -20147,12 +20183,35 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
+#to-activity { margin: 0 -4px; padding: 6px 10px; }
+#running { margin: -6px -4px 0; }
+#running li { position: relative; display: flex; align-items: center;
+  border-radius: 8px; }
+#running li:hover { background: var(--hover); }
+#running a { flex: 1; min-width: 0; display: grid; gap: 0 8px; align-items: center;
+  padding: 4px 8px 5px 10px; grid-template-columns: 9px minmax(0, 1fr);
+  color: var(--ink); text-decoration: none; }
+#running code { font-size: 12.5px; }
+#running .detail { grid-column: 2; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#running .over { opacity: .6; }
+#notify-offer { padding: 9px 10px; border-radius: 9px; background: var(--surface);
+  border: var(--rule); font-size: 13px; }
+#notify-offer p { margin-bottom: 7px; color: var(--soft); }
+#sessions .detail .dot { margin-right: 6px; width: 7px; height: 7px; }
+#sessions .detail .dot.off { border-width: 1.5px; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
 .side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
-.side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
-  align-items: center; width: 100%; padding: 6px 10px; }
-.side-foot .icon { color: var(--soft); }
+#to-activity, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
+  justify-content: flex-start; align-items: center; width: 100%; padding: 6px 10px; }
+:is(#to-activity, .side-foot) .icon { color: var(--soft); }
 .count { margin-left: auto; }
+.count.asks { padding: 0 7px; border-radius: 9px; background: var(--wait-tint);
+  color: var(--wait); font-weight: 600; }
+[data-count]:not([data-count=""])::after { content: attr(data-count);
+  position: absolute; translate: 12px -10px; min-width: 16px; padding: 0 4px;
+  border-radius: 9px; background: var(--accent); color: var(--on-accent);
+  font: 600 11px/16px var(--sans); }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
 #banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
   font-size: 14px; }
@@ -20185,7 +20244,13 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 /* conversation */
 #transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
 #transcript { flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px; }
-#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
+#messages > *, #welcome, #thinking, #composer > * { max-width: 800px;
+  margin-inline: auto; }
+/* Wide output grows to the right. */
+#messages > .command { --edge: max(0px, (100% - 800px) / 2); width: fit-content;
+  min-width: min(800px, 100%); max-width: calc(100% - var(--edge));
+  margin-left: var(--edge); }
+.wraps #messages > .command { max-width: min(800px, 100%); }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
@@ -20242,7 +20307,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose table { border-collapse: collapse; font-size: 14px; }
 .prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
   border-bottom: var(--rule); }
-.prose .number, #audit .number { text-align: right;
+.prose .number { text-align: right;
   font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
@@ -20251,37 +20316,67 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
-.command { border-radius: 13px; overflow: hidden; }
-.command > header, .command > footer { display: flex; align-items: center; gap: 8px;
-  min-height: 40px; padding: 4px 8px 4px 13px; }
-.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
+.command { position: relative; border-radius: 12px; scroll-margin: 30px; }
+.command:focus { outline: none; }
+.command > header { display: flex; align-items: center; gap: 9px; min-height: 40px;
+  padding: 5px 6px 5px 13px; contain: inline-size; }
+#messages > .command { margin-block: 32px 12px; }
+#messages > .command.same { margin-top: 0; }
+#messages .where { position: absolute; left: 4px; top: -22px; max-width: 100%; }
+#messages .same .where, #messages :is(.who, .clock) { display: none; }
+.where { flex: none; font-size: 12.5px; font-weight: 560; color: var(--soft); }
 .command .line { flex: 1; min-width: 0; max-height: 40vh; overflow: auto;
   font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .command .line, .where, .approval p { unicode-bidi: bidi-override; direction: ltr; }
-.asks > header { flex-wrap: wrap; }
-.asks .line { max-height: none; flex-basis: 100%; order: 9; font-size: 14px;
-  padding-bottom: 6px; }
-.asks .where { flex: 1; max-width: none; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.hidden { color: var(--wait); font-weight: 600; }
-.command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
+.verdict { flex: none; max-width: 60%; text-align: right; font-size: 13px;
   color: var(--soft); font-variant-numeric: tabular-nums; }
-.command > footer .tools { align-items: center; }
-.command > footer > :empty { display: none; }
-.word { font-weight: 560; }
-[data-kind=ok] .word { color: var(--ok); }
+.time:not(:empty)::before { content: "· "; }
+.word { font-weight: 520; }
 [data-kind=bad] .word { color: var(--bad); }
 [data-kind=wait] .word { color: var(--wait); }
 [data-kind=run] .word { color: var(--accent); }
-.folded > .screen { display: none; }
+.folded > :is(.screen, .facts, .approval, .latest) { display: none; }
 .folded [aria-expanded] { rotate: -90deg; }
-.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
+.command.bare-line .bare[data-part=fold] { display: none; }
+.side { position: relative; align-self: center; }
+.command .tools { position: absolute; z-index: 1; right: 0; top: -15px; display: flex;
+  align-items: center; gap: 0; padding: 1px; border: var(--rule); border-radius: 9px;
+  background: var(--surface); box-shadow: var(--shade); opacity: 0;
+  pointer-events: none; }
+.command:is(:hover, :focus-within) .tools { opacity: 1; pointer-events: auto; }
+.asks .side { display: none; }
+.tool { border: 0; border-radius: 7px; background: none; padding: 3px 8px;
+  font-size: 12.5px; color: var(--soft); text-decoration: none; white-space: nowrap; }
+.tool:hover { background: var(--hover); color: var(--ink); }
+.size { padding: 0 6px; font-size: 12.5px; color: var(--soft); white-space: nowrap; }
+.size:empty { display: none; }
+.command > .facts { margin: 0; padding: 0 13px 10px 31px; contain: inline-size; }
+.hidden { color: var(--wait); font-weight: 600; }
+.asks { border-color: var(--wait); }
+.asks > header { flex-wrap: wrap; min-height: 36px; }
+.asks .line { max-height: none; flex-basis: 100%; order: 9; padding: 4px 0 8px;
+  font-size: 15px; line-height: 1.6; }
+.asks .verdict { flex: 1; text-align: left; max-width: none; }
+.approval { display: flex; flex-wrap: wrap; align-items: center; gap: 8px;
+  padding: 0 13px 13px; contain: inline-size; }
 .approval p { width: 100%; color: var(--soft); font-size: 14px; }
-.screen { max-height: 420px; overflow: auto; padding: 10px 14px;
+.approval .risk { display: flex; gap: 8px; align-items: center; width: auto;
+  padding: 2px 10px 2px 8px; border-radius: 8px; background: var(--wait-tint);
+  color: var(--wait); }
+.answers { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; width: 100%; }
+.approval kbd { padding: 0 5px; border-radius: 4px; font: 11.5px var(--mono);
+  background: color-mix(in srgb, currentColor 16%, transparent); }
+.approval .link { color: var(--soft); font-size: 13.5px; margin-left: 6px; }
+.approval .reach { font-size: 12.5px; }
+.screen { max-height: 70vh; color-scheme: dark; overflow: auto; padding: 10px 14px;
+  border-radius: 0 0 11px 11px;
   background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
   tab-size: 8; overflow-anchor: none; }
 .screen.empty { display: none; }
-.lines { white-space: pre; }
+.command > .latest { position: absolute; left: 50%; bottom: 12px; translate: -50% 0;
+  border-radius: 20px; box-shadow: var(--shade); }
+.lines { white-space: pre; width: max-content; min-width: 100%; }
+.wraps .lines { white-space: pre-wrap; overflow-wrap: anywhere; width: auto; }
 .lines > div { min-height: 1.5em; }
 .screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
 .screen .cut a { color: inherit; }
@@ -20349,16 +20444,49 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   color: inherit; }
 details label { justify-content: space-between; margin-top: 10px; }
 details label input { flex: 0 1 420px; }
-.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
-.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
-#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-#audit th { text-align: left; font-weight: 560; color: var(--soft); }
-#audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
-  vertical-align: baseline; white-space: nowrap; }
-#audit .what { width: 50%; max-width: 0; }
-#audit .result { white-space: normal; min-width: 205px; }
-.result .dot { margin-right: 7px; }
-#audit-older { margin: 16px auto; display: flex; }
+.filters { display: flex; gap: 8px; align-items: center; font-size: 14px; }
+.filters select { padding: 6px 8px; max-width: 170px; }
+.filters input { width: 230px; padding: 6px 11px; }
+
+/* activity */
+#activity-list > h2 { position: sticky; top: -20px; z-index: 1; padding: 14px 8px 6px;
+  background: var(--paper); font-size: 13px; font-weight: 560; color: var(--soft); }
+#activity-list > .command { margin: 0; border: 1px solid transparent;
+  background: none; border-bottom-color: var(--line); border-radius: 0; }
+#activity-list > .command > header { display: grid; gap: 4px 14px; min-height: 38px;
+  padding: 4px 4px 4px 10px; cursor: pointer; grid-template:
+    "dot line where who verdict stop clock fold" auto /
+    9px minmax(0, 1fr) minmax(0, 110px) minmax(0, 100px) minmax(0, 170px) 30px auto
+    30px; }
+#activity-list > .command:not(.folded) > header { padding-block: 7px; grid-template:
+    "dot line line line line line line fold" auto
+    ". tools where who verdict stop clock ." auto /
+    9px minmax(0, 1fr) minmax(0, auto) minmax(0, auto) minmax(0, auto) 30px auto 30px; }
+#activity-list > .folded > header:hover { background: var(--hover); }
+#activity-list > .command:not(.folded) { border: var(--rule); border-radius: 12px;
+  margin: 8px 0; background: var(--surface); }
+#activity-list .dot { grid-area: dot; }
+#activity-list .line { grid-area: line; max-height: 60vh; }
+#activity-list .folded .line, #activity-list :is(.where, .who, .verdict) {
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#activity-list .asks .line { max-height: none; } /* nothing is hidden by scrolling */
+#activity-list .where { grid-area: where; }
+#activity-list .who { grid-area: who; font-size: 12.5px; color: var(--soft); }
+#activity-list .verdict { grid-area: verdict; max-width: none; }
+#activity-list .command:not(.folded) .verdict { white-space: normal; }
+#activity-list .where { font-weight: 400; }
+#activity-list .who a { color: inherit; text-decoration-color: var(--line); }
+#activity-list [data-part=stop] { grid-area: stop; width: 30px; padding: 0; gap: 0;
+  font-size: 0; }
+#activity-list .clock { grid-area: clock; font-size: 12.5px; color: var(--soft);
+  min-width: 62px; white-space: nowrap; text-align: right;
+  font-variant-numeric: tabular-nums; }
+#activity-list [data-part=fold] { grid-area: fold; }
+#activity-list .side { grid-area: tools; min-width: 0; }
+#activity-list .folded .side { display: none; }
+#activity-list .tools { position: static; flex-wrap: wrap; border: 0; box-shadow: none;
+  opacity: 1; pointer-events: auto; padding: 0; margin-left: -8px; background: none; }
+#activity-older { margin: 16px auto; display: flex; }
 
 @media (max-width: 760px) {
   .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
@@ -20385,26 +20513,38 @@ details label input { flex: 0 1 420px; }
   .meters { grid-template-columns: 1fr; gap: 10px; }
   #welcome { padding-top: 5vh; }
   .scroll { padding: 14px; }
-  .command > header { flex-wrap: wrap; }
-  .where { flex: 1; max-width: none; }
-  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
-  .command > footer { flex-wrap: wrap; padding-block: 6px; }
-  .screen { max-height: 340px; padding: 9px 11px; font-size: 12px; }
-  .lines { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .command > header { flex-wrap: wrap; gap: 2px 9px; }
+  #messages .line { flex-basis: calc(100% - 66px); }
+  #messages .verdict { flex: 1; max-width: none; order: 8; text-align: left;
+    padding: 0 0 3px 18px; }
+  #messages [data-part=stop] { order: 9; }
+  .answers .link { flex-basis: 100%; text-align: left; margin: 4px 0; }
+  kbd { display: none; }
+  .screen { padding: 9px 11px; font-size: 12px; }
+  #messages .asks .verdict { padding: 0; }
+  #messages .side { display: none; order: 10; flex-basis: 100%; }
+  #messages .command:is(:hover, :focus-within):not(.asks) .side { display: block; }
+  .command .tools { position: static; flex-wrap: wrap; border: 0; box-shadow: none;
+    margin-left: -4px; }
+  .tool { padding: 8px; }
   .bare { min-width: 38px; min-height: 38px; }
-  .filters { width: 100%; }
-  .filters label { flex: 1; display: flex; gap: 6px; align-items: center;
-    min-width: 0; }
-  .filters select { flex: 1; }
-  #audit thead { position: fixed; left: -9999px; }
-  #audit tr { display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px;
-    padding: 9px 0; border-bottom: var(--rule); }
-  #audit td { padding: 0; border: 0; color: var(--soft); }
-  #audit .what { order: -1; grid-column: 1 / -1; width: auto; max-width: none;
-    color: var(--ink); }
-  #audit .who { display: none; }
-  #audit .at, #audit .when { order: 3; }
-  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
+  .filters { width: 100%; flex-wrap: wrap; }
+  .filters input { flex: 1 1 100%; }
+  .filters select { flex: 1; max-width: none; min-width: 0; }
+  #activity-list > .command > header { gap: 1px 9px; padding: 8px 0; grid-template:
+      "dot line line line line fold" auto
+      ". where verdict stop clock clock" auto /
+      9px minmax(0, 1fr) auto auto auto 38px; }
+  #activity-list > .command:not(.folded) > header { padding: 8px 4px 8px 10px;
+    grid-template:
+      "dot line line line line fold" auto
+      ". where verdict stop clock clock" auto
+      ". tools tools tools tools tools" auto /
+      9px minmax(0, 1fr) auto auto auto 38px; }
+  #activity-list .folded .line { white-space: pre-wrap; max-height: 3.2em;
+    overflow: hidden; }
+  #activity-list .who { display: none; }
+  #activity-list > h2 { top: -14px; padding-inline: 0; }
   dialog { padding: 20px; }
 }
 @media (prefers-reduced-motion: reduce) {
@@ -20422,13 +20562,21 @@ const $ = id => document.getElementById(id);
 
 const on = (target, type, action) => target.addEventListener(type, action);
 
+// Set the listener of an event; patch() may replace it.
+function listen(element, type, action) {
+  const {listeners = {}} = element;
+  if (!(type in listeners))
+    on(element, type, event => element.listeners[type]?.(event));
+  element.listeners = {...listeners, [type]: action};
+}
+
 // Return a new element.  An object before its children holds attributes; those that
 // begin with "on" are listeners.
 function h(tag, ...children) {
   const element = document.createElement(tag);
   const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) on(element, name.slice(2), value);
+    if (name.startsWith("on")) listen(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
@@ -20444,12 +20592,76 @@ function fill(element, ...children) {
   element.replaceChildren(...present(children));
 }
 
-// Replace the children of `element` if `value`, from which they are made, has changed.
+// Put `node` before `place`; return the place after it.  An element with the focus
+// stays where it is, and its siblings move: one that is moved loses the focus.
+function putBefore(parent, node, place) {
+  if (node !== place && node.parentNode === parent &&
+    node.contains(document.activeElement)) {
+    while (place && place !== node) {
+      const next = place.nextSibling;
+      parent.append(place);
+      place = next;
+    }
+  } else if (node !== place) {
+    parent.insertBefore(node, place);
+    return place;
+  }
+  return node.nextSibling;
+}
+
+// Whether `node` can take over what `other` shows.
+const isAlike = (node, other) =>
+  node.nodeName === other.nodeName && node.type === other.type &&
+  node.dataset?.key === other.dataset?.key;
+
+// Make the children of `element` look like `children`.  Those that are there already
+// are kept, by data-key or by their place: what has the focus, is half typed or is
+// being pressed is not replaced.
+function patch(element, ...children) {
+  const keyed = new Map();
+  for (const child of element.children)
+    if (child.dataset.key) keyed.set(child.dataset.key, child);
+  let place = element.firstChild;
+  for (const child of present(children)) {
+    const wanted = child.nodeType ? child : document.createTextNode(child);
+    const key = wanted.dataset?.key;
+    const known = key ? keyed.get(key) : place;
+    if (known && known !== wanted && isAlike(known, wanted)) {
+      place = putBefore(element, known, place);
+      become(known, wanted);
+    } else place = putBefore(element, wanted, place);
+  }
+  while (place) {
+    const next = place.nextSibling;
+    place.remove();
+    place = next;
+  }
+}
+
+// Give `node` the attributes, listeners and children of `other`, which is like it.
+function become(node, other) {
+  if (node.nodeType !== Node.ELEMENT_NODE) {
+    if (node.data !== other.data) node.data = other.data;
+    return;
+  }
+  const own = ({name}) => name !== "style" && name !== "open"; // open: by a person
+  for (const {name} of [...node.attributes].filter(own))
+    if (!other.hasAttribute(name)) node.removeAttribute(name);
+  for (const {name, value} of [...other.attributes].filter(own))
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  if (node.style.cssText !== other.style.cssText)
+    node.style.cssText = other.style.cssText;
+  for (const type of Object.keys({...node.listeners, ...other.listeners}))
+    listen(node, type, other.listeners?.[type]);
+  patch(node, [...other.childNodes]);
+}
+
+// Update the children of `element` if `value`, from which they are made, has changed.
 function fillIfChanged(element, value, make) {
   const key = JSON.stringify(value);
   if (element.shown === key) return;
   element.shown = key;
-  fill(element, make(value));
+  patch(element, make(value));
 }
 
 // Set the text only if it differs: screen readers and selections notice.
@@ -20479,6 +20691,10 @@ function copyOf(id) {
   return parts;
 }
 
+// Attributes of a field whose text no browser completes or corrects.
+const AS_TYPED = {autocomplete: "off", autocorrect: "off", autocapitalize: "off",
+  spellcheck: "false"};
+
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
@@ -20496,20 +20712,76 @@ class Keyed {
 
   show(items) {
     const gone = new Map(this.views);
-    let place = this.parent.firstElementChild;
+    let place = this.parent.firstChild;
     for (const item of items) {
       const key = this.key(item);
       let view = gone.get(key);
       if (!view) this.views.set(key, (view = this.make(item)));
       gone.delete(key);
       view.update(item);
-      if (view.root === place) place = place.nextElementSibling;
-      else this.parent.insertBefore(view.root, place);
+      place = putBefore(this.parent, view.root, place);
     }
     for (const [key, view] of gone) {
-      view.root.remove();
+      // The focus goes on to a neighbour, not to the beginning of the page.
+      const {root} = view;
+      const near = root.nextElementSibling || root.previousElementSibling;
+      const hadFocus = root.contains(document.activeElement);
+      root.remove();
+      view.leave?.();
       this.views.delete(key);
+      if (hadFocus) near?.querySelector("a[href], button, [tabindex='0']")?.focus();
     }
+  }
+}
+
+// Keeps the end of a box in view while it grows, until a person scrolls up.
+class Tail {
+  constructor(box, onChange) {
+    this.box = box;
+    this.onChange = onChange; // called after `follows` changed
+    this.follows = true;
+    this.top = 0; // as it was last seen
+    on(box, "scroll", () => this.scrolled());
+    // Before the box moves: growing at that moment would pull it back.
+    const leave = event => this.leave(event);
+    box.addEventListener("wheel", event => event.deltaY < 0 && leave(event),
+      {passive: true});
+    on(box, "keydown", event =>
+      ["ArrowUp", "PageUp", "Home"].includes(event.key) && leave(event));
+  }
+
+  leave({target}) {
+    const inner = target.closest(".screen");
+    const moves = inner && inner !== this.box && inner.scrollTop > 0;
+    if (!moves && this.box.scrollTop > 0) this.set(false);
+  }
+
+  scrolled() {
+    const {scrollTop, scrollHeight, clientHeight} = this.box;
+    const before = this.top;
+    this.top = scrollTop;
+    const isEnd = scrollHeight - scrollTop - clientHeight < 2;
+    if (scrollTop < before && !isEnd) this.set(false);
+    else if (scrollTop > before && isEnd) this.set(true);
+  }
+
+  set(follows) {
+    if (follows === this.follows) return;
+    this.follows = follows;
+    this.onChange();
+  }
+
+  // Show the end, unless a person scrolled up.
+  follow() {
+    if (!this.follows) return;
+    this.box.scrollTop = this.box.scrollHeight;
+    this.top = this.box.scrollTop;
+  }
+
+  // Show the end from now on.
+  resume() {
+    this.set(true);
+    this.follow();
   }
 }
 
@@ -20546,7 +20818,7 @@ async function copy(text, button) {
 const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
 function onClickCopy(button, text) {
-  on(button, "click", () => copy(text(), button));
+  listen(button, "click", () => copy(text(), button));
   return button;
 }
 
@@ -20599,10 +20871,15 @@ function showError(error) {
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
+// Whether a key belongs to an input method.  Safari ends the composition before the
+// key that ended it, which has the code 229.
+const isComposing = event => event.isComposing || event.keyCode === 229;
+
 // Replace the text of `element` by an input field until it is saved or cancelled.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
-  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
+  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200,
+    name: "name", ...AS_TYPED});
   const before = [...element.childNodes];
   const leaving = new AbortController(); // ends the listener on the document
   const finish = saves => {
@@ -20623,7 +20900,7 @@ function editInPlace(element, text, label, save) {
   const press = ({target}) => target !== input && finish(true);
   document.addEventListener("pointerdown", press, {signal: leaving.signal});
   on(input, "keydown", event => {
-    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    if (isComposing(event) || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
@@ -20644,7 +20921,7 @@ const plural = (count, word) =>
 
 function formatBytes(count) {
   if (count == null) return "";
-  const units = ["B", "kB", "MB", "GB", "TB"];
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   for (; count >= 1000 && unit < 4; unit += 1) count /= 1024;
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
@@ -20674,16 +20951,21 @@ const fullFormat = new Intl.DateTimeFormat([], {
   timeStyle: "medium",
 });
 
+const clock = {ahead: 0}; // ms that the gateway's is ahead of this browser's
+
+// Return the time of the gateway, by which everything here is dated, in ms.
+const now = () => Date.now() + clock.ahead;
+
 // Return a time, with its date unless it is today.
 function formatTime(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
-  const today = new Date().toDateString() === date.toDateString();
+  const today = new Date(now()).toDateString() === date.toDateString();
   return today ? clock : `${dayFormat.format(date)}, ${clock}`;
 }
 
 function ago(ms) {
-  const seconds = (Date.now() - ms) / 1000;
+  const seconds = (now() - ms) / 1000;
   if (seconds < 60) return "just now";
   const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
   return `${count} ${unit} ago`;
@@ -20735,20 +21017,34 @@ const asksFor = ({state, command}) =>
   OPEN.has(state) && command.approval?.state === "asked";
 
 // Return the state of a card's command: the kind of its dot, words.
-function cardStatus({state, command, job}) {
+function cardStatus({state, command}, job) {
   const {approval, error} = command;
   if (asksFor({state, command})) return ["wait", "Waiting for your approval"];
   if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
     return ["bad", capitalized(dotted(approval.state, approval.by))];
   if (error) return ["bad", capitalized(error)];
+  if (state === "queued") return ["wait", "Waiting for the command before it"];
   return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
+}
+
+const weekdayFormat = new Intl.DateTimeFormat([], {weekday: "long", day: "numeric",
+  month: "long"});
+
+// Return the heading of a day.
+function dayName(ms) {
+  const day = new Date(ms).toDateString();
+  if (day === new Date(now()).toDateString()) return "Today";
+  if (day === new Date(now() - 86400_000).toDateString()) return "Yesterday";
+  return weekdayFormat.format(ms);
 }
 
 // == terminal ==
 
 const MAX_LINES = 1500; // of an output on the page; the gateway has all of them
-const LINE_LIMIT = 5000; // characters; the rest of a line is not shown
+const LINE_LIMIT = 5000; // characters of a line on the page, and columns of movement
+const MAX_LINE = 256 * 1024; // characters; the rest of a line is dropped
+const MAX_TEXT = 4 * 1024 * 1024; // characters; the oldest lines are dropped
 
 const TOKEN = new RegExp(
   [
@@ -20846,6 +21142,11 @@ class Pen {
   }
 }
 
+// Return the text of a line's runs.
+const textOf = runs => runs.map(([text]) => text).join("");
+
+const LEFT_OUT = "[… the output before this is left out …]";
+
 // The end of a program's output, as lines of a terminal.
 class Terminal {
   constructor() {
@@ -20856,7 +21157,9 @@ class Terminal {
 
   begin() {
     this.lines = [];
+    this.size = 0; // characters in `lines`
     this.cells = []; // [character, style] of each column of the current line
+    this.hasTabs = false; // there may be tabs in it
     this.column = 0;
     this.pen = new Pen();
     this.rests = {}; // an incomplete escape sequence, by stream
@@ -20883,10 +21186,15 @@ class Terminal {
     return runs;
   }
 
+  // Whether some output is not in text().
+  get isPart() {
+    return this.isCut || this.dropped > 0;
+  }
+
   text() {
     const lines = this.cells.length ? [...this.lines, this.runs()] : this.lines;
-    const shown = lines.map(runs => runs.map(([text]) => text).join(""));
-    return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
+    const shown = lines.map(textOf);
+    return (this.isPart ? [LEFT_OUT, ...shown] : shown).join("\n");
   }
 
   // Drop all lines; numbering continues.
@@ -20922,7 +21230,7 @@ class Terminal {
     if (first === "\n") this.newLine();
     else if (first === "\r") this.column = 0;
     else if (first === "\b") this.column = Math.max(0, this.column - 1);
-    else if (first === "\t") this.put(" ".repeat(8 - (this.column % 8)), isError);
+    else if (first === "\t") this.tab(isError);
     else if (first === "\x1b") this.escape(token);
     else if (first >= " " && (first < "\x7f" || first > "\x9f"))
       this.put(token, isError);
@@ -20943,10 +21251,32 @@ class Terminal {
   put(text, isError) {
     const style = this.pen.style(isError);
     while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
-    for (let i = 0; i < text.length && this.column < LINE_LIMIT; i += 1) {
+    if (this.hasTabs && this.column < this.cells.length) this.splitTabs();
+    for (let i = 0; i < text.length && this.column < MAX_LINE; i += 1) {
       this.cells[this.column] = [text[i], style];
       this.column += 1;
     }
+  }
+
+  // A tab stays one, for those who copy it: it has its first column, and the others
+  // are empty.
+  tab(isError) {
+    const goal = this.column - (this.column % 8) + 8;
+    if (this.column < this.cells.length) this.column = goal; // it overwrites nothing
+    else {
+      this.put("\t", isError);
+      this.hasTabs = true;
+      while (this.column < goal) {
+        this.cells[this.column] = ["", this.cells.at(-1)[1]];
+        this.column += 1;
+      }
+    }
+  }
+
+  // Make tabs blanks, before parts of them are overwritten.
+  splitTabs() {
+    for (const cell of this.cells) if (cell[0] === "\t" || !cell[0]) cell[0] = " ";
+    this.hasTabs = false;
   }
 
   erase(from) {
@@ -20955,23 +21285,35 @@ class Terminal {
 
   newLine() {
     this.lines.push(this.runs());
-    if (this.lines.length >= 2 * MAX_LINES) {
-      this.lines.splice(0, MAX_LINES);
-      this.dropped += MAX_LINES;
+    this.size += this.cells.length;
+    if (this.lines.length >= 2 * MAX_LINES || this.size > MAX_TEXT) {
+      const gone = this.lines.splice(0, Math.ceil(this.lines.length / 2));
+      this.dropped += gone.length;
+      for (const runs of gone) this.size -= textOf(runs).length;
     }
     this.cells = [];
+    this.hasTabs = false;
     this.column = 0;
   }
 }
 
 // The last lines of a log on the page, drawn at most once per frame.
 class Screen {
-  constructor(log, {screen, cut, lines}) {
-    Object.assign(this, {log, screen, cut, lines});
+  constructor(log, {screen, cut, lines, latest}) {
+    Object.assign(this, {log, screen, cut, lines, latest});
     this.drawn = 0; // lines drawn so far, those already removed included
     this.scheduled = false;
-    this.follows = true; // keep the newest line visible
-    log.onNews = () => this.schedule();
+    this.isEnded = false;
+    this.tail = new Tail(screen, () => {
+      latest.hidden = this.tail.follows || this.isEnded;
+      this.schedule();
+    });
+    listen(latest, "click", () => {
+      this.tail.resume();
+      this.screen.focus();
+    });
+    this.listener = () => this.schedule();
+    log.listeners.add(this.listener);
     this.schedule();
   }
 
@@ -20986,27 +21328,58 @@ class Screen {
 
   draw() {
     const {log, lines, screen} = this;
-    const below = screen.scrollHeight - screen.scrollTop - screen.clientHeight;
-    const follows = this.follows || below < 30;
     log.settle();
     const {count, dropped, isCut} = log.terminal;
     const first = Math.max(dropped, count - MAX_LINES);
-    // Only the last drawn line can have changed.
-    if (this.drawn) lines.lastChild?.remove();
-    const from = Math.max(0, this.drawn - 1);
-    while (lines.firstChild && from - lines.childElementCount < first)
+    const oldest = this.drawn - lines.childElementCount;
+    // What a person scrolled up to read stays, until they come back to the end.
+    if (!this.tail.follows && first > oldest) return;
+    while (lines.firstChild && this.drawn - lines.childElementCount < first)
       lines.firstChild.remove();
-    for (let n = Math.max(from, first); n < count; n += 1)
+    // Of those that are drawn, only the last line can have changed, or was erased.
+    if (this.drawn > count) lines.lastChild?.remove();
+    const last = Math.min(this.drawn, count) - 1;
+    if (lines.lastChild && last === this.drawn - 1)
+      patch(lines.lastChild, [...this.draft(log.terminal.at(last)).childNodes]);
+    for (let n = Math.max(this.drawn, first); n < count; n += 1)
       lines.append(this.draft(log.terminal.at(n)));
     this.drawn = count;
     this.cut.hidden = !isCut && !first;
     screen.classList.toggle("empty", count === 0);
-    if (follows) screen.scrollTop = screen.scrollHeight;
-    this.follows = false;
+    this.tail.follow();
+  }
+
+  // All of the output is here: show its beginning, unless a person watched it come.
+  end(watched) {
+    if (this.isEnded) return;
+    this.isEnded = true;
+    this.draw();
+    this.latest.hidden = true;
+    if (watched || !this.tail.follows) return;
+    this.tail.set(false);
+    this.screen.scrollTop = this.tail.top = 0;
+  }
+
+  leave() {
+    this.log.listeners.delete(this.listener);
   }
 
   draft(runs) {
     const line = h("div");
+    const length = textOf(runs).length;
+    if (length > LINE_LIMIT) {
+      let room = LINE_LIMIT;
+      const shown = [];
+      for (const [text, style] of runs) {
+        if (room > 0) shown.push([text.slice(0, room), style]);
+        room -= text.length;
+      }
+      runs = shown;
+      const more = (length - LINE_LIMIT).toLocaleString();
+      runs.push([`[… ${more} more characters, in the copy and the download]`,
+        {...PLAIN, classes: "dim"}]);
+    }
+    if (!length) line.append(h("br")); // a copied selection keeps the blank line
     for (const [text, style] of runs) {
       if (style === PLAIN) {
         line.append(text);
@@ -21356,7 +21729,7 @@ const fetchOwn = (path, options = {}) =>
     headers: {...options.headers, "X-Moltis-Page": kept.get(PAGE_SECRET)},
   });
 
-const EVENTS = ["presence", "node.telemetry", "chat", "session",
+const EVENTS = ["presence", "node.telemetry", "chat", "session", "job",
   "device.pair.resolved"];
 const CALL_TIMEOUT = 30_000; // ms
 const SILENCE = 45_000; // ms without a message, then the gateway is probed
@@ -21415,6 +21788,12 @@ class Link {
 
   retryNow() {
     if (this.timer) this.open();
+  }
+
+  // Replace the connection, if there is one.
+  reopen() {
+    if (this.isUp) this.lost(this.socket);
+    this.retryNow();
   }
 
   request(method, params, timeout) {
@@ -21544,7 +21923,8 @@ class JobLog {
     this.pending = []; // [kind, bytes] not yet written to the terminal
     this.pendingSize = 0; // bytes
     this.decoders = newDecoders();
-    this.onNews = null; // called after output was added
+    this.listeners = new Set(); // called after output was added
+    this.cards = new Set(); // those in view, for which it is followed
   }
 
   // Return the log of a command of the first edition, which stored only text.
@@ -21570,7 +21950,7 @@ class JobLog {
     }
     // Commands can write faster than the page can draw.
     if (this.pendingSize > 2 * TAIL) this.leaveOutOldest();
-    this.onNews?.();
+    for (const listener of this.listeners) listener();
   }
 
   leaveOutOldest() {
@@ -21621,7 +22001,9 @@ class JobLog {
 const MAIN = "main"; // key of the session that cannot be deleted
 const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
-const PAGE_SIZE = 100; // rows of the audit per request
+const PAGE_SIZE = 100; // jobs per request
+const MAX_JOBS = 5000; // on the page; the first known of those that ended go
+const MAX_LOGS = 300; // on the page
 const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
@@ -21638,9 +22020,13 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percent], …]
   chats: new Map(), // session key → Chat
-  followed: new Map(), // job id → Chat, for jobs whose logs the gateway sends
-  running: [], // open jobs
-  audit: {rows: [], more: false, node: "", result: ""},
+  jobs: new Map(), // id → job, of all callers, as far as the page knows them
+  logs: new Map(), // job id → JobLog
+  followed: new Set(), // ids of jobs whose logs the gateway sends
+  running: [], // open jobs, the oldest first
+  asks: [], // commands that wait for an approval, in all chats
+  activity: {ids: [], more: false, node: "", result: "", query: "", opened: ""},
+  goal: "", // id of the job whose card is to be shown
   providers: [],
   storage: null,
   keys: [],
@@ -21663,7 +22049,23 @@ function touch(...topics) {
   topics.forEach(topic => touched.add(topic));
 }
 
+const LONG_PRESS = 1000; // ms; then the page changes even under a pressed pointer
+let press; // the timer of LONG_PRESS while the pointer is pressed
+
+// A click is lost where what is pressed changes or moves before it is released.
+function pointerPressed() {
+  clearTimeout(press);
+  press = setTimeout(pointerReleased, LONG_PRESS);
+}
+
+function pointerReleased() {
+  clearTimeout(press);
+  press = undefined;
+  if (touched.size) setTimeout(drawTouched); // after the click
+}
+
 function drawTouched() {
+  if (press !== undefined) return;
   const topics = new Set(touched);
   touched.clear();
   for (const [wanted, draw] of watchers) {
@@ -21686,7 +22088,6 @@ class Chat {
   constructor(key) {
     this.key = key;
     this.rows = new Map(); // id → message
-    this.logs = new Map(); // job id → JobLog
     this.seq = 0; // of the newest change applied
     this.loaded = false;
     this.loading = null;
@@ -21741,11 +22142,12 @@ class Chat {
     const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
-    for (const row of rows) if (!this.rows.has(row.id)) this.rows.set(row.id, row);
+    for (const row of rows) if (!this.rows.has(row.id)) this.merge(row);
     touch("chat");
   }
 
   merge(row) {
+    if (row.job) learn(row.job);
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
   }
@@ -21771,22 +22173,6 @@ class Chat {
 
   ordered() {
     return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
-  }
-
-  // Return the log of a message's command.
-  logOf({jobId, command: {output}}) {
-    if (!this.logs.has(jobId))
-      this.logs.set(jobId, output ? JobLog.ofText(jobId, output) : new JobLog(jobId));
-    return this.logs.get(jobId);
-  }
-
-  updateJob(change) {
-    for (const row of this.rows.values()) {
-      if (row.jobId !== change.id) continue;
-      // `change` lacks place and awayMs when they no longer apply.
-      row.job = {...row.job, place: null, awayMs: null, ...change};
-    }
-    touch("chat");
   }
 }
 
@@ -21860,7 +22246,8 @@ const SOURCES = {
   models: ["models.list"],
   nodes: ["node.list"],
   devices: ["device.pair.list"],
-  running: ["job.list", {state: "open"}],
+  running: ["job.list", {state: "open", limit: 1000}],
+  asks: ["exec.approval.list"],
   providers: ["models.providers"],
   storage: ["sessions.storage"],
   keys: ["keys.list"],
@@ -21881,7 +22268,9 @@ async function refreshOne(topic) {
   }
   refreshing.set(topic, false);
   try {
-    state[topic] = await link.call(...SOURCES[topic]);
+    const answer = await link.call(...SOURCES[topic]);
+    if (topic === "running") learnOpen(answer);
+    else state[topic] = answer;
     if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
@@ -21901,61 +22290,176 @@ function updateBusy() {
   }
 }
 
+// == jobs ==
+
+// Take over what the gateway says of a job.
+function learn(change) {
+  const known = state.jobs.get(change.id);
+  // Events overtake answers; a lost job may come back with its node.
+  const isOld = known && !isOpen(known) && known.state !== "lost" && isOpen(change);
+  if (isOld) return;
+  // `change` lacks place and awayMs when they no longer apply.
+  const job = {...known, place: null, awayMs: null, ...change};
+  state.jobs.set(job.id, job);
+  if (known ? isOpen(known) || isOpen(job) : isOpen(job)) listRunning();
+  if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
+  if (!known && state.jobs.size > MAX_JOBS) forgetJobs();
+  touch("jobs");
+}
+
+function listRunning() {
+  const open = [...state.jobs.values()].filter(isOpen);
+  state.running = open.sort((a, b) => a.askedAt - b.askedAt);
+  touch("running");
+}
+
+// Take over the list of all jobs that are open.
+function learnOpen(jobs) {
+  const open = new Set(jobs.map(job => job.id));
+  for (const {id} of state.running) if (!open.has(id)) learnEnd(id);
+  jobs.forEach(learn);
+  listRunning();
+}
+
+// Ask how a job ended while the page was away.
+async function learnEnd(id) {
+  try {
+    learn(await link.call("job.wait", {id, wait: 0}));
+  } catch ({code}) {
+    if (code === "NOT_FOUND") state.jobs.delete(id);
+    listRunning();
+  }
+}
+
+function forgetJobs() {
+  const listed = new Set(state.activity.ids);
+  const ended = [...state.jobs.values()].filter(job => !isOpen(job));
+  for (const {id} of ended.slice(0, MAX_JOBS / 2))
+    if (!listed.has(id)) state.jobs.delete(id);
+}
+
+// Return the job of a card: as far as it is known here, else as it was last stored.
+const jobOf = row => state.jobs.get(row.jobId) || row.job;
+
+// Return the log of a card's command.
+function logOf({jobId, command: {output}}) {
+  const known = state.logs.get(jobId);
+  if (known) return known;
+  const log = output ? JobLog.ofText(jobId, output) : new JobLog(jobId);
+  state.logs.set(jobId, log);
+  for (const id of state.logs.keys()) {
+    if (state.logs.size <= MAX_LOGS) break;
+    if (!state.logs.get(id).listeners.size) state.logs.delete(id);
+  }
+  return log;
+}
+
 // Follow a job: the gateway sends the end of its log, then new output.
-async function followJob(chat, log) {
+async function followJob(log) {
   const {id, offset} = log;
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
-  state.followed.set(id, chat);
+  state.followed.add(id);
   try {
     const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
-    chat.updateJob(job);
+    learn(job);
   } catch (error) {
     state.followed.delete(id);
-    if (error.code === "NOT_FOUND")
+    if (error.code === "NOT_FOUND") {
       log.isComplete = true; // no longer kept
-    else if (error.code !== "UNAVAILABLE") showError(error);
+      touch("jobs");
+    } else if (error.code !== "UNAVAILABLE") showError(error);
   }
 }
 
-// Unfollow all jobs except those of the current chat.
-function unfollowOthers() {
-  const shown = state.route.page === "chat" && currentChat();
-  for (const [id, chat] of state.followed) {
-    if (chat === shown) continue;
-    state.followed.delete(id);
-    // A call that fails lost its connection, and with it all followed jobs.
-    link.call("job.unfollow", {id}).catch(() => null);
-  }
+function unfollowJob(id) {
+  if (!state.followed.delete(id)) return;
+  // A call that fails lost its connection, and with it all followed jobs.
+  link.call("job.unfollow", {id}).catch(() => null);
 }
 
+// The state of a followed job; the last one comes after all of its log.
 function onJobState({ending, ...change}) {
   const {id} = change;
-  const chat = state.followed.get(id);
-  if (!chat) return;
-  chat.updateJob({...change, ...ending});
+  learn({...change, ...ending});
   // A lost job may still end otherwise when its node reconnects.
-  if (!ending || ending.state === "lost") return;
-  chat.logs.get(id).isComplete = true; // the ending is a log's last frame
+  if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
+  state.logs.get(id).isComplete = true;
   state.followed.delete(id);
+  touch("jobs");
 }
 
 function onLogData(message) {
   const {id, offset, frames} = decodeLogData(message) || {};
-  state.followed.get(id)?.logs.get(id).take(offset, frames);
+  if (state.followed.has(id)) state.logs.get(id).take(offset, frames);
 }
 
-async function loadAudit(older = false) {
-  const {audit} = state;
-  const params = {limit: PAGE_SIZE};
-  if (audit.node) params.nodeId = audit.node;
-  if (audit.result) params.state = audit.result;
-  if (older) params.before = audit.rows.at(-1).seq;
-  const rows = await attempt("job.list", params);
-  if (!rows) return;
-  audit.rows = older ? [...audit.rows, ...rows] : rows;
-  audit.more = rows.length === PAGE_SIZE;
-  touch("audit");
+// The filters of the list that are no state of a job.
+const GROUPS = {
+  open: isOpen,
+  succeeded: job => job.state === "done" && !job.failed,
+  failed: job => job.failed,
+};
+
+// Whether a job belongs to the list as it is filtered: what the gateway would answer.
+function isListed(job) {
+  const {node, result, query} = state.activity;
+  const group = GROUPS[result];
+  return (!node || job.nodeId === node) &&
+    (!result || (group ? group(job) : job.state === result)) &&
+    job.command.toLowerCase().includes(query.toLowerCase());
 }
+
+let listRequests = 0; // of the list; the answer to an earlier one comes too late
+
+async function loadActivity(older = false) {
+  const {activity} = state;
+  const request = (listRequests += 1);
+  const params = {limit: PAGE_SIZE};
+  if (activity.node) params.nodeId = activity.node;
+  if (activity.result) params.state = activity.result;
+  if (activity.query) params.query = activity.query;
+  if (older) params.before = state.jobs.get(activity.ids.at(-1)).seq;
+  const jobs = await attempt("job.list", params);
+  if (!jobs || request !== listRequests) return;
+  const ids = jobs.map(job => job.id);
+  const isFull = jobs.length === PAGE_SIZE;
+  // What was fetched before stays, unless there is a gap after what is new.
+  const before = activity.isLoaded ? activity.ids : [];
+  const overlaps = before.length > ids.length && ids.includes(before[0]);
+  if (older) activity.ids = [...before, ...ids.filter(id => !before.includes(id))];
+  else activity.ids = overlaps ? [...new Set([...ids, ...before])] : ids;
+  if (older || !overlaps) activity.more = isFull;
+  activity.isLoaded = true;
+  jobs.forEach(learn);
+  touch("jobs");
+}
+
+// Fetch the job that a link names, unless it is known.
+async function loadLinked(id) {
+  state.goal = id;
+  if (state.jobs.has(id)) return;
+  const job = await attempt("job.wait", {id, wait: 0});
+  if (job) learn(job);
+  else state.activity.opened = "";
+}
+
+function onJobs({jobs, more}) {
+  const {activity} = state;
+  const newest = state.jobs.get(activity.ids[0])?.seq ?? 0;
+  for (const job of jobs) {
+    const isNew = job.seq > newest && !activity.ids.includes(job.id);
+    if (activity.isLoaded && isNew && isListed(job)) activity.ids.unshift(job.id);
+    learn(job);
+  }
+  activity.ids.sort((a, b) => state.jobs.get(b).seq - state.jobs.get(a).seq);
+  if (!more) return;
+  refresh("running");
+  if (state.route.page === "activity") loadActivity();
+}
+
+const stopJob = id => attempt("job.cancel", {id});
+
+// == events ==
 
 async function loadUsage(node) {
   if (state.usage.has(node.nodeId)) return;
@@ -21977,12 +22481,12 @@ function onTelemetry(payload) {
     return;
   }
   const {nodeId, providers, ...telemetry} = payload;
-  Object.assign(node, {telemetry, lastSeenAt: Date.now()});
+  Object.assign(node, {telemetry, lastSeenAt: now()});
   if (providers) node.providers = providers;
   const points = state.usage.get(nodeId);
   if (points && telemetry.cpuUsage != null) {
-    points.push([Date.now(), telemetry.cpuUsage]);
-    while (points[0][0] < Date.now() - HISTORY_SPAN) points.shift();
+    points.push([now(), telemetry.cpuUsage]);
+    while (points[0][0] < now() - HISTORY_SPAN) points.shift();
   }
   touch("nodes");
 }
@@ -21994,35 +22498,38 @@ function onSession({type, sessionKey}) {
   refresh("sessions");
 }
 
-const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
 const CHANGES_SESSIONS = new Set(["user_message", ...RUN_ENDS]);
 
 function onChat(event) {
   state.chats.get(event.sessionKey)?.take(event);
   if (CHANGES_SESSIONS.has(event.state)) refresh("sessions");
-  if (CHANGES_RUNNING.has(event.state)) refreshCommands();
+  // An approval is asked for, was given or was denied, or its turn has ended.
+  const {id, command} = event.message || {};
+  if (command?.approval || state.asks.some(ask => ask.jobId === id)) refreshAsks();
 }
 
-function refreshCommands() {
-  if (state.route.page === "nodes") refresh("running");
-  if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
-    loadAudit();
+async function refreshAsks() {
+  const known = new Set(state.asks.map(ask => ask.jobId));
+  await refresh("asks");
+  state.asks.filter(ask => !known.has(ask.jobId)).forEach(notifyAsk);
+  // What was denied never was a running job.
+  if (state.route.page === "activity" && state.activity.ids.length <= PAGE_SIZE)
+    loadActivity();
 }
 
 const HANDLERS = {
   chat: onChat,
   session: onSession,
+  job: onJobs,
   "job.state": onJobState,
-  "node.telemetry": payload => {
-    onTelemetry(payload);
-    refreshCommands(); // no event announces commands of other clients
-  },
+  "node.telemetry": onTelemetry,
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
 };
 
 const link = new Link({
-  async up({server}) {
+  async up({server, auth}) {
+    clock.ahead = auth.issuedAtMs - Date.now();
     Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
     touch("link");
     try {
@@ -22032,7 +22539,7 @@ const link = new Link({
     }
     state.usage.clear();
     enterRoute();
-    await refresh("sessions", "models", "nodes", "devices");
+    await refresh("sessions", "models", "nodes", "devices", "running", "asks");
     touch("route");
   },
   down(retryAt) {
@@ -22058,13 +22565,13 @@ const link = new Link({
 // == routes ==
 
 const PAGES = {
+  activity: "Activity",
   nodes: "Nodes",
-  commands: "Commands",
   models: "Models",
   access: "Access",
 };
 const PAGE_TOPICS = {
-  nodes: ["nodes", "devices", "running"],
+  nodes: ["nodes", "devices"],
   models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
@@ -22072,6 +22579,7 @@ const PAGE_TOPICS = {
 // Return the route of a path.
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
+  if (area === "activity") return {page: "activity", id: rest};
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
   try {
     if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
@@ -22085,6 +22593,8 @@ function routeOf(path) {
 const lastKey = () => kept.get("session") || MAIN;
 
 const chatPath = key => `${ROOT}/chat/${encodeURIComponent(key)}`;
+
+const jobPath = id => `${ROOT}/activity/${id}`;
 
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
@@ -22106,10 +22616,12 @@ function applyAddress() {
 // Fetch the data of the current route.
 function enterRoute() {
   if (state.link !== "up") return;
-  unfollowOthers();
-  const {page} = state.route;
+  const {page, id} = state.route;
   if (page === "chat") currentChat().load();
-  else if (page === "commands") loadAudit();
+  else if (page === "activity") {
+    if (id) loadLinked((state.activity.opened = id));
+    loadActivity();
+  }
   else refresh(...PAGE_TOPICS[page]);
 }
 
@@ -22169,6 +22681,7 @@ class Picker {
     this.active = (options.find(option => option.chosen) || options[0])?.value;
     this.typed = "";
     this.draw();
+    this.showActive();
     this.list.focus();
   }
 
@@ -22179,6 +22692,7 @@ class Picker {
   }
 
   key(event) {
+    if (isComposing(event)) return;
     const options = this.options();
     const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
@@ -22204,6 +22718,7 @@ class Picker {
     else this.type(event.key, options, at);
     event.preventDefault();
     this.draw();
+    this.showActive();
   }
 
   // Highlight the option with the typed name; a repeated letter goes to the next one.
@@ -22225,15 +22740,18 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(this.button, chosen && dotFor(chosen),
+    patch(this.button, chosen && dotFor(chosen),
       h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
     this.button.setAttribute("aria-label",
       `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
-    fill(this.list, options.map((option, n) => this.option(option, n)));
+    patch(this.list, options.map((option, n) => this.option(option, n)));
     const active = this.list.querySelector(".active");
-    active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
+  }
+
+  showActive() {
+    this.list.querySelector(".active")?.scrollIntoView({block: "nearest"});
   }
 
   option(option, n) {
@@ -22245,6 +22763,7 @@ class Picker {
         class: classes.filter(Boolean).join(" "),
         "aria-selected": String(Boolean(option.chosen)),
         "data-value": option.value,
+        "data-key": option.value,
       },
       dotFor(option),
       h("span", {class: "choice"}, h("span", option.label),
@@ -22348,9 +22867,132 @@ function drawRoute() {
   const {page} = state.route;
   for (const name of ["chat", ...Object.keys(PAGES)]) $(name).hidden = name !== page;
   for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === page);
-  const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
-  document.title = `${title} · moltis`;
+  drawTitle();
 }
+
+function drawTitle() {
+  const {page} = state.route;
+  const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
+  const asked = state.asks.length;
+  const running = longRunning().length;
+  const news = asked ? `(${asked} to approve)` : running && `(${running} running)`;
+  document.title = [news, title, "· moltis"].filter(Boolean).join(" ");
+}
+
+// Return how long a job has run, or waited; "" before it began.
+function runningTime(job) {
+  const {askedAt, startedAt, endedAt, duration} = job || {};
+  const begin = startedAt || (job && isOpen(job) && askedAt);
+  if (!begin) return "";
+  const end = isOpen(job) ? now() : endedAt;
+  return formatDuration(Math.max(0, duration ?? (end - begin) / 1000));
+}
+
+// What ends at once is not worth a place of its own.
+const longRunning = () => state.running.filter(job =>
+  job.state === "queued" || now() - job.askedAt > 1000);
+
+const MAX_RUNNING = 6; // in the sidebar
+const LONG_COMMAND = 30; // s; a person may be elsewhere when it ends
+
+class RunningItem {
+  constructor({id}) {
+    Object.assign(this, copyOf("running-item"));
+    on(this.stop, "click", () => stopJob(id));
+    on(this.link, "click", event => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      state.goal = id;
+      go(this.link.getAttribute("href"));
+    });
+  }
+
+  update({id, command, node, sessionKey, asks}) {
+    const job = state.jobs.get(id);
+    const isOver = !asks && !(job && isOpen(job));
+    this.link.href = sessionKey ? chatPath(sessionKey) : jobPath(id);
+    this.dot.className = `dot ${asks ? "wait" : job ? jobKind(job) : "off"}`;
+    setText(this.line, command);
+    this.line.title = command;
+    const took = job && isOpen(job) && runningTime(job);
+    const words = job && (job.state !== "running" || job.place || job.awayMs != null)
+      && job.words;
+    setText(this.detail, dotted(node, asks ? "asks for your approval" : words, took));
+    this.stop.hidden = Boolean(asks) || isOver;
+    this.root.classList.toggle("over", isOver);
+  }
+}
+
+const runningItems = new Keyed($("running"), item => item.id, i => new RunningItem(i));
+let listed = []; // what the sidebar shows as running
+
+function drawRunning() {
+  const jobs = longRunning();
+  const items = [
+    ...state.asks.map(ask => ({...ask, id: ask.jobId, asks: true})),
+    ...jobs.map(job => ({...job, node: job.nodeName})),
+  ];
+  // Nothing goes from under the pointer: the next one would be stopped by mistake.
+  const ids = new Set(items.map(item => item.id));
+  const over = $("running").matches(":hover") ? listed.filter(i => !ids.has(i.id)) : [];
+  const place = item => listed.findIndex(known => known.id === item.id);
+  listed = over.length
+    ? [...over.map(item => ({...item, asks: false})), ...items]
+        .sort((a, b) => place(a) - place(b))
+    : items.slice(0, MAX_RUNNING);
+  runningItems.show(listed);
+  const count = $("running-count");
+  const asked = state.asks.length;
+  setText(count, asked ? `${asked} to approve` :
+    jobs.length ? `${jobs.length} running` : "");
+  count.classList.toggle("asks", asked > 0);
+  for (const menu of document.querySelectorAll("[aria-label='Open menu']"))
+    menu.dataset.count = items.length || "";
+  const isLong = jobs.some(job => now() - job.askedAt > LONG_COMMAND * 1000);
+  $("notify-offer").hidden = !((isLong || asked) && mayOfferNotices());
+  drawTitle();
+}
+
+// == notifications ==
+
+const startedHere = new Set(); // ids of jobs that this page started outside of chats
+
+// Browsers notify over HTTPS and on this machine alone.
+const mayOfferNotices = () => "Notification" in window && isSecureContext &&
+  Notification.permission === "default" && kept.get("notices") !== "no";
+
+async function answerOffer(wanted) {
+  kept.set("notices", wanted ? "yes" : "no");
+  if (wanted) await Notification.requestPermission();
+  touch("running");
+}
+
+// Notify a person who looks elsewhere.
+function notify(title, body, path, id) {
+  const mayNotify = "Notification" in window && Notification.permission === "granted";
+  if (!document.hidden || !mayNotify) return;
+  // The tag makes one of the notices of several tabs.
+  const notice = new Notification(title, {body: body.slice(0, 200), tag: id});
+  on(notice, "click", () => {
+    window.focus();
+    state.goal = id;
+    go(path);
+  });
+}
+
+function notifyEnd(job) {
+  const {id, nodeName, command, words, sessionKey, startedAt, endedAt} = job;
+  const isLong = (endedAt ?? now()) - startedAt > LONG_COMMAND * 1000;
+  if (!isLong || !(sessionKey || startedHere.has(id))) return;
+  const path = sessionKey ? chatPath(sessionKey) : jobPath(id);
+  notify(`${capitalized(words)} on ${nodeName}`, command, path, id);
+}
+
+function notifyAsk({jobId, node, command, sessionKey}) {
+  notify(`Approval is needed on ${node}`, command, chatPath(sessionKey), jobId);
+}
+
+// == view: chats ==
 
 class SessionItem {
   constructor(entry) {
@@ -22374,9 +23016,12 @@ class SessionItem {
     const current = state.route.page === "chat" && state.route.key === entry.key;
     this.root.classList.toggle("current", current);
     setCurrent(this.link, current);
-    const node = entry.node_id ? sessionNode(entry).displayName : "";
+    const node = sessionNode(entry).displayName;
     const when = entry.updatedAt ? formatTime(entry.updatedAt) : "";
-    const status = entry.replying ? "Replying…" : dotted(node, when);
+    const [kind, words] = sessionStatus(entry);
+    const status = dotted(words, node, when);
+    this.dot.hidden = !kind;
+    this.dot.className = `dot ${kind}`;
     if (!this.name.dataset.edited) setText(this.name, sessionName(entry));
     setText(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
@@ -22389,6 +23034,16 @@ class SessionItem {
     if (await confirmed(question, text, "Delete"))
       attempt("sessions.delete", {key: entry.key});
   }
+}
+
+// Return what goes on in a chat, or how its last command ended: a dot, words.
+function sessionStatus({key, replying, lastJob}) {
+  if (state.asks.some(ask => ask.sessionKey === key)) return ["wait", "Asks you"];
+  const job = state.running.find(known => known.sessionKey === key);
+  if (job) return [jobKind(job), dotted(capitalized(job.words), runningTime(job))];
+  if (replying) return ["run", "Replying…"];
+  const last = lastJob && (state.jobs.get(lastJob.id) || lastJob);
+  return last && !isOpen(last) ? [jobKind(last), capitalized(last.words)] : ["", ""];
 }
 
 const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
@@ -22476,117 +23131,246 @@ class NoticeTurn {
   }
 }
 
+const WATCHED = 2000; // ms; a longer output stays where a person followed it
 const READING_TIME = 500; // ms that a question is seen before it can be answered
 
 const outputPath = jobId => `${ROOT}/api/jobs/${encodeURIComponent(jobId)}/output`;
 
-// A command: machine, command line, end of its output, state.
+// Long lines are wrapped or scroll, in all outputs of this browser.
+const wraps = () => {
+  const isNarrow = matchMedia("(max-width: 760px)").matches;
+  return (kept.get("wrap") || (isNarrow ? "yes" : "no")) === "yes";
+};
+
+function applyWrap() {
+  document.documentElement.classList.toggle("wraps", wraps());
+  touch("jobs");
+}
+
+const armed = new Set(); // cards whose question is in view and can be answered
+
+// One command from the first moment to its last: machine, command line, state, output.
 class CommandCard {
-  constructor(row) {
-    const {command, jobId} = row;
+  // In a chat, `box` scrolls; a row of the list of all jobs is shut at first.
+  constructor(row, box, isRow = false) {
     Object.assign(this, copyOf("command-card"));
-    this.chat = currentChat();
-    this.log = this.chat.logOf(row);
-    this.output = new Screen(this.log, this);
-    this.screen.setAttribute("aria-label", `Output of ${command.command}`);
-    fill(this.line, visible(command.command));
-    const where = command.node + (command.cwd ? `:${command.cwd}` : "");
-    fill(this.where, visible(where));
-    this.save.href = this.whole.href = outputPath(jobId);
-    onClickCopy(this.copyLine, () => command.command);
-    onClickCopy(this.copy, () => this.log.terminal.text());
-    on(this.stop, "click", () => this.end());
-    on(this.fold, "click", () => this.collapse());
+    this.isRow = isRow;
+    this.box = box;
     this.isNear = false; // visible, or a few screens away
-    const notice = entries => {
-      this.isNear = entries.at(-1).isIntersecting;
-      this.follow();
-    };
-    const area = {root: $("transcript"), rootMargin: "1000px 0px"};
-    new IntersectionObserver(notice, area).observe(this.root);
+    this.isShut = isRow;
+    this.log = null; // once there is a job, and its output is to be seen
+    this.place = h("p"); // where, and as whom, the command would run
+    onClickCopy(this.copyLine, () => this.row.command.command);
+    onClickCopy(this.copy, () => this.log.terminal.text());
+    onClickCopy(this.link, () => new URL(jobPath(this.row.jobId), location.href).href);
+    on(this.stop, "click", () => this.end());
+    on(this.wrap, "click", switchWrap);
+    on(this.again, "click", () => openAgain(this.row, jobOf(this.row)));
+    on(this.fold, "click", () => this.shut(!this.isShut));
+    if (isRow) {
+      on(this.root.firstElementChild, "click", event => {
+        if (!event.target.closest("button, a") && !String(getSelection()))
+          this.shut(!this.isShut);
+      });
+    }
+    this.observer = new IntersectionObserver(
+      entries => this.came(entries.at(-1).isIntersecting),
+      {root: box, rootMargin: "1000px 0px"},
+    );
+    this.observer.observe(this.root);
+    this.row = row;
+    this.drawShut();
   }
 
   update(row) {
-    const {command, job} = row;
+    const {command} = row;
+    const job = jobOf(row);
     this.row = row;
-    const [kind, words] = cardStatus(row);
+    const [kind, words] = cardStatus(row, job);
     const asks = asksFor(row);
     this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
     const label = `Command on ${command.node}: ${command.command}`;
-    this.root.setAttribute("aria-label", label);
-    this.dot.className = `dot ${kind}`;
+    if (this.root.getAttribute("aria-label") !== label) {
+      this.root.setAttribute("aria-label", label);
+      fill(this.line, visible(command.command));
+      const where = command.node + (command.cwd ? `:${command.cwd}` : "");
+      fill(this.where, visible(where));
+      this.screen.setAttribute("aria-label", `Output of ${command.command}`);
+    }
+    this.root.classList.toggle("same", Boolean(row.isSame));
     this.root.classList.toggle("asks", asks);
+    this.dot.className = `dot ${kind}`;
     setText(this.word, dotted(words, command.background && "in the background"));
-    const total = outputSize(job || {});
-    this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
-    setText(this.size, job && !this.isOpen ? this.sizeText(job, total) : "");
     this.stop.hidden = !this.isOpen || asks;
-    this.save.hidden = this.isOpen || !total || Boolean(command.output);
-    this.copy.hidden = this.isOpen || !total;
+    this.again.hidden = this.isOpen || !job;
+    if (this.isRow) this.drawRow(job);
     this.drawApproval(row, asks);
     this.tick();
-    this.follow();
+    this.drawOutput(job);
   }
 
-  sizeText({state}, total) {
-    if (!total) return "no output";
-    const loading = this.isIncomplete && state !== "lost"; // that may never end
-    return loading ? `loading ${formatBytes(total)}…` : formatBytes(total);
+  // Show what a list of all jobs says more than a chat.
+  drawRow(job) {
+    const {askedAt, sessionKey, callerName} = job || this.row;
+    const chat = sessionKey && {href: chatPath(sessionKey)};
+    const by = callerName || "";
+    fillIfChanged(this.who, [by, sessionKey], () =>
+      chat ? h("a", chat, by || "Chat") : by);
+    this.who.title = by;
+    this.where.title = this.where.textContent;
+    setText(this.clock, askedAt ? clockFormat.format(askedAt) : "");
+    this.clock.title = askedAt ? fullFormat.format(askedAt) : "";
+    this.facts.hidden = !job;
+    if (job && !this.isShut) setText(this.facts, factsOf(job));
+  }
+
+  drawOutput(job) {
+    const {command} = this.row;
+    if (job && !this.log && !this.isShut) {
+      this.log = logOf(this.row);
+      this.output = new Screen(this.log, this);
+      this.save.href = this.whole.href = outputPath(job.id);
+    }
+    const total = outputSize(job || {});
+    const isComplete = Boolean(this.log?.isComplete);
+    this.isIncomplete = Boolean(this.log) && (this.isOpen || total > 0) && !isComplete;
+    const loading = this.isIncomplete && !this.isOpen && job.state !== "lost";
+    setText(this.size, !job || this.isOpen ? "" :
+      !total ? "no output" : `${loading ? "loading " : ""}${formatBytes(total)}`);
+    const hasOutput = Boolean(this.log) && (this.isOpen || total > 0);
+    this.root.classList.toggle("bare-line", !this.isRow && !hasOutput);
+    this.wrap.hidden = this.copy.hidden = !hasOutput;
+    setText(this.wrap, wraps() ? "Scroll lines" : "Wrap lines");
+    this.save.hidden = this.isOpen || !total || Boolean(command.output);
+    const all = total && !this.isOpen ? ` (${formatBytes(total)})` : "";
+    setText(this.whole, `Download all of it${all}`);
+    this.link.hidden = !job;
+    this.follow();
+    if (this.isOpen && this.log) this.watchedSince ??= now();
+    if (!this.isOpen && isComplete)
+      this.output.end(now() - (this.watchedSince ?? now()) > WATCHED);
   }
 
   // Follow the job only near the viewport: a long chat has many cards.
+  came(isNear) {
+    this.isNear = isNear;
+    this.follow();
+  }
+
   follow() {
-    if (this.isNear && this.isIncomplete) followJob(this.chat, this.log);
+    if (!this.log) return;
+    const {cards, id} = this.log;
+    if (this.isNear && !this.isShut) {
+      cards.add(this);
+      if (this.isIncomplete) followJob(this.log);
+    } else if (cards.delete(this) && !cards.size) unfollowJob(id);
+  }
+
+  // Its root has left the page.
+  leave() {
+    this.observer.disconnect();
+    this.seen?.disconnect();
+    armed.delete(this);
+    this.came(false);
+    this.output?.leave();
   }
 
   tick() {
-    const {startedAt, endedAt, duration: took} = this.row.job || {};
-    const end = this.isOpen ? Date.now() : endedAt;
-    const seconds = took ?? (end - startedAt) / 1000;
-    setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
+    const {approval} = this.row.command;
+    let text = runningTime(jobOf(this.row));
+    if (asksFor(this.row) && approval.expiresAt) {
+      const left = Math.max(0, Math.round((approval.expiresAt - now()) / 1000));
+      text = `denied in ${formatDuration(Math.max(1, left))}`;
+    }
+    setText(this.time, text);
   }
 
-  drawApproval({jobId: id, command: {node, cwd}}, asks) {
+  drawApproval({jobId: id, command}, asks) {
+    const {node, nodeId, cwd, approval} = command;
+    const user = nodeById(nodeId)?.telemetry?.user;
+    if (asks) {
+      fillIfChanged(this.place, [node, cwd, user], () =>
+        ["The model wants to run this on ", visible(node),
+          cwd ? [" in ", visible(cwd)] : " in its usual directory",
+          user && [" as ", visible(user)], "."]);
+    }
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
+    this.seen?.disconnect();
+    armed.delete(this);
     if (!asks) return;
-    const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
+    this.answer = decision => attempt("exec.approval.resolve", {id, decision});
     const buttons = [
-      button("Approve", answer("approve"), "button main"),
-      button("Deny", answer("deny")),
-      button(["Always on ", visible(node), " in this chat"], answer("always")),
+      h("button", {class: "button main", onclick: () => this.answer("approve")},
+        "Approve ", h("kbd", "A")),
+      h("button", {class: "button", onclick: () => this.answer("deny")},
+        "Deny ", h("kbd", "D")),
+      h("button", {class: "link", onclick: () => this.answer("always")},
+        "Always on ", visible(node), " in this chat"),
     ];
-    fill(this.approval,
-      h("p", "The model wants to run this on ", visible(node),
-        cwd && [" in ", visible(cwd)], "."),
-      buttons);
+    const answers = h("div", {class: "answers"}, buttons);
+    fill(this.approval, this.place,
+      (approval.risks || []).map(risk =>
+        h("p", {class: "risk"}, icon("warn"), "It ", visible(risk))),
+      answers,
+      h("p", {class: "reach"}, "Always: whatever a model wants to run on ",
+        visible(node), " in this chat for the key that asked, until the chat is reset ",
+        "or the gateway is restarted."));
     // A click or key that was meant for something else must not answer.
     let timer;
     for (const each of buttons) each.disabled = true;
-    const seen = new IntersectionObserver(entries => {
+    this.seen = new IntersectionObserver(entries => {
       clearTimeout(timer);
+      armed.delete(this);
       if (!entries.at(-1).isIntersecting) return;
       timer = setTimeout(() => {
         for (const each of buttons) each.disabled = false;
-        seen.disconnect();
+        if (asksFor(this.row)) armed.add(this);
       }, READING_TIME);
     });
-    seen.observe(this.approval);
+    this.seen.observe(answers);
     announce(`Approval is needed for a command on ${node}`);
   }
 
-  collapse() {
-    const shut = this.root.classList.toggle("folded");
-    this.fold.setAttribute("aria-expanded", String(!shut));
-    this.fold.setAttribute("aria-label", shut ? "Show output" : "Collapse output");
+  shut(isShut) {
+    this.isShut = isShut;
+    this.drawShut();
+    this.update(this.row);
+    if (this.isRow) showOpened(this.row.jobId, !isShut);
+  }
+
+  drawShut() {
+    this.root.classList.toggle("folded", this.isShut);
+    this.fold.setAttribute("aria-expanded", String(!this.isShut));
+    const what = this.isShut ? "Show output" : "Collapse output";
+    this.fold.setAttribute("aria-label", what);
+    this.fold.title = what;
   }
 
   async end() {
     this.stop.disabled = true;
-    await attempt("job.cancel", {id: this.row.jobId});
+    await stopJob(this.row.jobId);
     this.stop.disabled = false;
   }
+}
+
+function switchWrap() {
+  kept.set("wrap", wraps() ? "no" : "yes");
+  applyWrap();
+}
+
+// Answer a question by its key, unless a person types.
+function answerByKey(event) {
+  const decision = {a: "approve", d: "deny"}[event.key.toLowerCase()];
+  const isTyped = event.target.closest("input, textarea, select, dialog");
+  if (!decision || isTyped || event.ctrlKey || event.metaKey || event.altKey) return;
+  const cards = [...armed].filter(card => card.root.isConnected);
+  const focused = cards.find(card => card.root.contains(document.activeElement));
+  const card = focused || (cards.length === 1 && cards[0]);
+  if (!card) return;
+  event.preventDefault();
+  card.answer(decision);
 }
 
 const TURNS = {
@@ -22596,21 +23380,54 @@ const TURNS = {
   command: CommandCard,
 };
 
-const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row);
-const turns = new Keyed($("messages"), row => row.id, makeTurn);
+const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row, $("transcript"));
+// A command that was typed is one card, from the message that waits to its end.
+const turns = new Keyed($("messages"), row => row.key ?? row.id, makeTurn);
 let shownChat = null; // the Chat whose messages are on the page
-let follows = true; // keep the newest message visible
+const transcript = new Tail($("transcript"), () => {
+  $("latest").hidden = transcript.follows;
+});
 
-// Return the messages to show, without those that a command card repeats.
+// Return the messages to show: a command that was typed is the card of its job, before
+// it has one as well; of cards in a row, only the first names their machine.
 function shownRows(chat) {
-  const rows = chat.ordered();
-  const commands = new Set(
-    rows
-      .filter(row => row.role === "command")
-      .map(row => `${row.runId} ${row.command.command}`),
-  );
+  const all = chat.ordered();
+  const waits = row => row.state === "queued";
+  const rows = [...all.filter(row => !waits(row)), ...all.filter(waits)];
+  const own = row => `${row.runId} ${row.command.command}`;
+  const cards = new Set(rows.filter(row => row.role === "command").map(own));
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
-  return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
+  const shown = [];
+  const typedRuns = new Set();
+  for (const row of rows) {
+    if (row.role === "command")
+      shown.push(typedRuns.has(row.runId) ? {...row, key: row.runId} : row);
+    else if (row.role !== "user") shown.push(row);
+    else {
+      const isCard = cards.has(typed(row));
+      if (isCard || row.typed) typedRuns.add(row.runId);
+      if (!isCard) shown.push(waitingCard(chat, row) || row);
+    }
+  }
+  let before = "";
+  for (const row of shown) {
+    const {node, cwd} = row.command || {};
+    const place = row.role === "command" ? `${node} ${cwd || ""}` : "";
+    row.isSame = Boolean(place) && place === before && !asksFor(row);
+    before = place;
+  }
+  return shown;
+}
+
+// Return the card of a typed command that has no job yet; null for other messages.
+function waitingCard(chat, row) {
+  const waits = row.state === "queued" || (row.state === "done" && chat.busy);
+  if (!row.typed || !(waits || row.state === "aborted")) return null;
+  const {displayName, nodeId} = sessionNode(currentSession());
+  const command = {command: row.text.replace(/^!/, ""), node: displayName, nodeId};
+  if (row.state === "aborted") command.error = "withdrawn before it started";
+  const state = row.state === "done" ? "running" : row.state;
+  return {...row, key: row.runId, role: "command", state, command};
 }
 
 function drawChat() {
@@ -22623,8 +23440,20 @@ function drawChat() {
   drawWelcome(chat, rows);
   drawThinking(chat, rows);
   drawComposer(chat);
-  followEnd();
+  transcript.follow();
+  showGoal(turns);
   announceEnd(chat, rows);
+}
+
+// Show the card to which a person went, once it is there.
+function showGoal(views) {
+  for (const {root, row} of views.views.values()) {
+    if (!state.goal || row?.jobId !== state.goal) continue;
+    state.goal = "";
+    transcript.set(false);
+    root.scrollIntoView({block: "start"});
+    root.focus({preventScroll: true});
+  }
 }
 
 function leaveChat(chat) {
@@ -22634,7 +23463,7 @@ function leaveChat(chat) {
   turns.show([]);
   text.value = chat.draft;
   fitText();
-  follows = true;
+  transcript.resume();
 }
 
 function drawThinking(chat, rows) {
@@ -22651,16 +23480,17 @@ const announced = new Set(); // ids of ended messages
 function announceEnd(chat, rows) {
   const last = rows.at(-1);
   if (!last || isOpen(last) || announced.has(last.id)) return;
-  const log = last.command && chat.logOf(last);
+  const log = last.jobId && logOf(last);
+  const job = jobOf(last);
   // Wait for the end of its output.
-  if (state.followed.has(log?.id) && last.job?.state !== "lost") return;
+  if (state.followed.has(log?.id) && job?.state !== "lost") return;
   announced.add(last.id);
-  if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
+  if (now() - (job?.endedAt || last.createdAt) > 60_000) return;
   if (!log) announce((last.text || "").slice(0, 500));
   else {
     log.settle();
     const output = log.terminal.text().slice(-300) || "no output";
-    announce(`${last.command.node}: ${cardStatus(last)[1]}. ${output}`);
+    announce(`${last.command.node}: ${cardStatus(last, job)[1]}. ${output}`);
   }
 }
 
@@ -22726,7 +23556,7 @@ async function send(line) {
   if (line === undefined) text.value = chat.draft = "";
   fitText();
   recall.place = null;
-  follows = true;
+  transcript.resume();
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key};
   // Until the list of sessions arrives, only the gateway knows the model.
@@ -22767,7 +23597,7 @@ function recallText(step) {
 }
 
 function composerKey(event) {
-  if (event.isComposing) return;
+  if (isComposing(event)) return;
   const text = $("text");
   const {key} = event;
   const before = text.value.slice(0, text.selectionStart);
@@ -22790,21 +23620,8 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-
-function followEnd() {
-  const box = $("transcript");
-  if (follows) box.scrollTop = box.scrollHeight;
-}
-
-function onScroll() {
-  const box = $("transcript");
-  follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
-  $("latest").hidden = follows;
-}
-
 function showLatest() {
-  follows = true;
-  followEnd();
+  transcript.resume();
   $("text").focus();
 }
 
@@ -22837,11 +23654,11 @@ class Meter {
 
 // Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
-  const now = Date.now();
-  const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
+  const end = now();
+  const recent = points.filter(([ms]) => ms > end - HISTORY_SPAN);
   svg.classList.toggle("none", recent.length < 2);
   if (recent.length < 2) return;
-  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+  const x = ms => (120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
   const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
   const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
   const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
@@ -23096,61 +23913,163 @@ function forgetToken() {
   fill($("token-lines"));
 }
 
-// == view: commands ==
+// == view: activity ==
 
 const RESULTS = {
-  "": "All",
-  open: "Running",
-  done: "Done",
-  failed: "Failed",
-  timed_out: "Timed out",
+  "": "All results",
+  open: "Running or waiting",
+  succeeded: "Done",
+  failed: "Failed or cancelled",
   cancelled: "Cancelled",
+  timed_out: "Timed out",
   lost: "Lost",
-  expired: "Expired",
   denied: "Denied",
 };
 
-function auditRow(job) {
-  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
-  const took = startedAt && endedAt && (job.duration ?? (endedAt - startedAt) / 1000);
-  const cell = (name, ...children) => h("td", {class: name}, children);
-  const href = sessionKey && chatPath(sessionKey);
-  return h("tr",
-    h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
-    cell("who", href ? h("a", {href}, callerName) : callerName),
-    cell("at", job.nodeName),
-    cell("what", h("code", {title: command}, command)),
-    cell("result", h("span", {class: `dot ${jobKind(job)}`}), capitalized(job.words)),
-    cell("number", took != null && formatDuration(took)),
-    cell("number", endedAt && formatBytes(outputSize(job))));
+// Return what an opened row says of its job.
+function factsOf(job) {
+  const {callerName, address, askedAt, decidedBy, timeoutMs, kept: isKept} = job;
+  const total = outputSize(job);
+  const isGone = !isOpen(job) && total > 0 && state.logs.get(job.id)?.isComplete &&
+    !state.logs.get(job.id).terminal.count;
+  const output = !isKept
+    ? "its output goes to the client that started it, and is not kept"
+    : isGone
+      ? "its output is no longer kept"
+      : !isOpen(job) && !total && "no output";
+  return capitalized(dotted(
+    `asked by ${callerName}${address ? ` from ${address}` : ""}`,
+    fullFormat.format(askedAt), decidedBy && `decided by ${decidedBy}`,
+    timeoutMs && `ends after ${formatDuration(timeoutMs / 1000)}`, output));
 }
 
-function drawAudit() {
-  if (state.route.page !== "commands") return;
-  const {rows, more} = state.audit;
-  fillIfChanged($("audit-rows"), rows, () => rows.map(auditRow));
-  $("audit").hidden = !rows.length;
-  $("audit-empty").hidden = rows.length > 0;
-  $("audit-older").hidden = !more;
+class DayHeading {
+  constructor() {
+    this.root = h("h2");
+  }
+
+  update({day}) {
+    setText(this.root, day);
+  }
+}
+
+const rowOfJob = job => ({
+  id: job.id,
+  jobId: job.id,
+  state: job.state,
+  command: {command: job.command, node: job.nodeName, nodeId: job.nodeId, cwd: job.cwd},
+  job,
+});
+
+// Return the row of a command that waits for an approval.
+const rowOfAsk = ({jobId, expiresAt, risks, sessionKey, ...command}) => ({
+  id: jobId,
+  jobId,
+  state: "running",
+  sessionKey,
+  command: {...command, approval: {state: "asked", expiresAt, risks}},
+});
+
+const activityRows = new Keyed($("activity-list"), item => item.id, item =>
+  item.day ? new DayHeading() : new CommandCard(item, $("activity-scroll"), true));
+
+function drawActivity() {
+  if (state.route.page !== "activity") return;
+  const {ids, opened, node, result, query, more, isLoaded} = state.activity;
+  const items = [];
+  const asks = node || result || query ? [] : state.asks;
+  if (asks.length)
+    items.push({id: "asks", day: "Waiting for your approval"}, ...asks.map(rowOfAsk));
+  const jobs = ids.map(id => state.jobs.get(id))
+    .filter(job => job && (isListed(job) || job.id === opened));
+  const linked = !ids.includes(opened) && state.jobs.get(opened);
+  if (linked && isLoaded) {
+    const row = rowOfJob(linked);
+    items.push({id: "linked", day: `${dayName(linked.askedAt)}, by its link`}, row);
+  }
+  let day = "";
+  for (const job of jobs) {
+    const name = dayName(job.askedAt);
+    if (name !== day) items.push({id: `day ${name}`, day: name});
+    day = name;
+    items.push(rowOfJob(job));
+  }
+  activityRows.show(items);
+  const toOpen = state.goal && activityRows.views.get(state.goal);
+  if (toOpen?.isShut) toOpen.shut(false);
+  for (const item of asks) {
+    const view = activityRows.views.get(item.jobId);
+    if (view.isShut) view.shut(false);
+  }
+  showGoal(activityRows);
+  $("activity-empty").hidden = items.length > 0 || !isLoaded;
+  setText($("activity-empty"), node || result || query
+    ? "No command matches."
+    : "No command yet. What anybody runs, here or in a terminal, appears here.");
+  $("activity-older").hidden = !more;
+}
+
+// The address names the row that was opened last.
+function showOpened(id, isOpened) {
+  if (isOpened) state.activity.opened = id;
+  else if (state.activity.opened === id) state.activity.opened = "";
+  if (state.route.page !== "activity") return;
+  history.replaceState(null, "", jobPath(state.activity.opened));
 }
 
 const choicesOf = pairs => pairs.map(([value, name]) => h("option", {value}, name));
 
 function drawFilters() {
   const select = $("filter-node");
-  const names = state.nodes.map(node => [node.nodeId, node.displayName]);
-  fillIfChanged(select, [["", "All"], ...names], choicesOf);
-  select.value = state.audit.node;
+  const names = inOrder(state.nodes).map(node => [node.nodeId, node.displayName]);
+  fillIfChanged(select, [["", "All machines"], ...names], choicesOf);
+  select.value = state.activity.node;
 }
 
-function filterAudit() {
-  state.audit.node = $("filter-node").value;
-  state.audit.result = $("filter-state").value;
+function filterActivity() {
+  const {activity} = state;
+  activity.node = $("filter-node").value;
+  activity.result = $("filter-state").value;
+  activity.query = $("find-command").value.trim();
+  activity.isLoaded = false;
   const filters = new URLSearchParams();
-  if (state.audit.node) filters.set("nodeId", state.audit.node);
-  if (state.audit.result) filters.set("state", state.audit.result);
+  if (activity.node) filters.set("nodeId", activity.node);
+  if (activity.result) filters.set("state", activity.result);
   $("audit-save").search = filters;
-  loadAudit();
+  loadActivity();
+}
+
+let againJob = null; // what the dialog asks about
+
+// Ask where a command is to run once more.
+function openAgain(row, job) {
+  againJob = job;
+  fill($("again-line"), visible(row.command.command));
+  const nodes = inOrder(state.nodes).filter(node => node.connected);
+  fill($("again-node"), choicesOf(nodes.map(node => [node.nodeId, node.displayName])));
+  const isHere = nodes.some(node => node.nodeId === job.nodeId);
+  if (isHere) $("again-node").value = job.nodeId;
+  setText($("again-note"), dotted(
+    !isHere && `${job.nodeName} is not connected`,
+    job.cwd && `in ${job.cwd}`,
+    "Its output appears under Activity."));
+  $("again").showModal();
+}
+
+async function runAgain() {
+  const {command, cwd, timeoutMs} = againJob;
+  const spec = {command, ...(cwd && {cwd}), ...(timeoutMs && {timeout: timeoutMs})};
+  const jobs = [{node: $("again-node").value}];
+  const answer = await attempt("job.start", {jobs, work: "run", spec, keep: true});
+  if (!answer) return;
+  $("again").close();
+  const [job] = answer.jobs;
+  if (job.error) showError(job.error);
+  else {
+    startedHere.add(job.id);
+    learn(job);
+    go(jobPath(job.id));
+  }
 }
 
 // == view: models ==
@@ -23329,10 +24248,20 @@ function followLink(event) {
   go(link.getAttribute("href"));
 }
 
+const clocks = () => Date.now() - performance.now();
+let clocksApart = clocks(); // ms; setting the clock changes it, as does sleep
+
 function tick() {
+  // Connect anew: the hello has the gateway's time, and a slept connection is dead.
+  if (Math.abs(clocks() - clocksApart) > 2000) link.reopen();
+  clocksApart = clocks();
   if (state.link === "down") drawBanner();
-  for (const view of turns.views.values()) if (view.isOpen) view.tick();
+  for (const view of [...turns.views.values(), ...activityRows.views.values()])
+    if (view.isOpen || armed.has(view)) view.tick();
+  if (state.running.length) touch("running");
 }
+
+let searchTimer; // of what is typed into the search of commands
 
 function onSubmit(id, action) {
   on($(id), "submit", event => {
@@ -23354,17 +24283,23 @@ const CLICKS = {
   latest: showLatest,
   stop: stopRun,
   older: () => currentChat().loadEarlier(),
-  "audit-older": () => loadAudit(true),
+  "activity-older": () => loadActivity(true),
+  "notify-yes": () => answerOffer(true),
+  "notify-no": () => answerOffer(false),
+  "again-cancel": () => $("again").close(),
 };
 
 function start() {
+  applyWrap();
+  on(window, "resize", applyWrap); // narrow windows wrap unless a person chose
   watch("link", drawLink);
   watch("route sessions", drawRoute);
-  watch("route sessions nodes", drawSessions);
-  watch("route chat sessions models nodes link", drawChat);
+  watch("route sessions nodes running asks", drawSessions);
+  watch("route running asks sessions", drawRunning);
+  watch("route chat jobs asks sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
   watch("nodes devices", drawTokenWait);
-  watch("route audit", drawAudit);
+  watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
   watch("storage", drawStorage);
@@ -23380,6 +24315,9 @@ function start() {
   for (const link of document.querySelectorAll("a[href^='/']")) {
     link.setAttribute("href", ROOT + link.getAttribute("href"));
   }
+  on(document, "pointerdown", pointerPressed);
+  on(document, "pointerup", pointerReleased);
+  on(document, "pointercancel", pointerReleased);
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
@@ -23390,18 +24328,24 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
+  onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", keepDraft);
-  on($("transcript"), "scroll", onScroll);
   // Output that is drawn later also makes the conversation longer.
-  new ResizeObserver(followEnd).observe($("messages"));
+  new ResizeObserver(() => transcript.follow()).observe($("messages"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
     touch("sessions");
   });
-  on($("filter-node"), "change", filterAudit);
-  on($("filter-state"), "change", filterAudit);
+  on($("filter-node"), "change", filterActivity);
+  on($("filter-state"), "change", filterActivity);
+  on($("find-command"), "input", () => {
+    clearTimeout(searchTimer);
+    searchTimer = setTimeout(filterActivity, 200);
+  });
+  on($("running"), "pointerleave", () => touch("running"));
+  on(document, "keydown", answerByKey);
   fill($("filter-state"), choicesOf(Object.entries(RESULTS)));
   setInterval(tick, 1000);
   setInterval(() => touch("nodes", "sessions"), 60_000); // relative times

@@ -752,7 +752,7 @@ def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):
         page.click(".approval .main")
         page.wait_for_text("It runs by itself.")
         page.wait_for_text("Running · in the background")
-        page.click("article.command footer .small")
+        page.click("article.command [data-part=stop]")
         page.wait_for_text("Cancelled by ")
         assert page.errors == []
 

@@ -656,7 +656,7 @@ def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
         assert card["state"] == "aborted"
         assert card["command"]["approval"]["state"] == "denied"
         assert not (tmp_path / "ran").exists()
-        assert card["job"]["words"] == "denied"
+        assert card["job"]["words"] == "denied by owner"
         (row,) = gateway.call("job.list", state="denied")
         assert row["id"] == card["jobId"]
         assert row["decidedBy"] == "owner"

@@ -365,7 +365,7 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
     type_line(page, "echo $((6 * 7)); exec sleep 120")
     page.wait_for(shows(LAST, "42"))
     page.wait_for(shows(LAST, "Running"))
-    page.click(f"{LAST} footer button")
+    page.click(f"{LAST} [data-part=stop]")
     page.wait_for(shows(LAST, "Cancelled"))
     assert "42" in page.text(LAST)
 
@@ -376,7 +376,9 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     choose(page, "Demo node")
     output = run(page, "seq 100000")
     assert output.split()[-1] == "100000"
-    assert "Only the end is shown." in page.text(f"{LAST} .screen")
+    said = page.text(f"{LAST} .screen")
+    assert "Only the end is shown." in said
+    assert "Download all of it (575 KiB)" in said
     saved = "URL.createObjectURL = blob => (blob.text().then(done), 'data:,')"
     click = f"document.querySelector('{LAST} .cut a').click()"
     whole = page.evaluate(f"new Promise(done => {{ {saved}; {click} }})")
@@ -391,7 +393,7 @@ def test_a_command_that_writes_without_end_can_be_stopped(site, make_page):
     choose(page, "Demo node")
     type_line(page, "yes; echo never")
     page.wait_for(shows(f"{LAST} .lines", "y\ny\ny"))
-    page.click(f"{LAST} footer button")
+    page.click(f"{LAST} [data-part=stop]")
     # The page is no minutes behind: it shows the end of the output soon.
     page.wait_for(f"{shows(LAST, 'Cancelled')} && !{shows(LAST, 'loading')}")
     assert run(page, "echo next").strip() == "next"
@@ -420,7 +422,7 @@ def test_output_goes_on_when_a_person_comes_back_to_the_chat(site, make_page):
     page.wait_for(shows(LAST, "line 12\n"))
     lines = page.text(f"{LAST} .lines").split("\n")
     assert lines[:12] == [f"line {n}" for n in range(1, 13)]
-    page.click(f"{LAST} footer button")
+    page.click(f"{LAST} [data-part=stop]")
     page.wait_for(shows(LAST, "Cancelled"))
 
 
@@ -465,8 +467,8 @@ def test_back_and_forward_go_through_the_views(site, make_page):
     chat = page.evaluate("location.pathname")
     page.click("#to-nodes")
     page.wait_for_text("Generate Token")
-    page.click("#to-commands")
-    page.wait_for("!document.querySelector('#commands').hidden")
+    page.click("#to-activity")
+    page.wait_for("!document.querySelector('#activity').hidden")
     page.evaluate("history.go(-2)")
     page.wait_for(f"location.pathname === {json.dumps(chat)}")
     page.wait_for("!document.querySelector('#chat').hidden")
@@ -501,9 +503,13 @@ def test_markup_in_output_and_messages_stays_text(site, make_page):
     assert page.dialogs == []
 
 
-def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_page):
-    call = {"function": {"name": "exec", "arguments": {"command": "echo $((6 * 7))"}}}
-    answers = [{"tool_calls": [call]}, {"content": "It is **42**."}]
+def wanting(command):
+    call = {"function": {"name": "exec", "arguments": {"command": command}}}
+    return {"tool_calls": [call]}
+
+
+def scripted_model(answers):
+    """Serve the model `ollama/m`, which gives these answers."""
 
     def reply(request):
         if not request.path.endswith("/api/chat"):
@@ -512,20 +518,100 @@ def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_pa
         end = {"model": "m", "message": message, "done": True, "done_reason": "stop"}
         return 200, {"Content-Type": "application/x-ndjson"}, [json.dumps(end).encode()]
 
-    with ScriptedServer(reply) as server:
+    return ScriptedServer(reply)
+
+
+def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_page):
+    answers = [wanting("echo $((6 * 7))"), {"content": "It is **42**."}]
+    with scripted_model(answers) as server:
         own_site.stop()
         own_site.start(OLLAMA_HOST=server.url)
         own_site.call("sessions.patch", key="main", model="ollama/m")
         page = make_page(own_site)
         type_line(page, "How much is it?")
-        page.wait_for(shows(LAST, "The model wants to run this on Local."))
-        page.wait_for(shows(LAST, "Waiting for your approval"))
+        page.wait_for(shows(LAST, "The model wants to run this on Local in its usual"))
+        page.wait_for(shows(LAST, "Waiting for your approval denied in 9 min"))
+        page.wait_for(shows("#running", "asks for your approval"))
+        page.wait_for(shows("#running-count", "1 to approve"))
+        page.wait_for(shows("#sessions .current", "Asks you"))
+        page.wait_for("document.title.startsWith('(1 to approve) ')")
         take_screenshot(page, "approval")
         assert own_site.call("job.list") == []
         page.click(f"{LAST} .approval .main")
         page.wait_for(shows(LAST, "It is 42."))
         assert "Done" in page.text(".command")
         page.wait_for(shows(".command .lines", "42"))
+        page.wait_for("!document.title.startsWith('(')")
+
+
+@pytest.mark.parametrize(("key", "result"), [("a", "Done"), ("d", "Denied")])
+def test_a_question_names_its_risks_and_is_answered_by_a_key(
+    own_site, make_page, tmp_path, key, result
+):
+    line = f"cd {tmp_path}; touch old; rm old"
+    with scripted_model([wanting(line), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        own_site.call("chat.send", sessionKey="main", text="clear up")
+        # Away from the chat: the question is at the top of what runs.
+        page = make_page(own_site, "/activity/")
+        page.wait_for(shows("#activity-list", "It removes files (rm)"))
+        page.press(key)  # too early, or not
+        page.wait_for("!document.querySelector('.approval .main')?.disabled")
+        page.press(key)
+        page.wait_for(shows(row_of("rm old"), result))
+        wait_for(lambda: "The end." in str(own_site.call("chat.history")))
+        assert own_site.call("job.list")[0]["decidedBy"] == "owner"
+
+
+def test_all_of_a_long_question_is_shown_and_a_key_answers_it_in_view_alone(
+    own_site, make_page
+):
+    line = "\n".join(f"echo step {n}" for n in range(120))
+    with scripted_model([wanting(line), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        own_site.call("chat.send", sessionKey="main", text="go on")
+        page = make_page(own_site, "/activity/")
+        card = "#activity-list .asks"
+        page.wait_for(shows(card, "step 119"))
+        code = f"document.querySelector('{card} .line')"
+        assert page.evaluate(f"{code}.scrollHeight <= {code}.clientHeight + 1")
+        answers = f"document.querySelector('{card} .answers')"
+        page.evaluate(f"{answers}.scrollIntoView()")
+        page.wait_for(f"{answers}.firstChild.disabled === false")
+        page.evaluate("document.querySelector('#activity-scroll').scrollTop = 0")
+        page.wait_for(f"{answers}.getBoundingClientRect().top > innerHeight")
+        frames = "new Promise(done => requestAnimationFrame(() => "
+        page.evaluate(f"{frames}requestAnimationFrame(() => setTimeout(done))))")
+        page.press("a")
+        assert len(own_site.call("exec.approval.list")) == 1
+        page.evaluate(f"{answers}.scrollIntoView()")
+
+        def answered():
+            page.press("d")
+            return not own_site.call("exec.approval.list")
+
+        wait_for(answered, what="the answer")
+
+
+def test_a_key_typed_into_the_composer_answers_no_question(own_site, make_page):
+    with scripted_model([wanting("echo asked"), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page = make_page(own_site)
+        type_line(page, "go on")
+        page.wait_for("document.querySelector('.approval .main')?.disabled === false")
+        page.click("#text")
+        page.press("a")
+        page.press("d")
+        assert page.evaluate("document.querySelector('#text').value") == "ad"
+        assert "Waiting for your approval" in page.text(LAST)
+        page.click(".approval .main")
+        page.wait_for(shows(LAST, "The end."))
 
 
 # -- nodes ---------------------------------------------------------------------
@@ -587,32 +673,6 @@ def test_a_card_shows_live_telemetry_and_takes_a_new_name(site, make_page):
     page.wait_for(shows(card, "Demo node"))
 
 
-def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
-    page = make_page(site)
-    open_new_chat(page)
-    run(page, "exit 9", "Exit status 9")
-    choose(page, "Demo node")
-    run(page, "echo for the audit")
-    page.click("#to-commands")
-    first = "#audit-rows > :first-child"
-    page.wait_for(shows(first, "echo for the audit"))
-    assert "Demo node" in page.text(first)
-    assert "Done" in page.text(first)
-    take_screenshot(page, "commands")
-    page.evaluate(
-        "{const s = document.querySelector('#filter-node'); s.value = 'local';"
-        "s.dispatchEvent(new Event('change'))}"
-    )
-    page.wait_for(shows(first, "exit 9"))
-    assert "for the audit" not in page.text("#audit-rows")
-    page.evaluate(
-        "{const s = document.querySelector('#filter-node'); s.value = '';"
-        "const r = document.querySelector('#filter-state'); r.value = 'failed';"
-        "r.dispatchEvent(new Event('change'))}"
-    )
-    page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
-
-
 def test_a_machine_without_a_name_is_called_by_its_host_name(site, make_page):
     page = make_page(site, "/settings/nodes")
     page.click("#new-token")
@@ -647,6 +707,265 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     page.click("#confirm-yes")
 
 
+# -- what runs, and what ran ---------------------------------------------------
+
+STOP = "[data-part=stop]"
+
+
+def start(site, command, node="Demo node", **params):
+    """Start a job as another caller does; return its id."""
+    params = {"keep": True, **params}
+    jobs, spec = [{"node": node}], {"command": command}
+    answer = site.call("job.start", jobs=jobs, work="run", spec=spec, **params)
+    return answer["jobs"][0]["id"]
+
+
+def row_of(command):
+    """Return a selector for the row of a command in the list of all jobs."""
+    return f"#activity-list [aria-label$={json.dumps(command)}]"
+
+
+def choose_in(page, select, value):
+    page.evaluate(
+        f"{{const s = document.querySelector('{select}'); s.value = '{value}';"
+        "s.dispatchEvent(new Event('change'))}"
+    )
+
+
+@pytest.mark.parametrize("path", ["/settings/models", "/activity/", "/chat/main"])
+def test_what_anybody_runs_is_on_every_view_with_its_time_and_stop(
+    site, make_page, path
+):
+    page = make_page(site, path)
+    page.wait_for(READY)
+    job = start(site, "exec sleep 120 # of a shell")
+    page.wait_for(shows("#running", "sleep 120 # of a shell"))
+    page.wait_for(shows("#running", "Demo node · "))
+    page.wait_for(shows("#running-count", "1 running"))
+    page.wait_for("document.title.startsWith('(1 running) ')")
+    page.click(f"#running {STOP}")
+    wait_for(lambda: site.call("job.wait", id=job)["state"] == "cancelled")
+    page.wait_for("!document.title.startsWith('(')")
+    page.evaluate(
+        "document.querySelector('#running').dispatchEvent(new Event('pointerleave'))"
+    )
+
+
+def test_the_list_of_what_runs_leads_to_the_card_in_its_chat(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    type_line(page, "exec sleep 100")
+    page.wait_for(shows("#running", "sleep 100"))
+    chat = page.evaluate("location.pathname")
+    page.click("#to-nodes")
+    page.click("#running a")
+    page.wait_for(f"location.pathname === {json.dumps(chat)}")
+    page.wait_for("document.activeElement.matches('.command')")
+    page.wait_for(shows("#sessions .current", "Running · "))
+    page.click(f"{LAST} {STOP}")
+    page.wait_for(shows(LAST, "Cancelled by owner"))
+    page.wait_for(shows("#sessions .current", "Cancelled by owner"))
+
+
+def test_a_typed_command_is_one_card_from_its_wait_to_its_end(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    type_line(page, "exec sleep 60")
+    page.wait_for(shows(LAST, "Running"))
+    type_line(page, "echo second")
+    page.wait_for(shows(LAST, "Waiting for the command before it"))
+    page.evaluate(f"document.querySelector('{LAST}').isFirst = true")
+    page.click(f"#messages > :first-child {STOP}")
+    page.wait_for(f"{shows(LAST, 'echo second')} && {shows(LAST, 'Done')}")
+    assert page.evaluate(f"document.querySelector('{LAST}').isFirst")
+    assert page.evaluate("document.querySelectorAll('#messages > *').length") == 2
+
+
+def test_activity_is_live_and_its_rows_open_to_the_log(site, make_page):
+    page = make_page(site, "/activity/")
+    page.wait_for(READY)
+    job = start(site, "for n in $(seq 600); do echo line $n; sleep 0.2; done")
+    row = row_of("echo line $n; sleep 0.2; done")
+    page.wait_for(shows(row, "Running"))
+    page.click(f"{row} [data-part=line]")
+    page.wait_for(shows(f"{row} .lines", "line 3\n"))
+    page.wait_for(shows(row, "Asked by owner from 127.0.0.1"))
+    page.wait_for(f"location.pathname === '/activity/{job}'")
+    take_screenshot(page, "activity-open")
+    page.reload()
+    page.wait_for(shows(f"{row} .lines", "line 12\n"))
+    page.click(f"{row} {STOP}")
+    page.wait_for(shows(row, "Cancelled by owner"))
+    assert "line 12" in page.text(f"{row} .lines")
+
+
+def test_the_link_of_an_old_command_shows_its_output(site, make_page):
+    job = start(site, "echo $((6 * 7)) of long ago")
+    site.call("job.wait", id=job)
+    for number in range(101):
+        start(site, f"true {number}")
+    page = make_page(site, f"/activity/{job}")
+    page.wait_for(shows(f"{row_of('of long ago')} .lines", "42 of long ago"))
+
+
+def test_activity_filters_mean_what_they_say(site, make_page):
+    page = make_page(site, "/activity/")
+    for command in ("echo fine in any CASE", "exit 9 in any case"):
+        site.call("job.wait", id=start(site, command))
+    page.wait_for(shows("#activity-list", "exit 9"))
+    page.wait_for(shows("#activity-list", "Today"))
+    page.fill("#find-command", "IN ANY case")
+    page.wait_for("document.querySelectorAll('#activity-list .command').length === 2")
+    choose_in(page, "#filter-state", "succeeded")
+    page.wait_for(f"!{shows('#activity-list', 'exit 9')}")
+    assert "echo fine" in page.text("#activity-list")
+    choose_in(page, "#filter-state", "failed")
+    page.wait_for(f"{shows('#activity-list', 'exit 9')}")
+    assert "echo fine" not in page.text("#activity-list")
+    # What happens meanwhile is filtered as well.
+    site.call("job.wait", id=start(site, "echo again in any case"))
+    site.call("job.wait", id=start(site, "exit 8 in any case"))
+    page.wait_for(shows("#activity-list", "exit 8"))
+    assert "echo again" not in page.text("#activity-list")
+    choose_in(page, "#filter-node", "local")
+    page.wait_for(shows("#activity", "No command matches."))
+
+
+NOTICES = """window.notices = [];
+window.Notification = class extends EventTarget {
+  static permission = "default";
+  static asked = 0;
+  static async requestPermission() {
+    Notification.asked += 1;
+    return (Notification.permission = "granted");
+  }
+  constructor(title, {body}) { super(); notices.push(`${title}: ${body}`); }
+};"""
+
+
+# Nobody waits here for half a minute: what the gateway tells began an hour earlier.
+EARLIER = """const parse = JSON.parse;
+const earlier = (_, name, ms) => `"${name}":${ms - 3600_000}`;
+JSON.parse = text => parse(text.replace(/"(startedAt|askedAt)":(\\d+)/g, earlier));"""
+
+
+def test_a_long_command_that_ends_notifies_who_asked_for_it_and_looks_elsewhere(
+    site, make_page
+):
+    page = make_page(site)
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES + EARLIER)
+    page.reload()
+    page.wait_for(READY)
+    open_new_chat(page)
+    assert page.evaluate("document.querySelector('#notify-offer').hidden")
+    type_line(page, "exec sleep 100")
+    page.wait_for(shows("#running", "sleep 100"))
+    page.wait_for("!document.querySelector('#notify-offer').hidden")
+    page.click("#notify-yes")
+    page.wait_for("document.querySelector('#notify-offer').hidden")
+    assert page.evaluate("Notification.asked") == 1
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    (job,) = site.call("job.list", state="open")
+    site.call("job.cancel", id=job["id"])
+    page.wait_for("notices.length === 1")
+    said = "Cancelled by owner on Local: exec sleep 100"
+    assert page.evaluate("notices[0]") == said
+
+
+def test_an_approval_notifies_who_looks_elsewhere(own_site, make_page):
+    with scripted_model([wanting("echo asked"), {"content": "The end."}]) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page = make_page(own_site)
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES)
+        page.reload()
+        page.wait_for(READY)
+        page.evaluate("Notification.permission = 'granted'")
+        page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+        own_site.call("chat.send", sessionKey="main", text="go on")
+        page.wait_for("notices.length === 1")
+        assert page.evaluate("notices[0]") == "Approval is needed on Local: echo asked"
+
+
+def test_a_command_is_run_again_elsewhere(site, make_page):
+    site.call("job.wait", id=start(site, "echo $((4 * 4)) twice"))
+    page = make_page(site, "/activity/")
+    row = row_of("echo $((4 * 4)) twice")
+    page.click(f"{row} [data-part=line]")
+    page.click(f"{row} [data-part=again]")
+    page.wait_for(shows("#again", "echo $((4 * 4)) twice"))
+    take_screenshot(page, "again")
+    choose_in(page, "#again-node", "local")
+    page.click("#again .main")
+    again = "#activity-list .command:not(.folded)[aria-label*='on Local']"
+    page.wait_for(f"{shows(again, '16 twice')} && {shows(again, 'Done')}")
+
+
+def test_a_finished_output_starts_at_its_top_and_is_as_high_as_most_of_the_window(
+    site, make_page
+):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "seq 300")
+    screen = f"document.querySelector('{LAST} .screen')"
+    page.wait_for(f"{screen}.scrollTop === 0 && {screen}.scrollHeight > 3000")
+    page.reload()
+    page.wait_for(shows(f"{LAST} .lines", "299\n300"))
+    page.wait_for(f"{screen}.scrollTop === 0")
+    assert 0.65 < page.evaluate(f"{screen}.offsetHeight / innerHeight") <= 0.7
+    # One that a person follows stays where it is.
+    type_line(page, "seq 300; sleep 3; echo $((6 * 7)) at last")
+    page.wait_for(f"{shows(LAST, '42 at last')} && {shows(LAST, 'Done')}")
+    page.wait_for(f"{screen}.scrollTop > 1000")
+
+
+def test_wide_output_uses_the_width_of_the_window(site, make_page):
+    page = make_page(site, width=1920, height=1080)
+    open_new_chat(page)
+    run(page, "echo narrow")
+    run(page, "printf '%0150d' 1")
+    widths = page.evaluate(
+        "[...document.querySelectorAll('#messages .command')].map(e => e.offsetWidth)"
+    )
+    assert widths[0] == 800
+    assert widths[1] > 1100
+    lefts = page.evaluate(
+        "[...document.querySelectorAll('#messages .command')].map(e => e.offsetLeft)"
+    )
+    assert lefts[0] == lefts[1]
+
+
+def test_long_lines_wrap_or_scroll_in_all_outputs(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "printf '%0300d' 1")
+    lines = f"document.querySelector('{LAST} .lines')"
+    assert page.evaluate(f"getComputedStyle({lines}).whiteSpace") == "pre"
+    page.click(f"{LAST} .lines")
+    page.click(f"{LAST} [data-part=wrap]")
+    page.wait_for(f"getComputedStyle({lines}).whiteSpace === 'pre-wrap'")
+    page.reload()
+    page.wait_for(shows(LAST, "Done"))
+    assert page.evaluate(f"getComputedStyle({lines}).whiteSpace") == "pre-wrap"
+    assert page.text(f"{LAST} [data-part=wrap]") == "Scroll lines"
+
+
+def test_a_run_of_cards_names_its_machine_once(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "echo one")
+    run(page, "mkdir -p /tmp")
+    where = "[...document.querySelectorAll('#messages .where')]"
+    assert page.evaluate(f"{where}.filter(e => e.offsetWidth).length") == 1
+    choose(page, "Demo node")
+    run(page, "echo three")
+    assert page.evaluate(f"{where}.filter(e => e.offsetWidth).length") == 2
+    # A success without output is one line.
+    height = "document.querySelectorAll('#messages .command')[1].offsetHeight"
+    assert page.evaluate(height) < 50
+
+
 # -- models, access ------------------------------------------------------------
 
 
@@ -659,7 +978,7 @@ def test_a_provider_takes_a_key_and_forgets_it(site, make_page):
     page.click(f"{card} .main")
     page.wait_for(shows(card, "key entered here"), 30)
     assert "sk-entered" not in page.evaluate("document.documentElement.outerHTML")
-    page.click(f"{card} summary")
+    # The card stays open, as the person left it.
     page.click(f"{card} button:not(.main)")
     page.wait_for(f"!{shows(card, 'key entered here')}", 30)
 
@@ -736,7 +1055,7 @@ def test_a_running_command_goes_on_after_the_gateway_was_restarted(
         page.wait_for(shows(LAST, "line 40\n"), 60)
         lines = page.text(f"{LAST} .lines").split("\n")
         assert lines[:40] == [f"line {n}" for n in range(1, 41)]
-        page.click(f"{LAST} footer button")
+        page.click(f"{LAST} [data-part=stop]")
         page.wait_for(shows(LAST, "Cancelled"))
 
 
@@ -767,7 +1086,7 @@ def test_a_card_of_the_first_edition_shows_the_text_that_was_kept(own_site, make
     page = make_page(own_site)
     page.wait_for(shows(f"{LAST} .lines", text.strip()))
     assert "Done" in page.text(LAST)
-    assert page.evaluate(f"document.querySelector('{LAST} footer [download]').hidden")
+    assert page.evaluate(f"document.querySelector('{LAST} [data-part=save]').hidden")
 
 
 # -- phones, accessibility -----------------------------------------------------
@@ -785,12 +1104,12 @@ def test_it_works_on_a_phone(site, make_page):
     page.click("#node-list li:last-child")
     run(page, "uname -a")
     take_screenshot(page, "phone-chat")
-    views = ("nodes", "commands", "models", "access")
-    for path in ("/chat/main", *(f"/settings/{view}" for view in views)):
+    views = ("nodes", "models", "access")
+    for path in ("/chat/main", *(f"/settings/{view}" for view in views), "/activity/"):
         page.goto(site.url + path)
         page.wait_for(LISTED)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    take_screenshot(page, "phone-commands")
+    take_screenshot(page, "phone-activity")
 
 
 @pytest.fixture(scope="module")
@@ -837,7 +1156,7 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
     for name, path in [
         ("chat", chat),
         ("nodes", "/settings/nodes"),
-        ("commands", "/settings/commands"),
+        ("activity", "/activity/"),
         ("models", "/settings/models"),
         ("access", "/settings/access"),
     ]:

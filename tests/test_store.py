@@ -856,6 +856,7 @@ def test_the_audit_is_filtered_by_node_and_state(store):
     assert ids() == {None, "j0", "j1", "j2"}
     assert ids(node_id="n1") == {"j0", "j1"}
     assert ids(state="failed") == {"j1", "j2"}
+    assert ids(state="succeeded") == {"j0"}
     assert ids(node_id="n1", state="failed") == {"j1"}
     assert ids(state="done", node_id="n3") == set()
 
