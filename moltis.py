@@ -5916,7 +5916,7 @@ class ChatRequest(SnakeValue):
     """A request to a model."""
 
     model: str  # as its provider calls it
-    messages: tuple[ChatMessage, ...]  # what changes from request to request is last
+    messages: tuple[ChatMessage, ...]
     tools: tuple[ToolSpec, ...] = ()
     effort: str = ""  # of EFFORTS
 
@@ -7191,11 +7191,9 @@ class AnthropicProvider(ModelProvider):
     ) -> list[JsonObject]:
         """Return the turns, which alternate: results and the next message are one.
 
-        The conversation is stored there up to the end of the last two turns of the
-        user, without notes: they differ in the next request.
+        What was read is kept there, up to the end of the user's last two turns.
         """
         turns: list[JsonObject] = []
-        lasting: dict[int, JsonObject] = {}  # the last block of each turn to store
         for message in messages:
             role = "assistant" if message.role == "assistant" else "user"
             blocks = self._blocks(request, message)
@@ -7203,10 +7201,8 @@ class AnthropicProvider(ModelProvider):
                 turns[-1]["content"] += blocks
             elif blocks:
                 turns.append({"role": role, "content": list(blocks)})
-            if blocks and message.role in ("user", "tool"):
-                lasting[len(turns)] = blocks[-1]
-        for place in sorted(lasting)[-2:]:
-            lasting[place]["cache_control"] = ANTHROPIC_CACHE
+        for turn in [turn for turn in turns if turn["role"] == "user"][-2:]:
+            turn["content"][-1]["cache_control"] = ANTHROPIC_CACHE
         return turns
 
     def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
@@ -14482,7 +14478,7 @@ INSTRUCTIONS = (  # always the same: servers keep what they read of a conversati
 
 
 def machines_note(machines: Machines, selected_id: str) -> str:
-    """Return what a model gets to know of the machines, before each of its turns."""
+    """Return what a model gets to know of the machines, with each question."""
     views, known = machines.overview(MAX_NAMED_NODES)
     lines = {view["nodeId"]: describe_node(view) for view in views}
     lines.pop(selected_id, None)
@@ -14852,6 +14848,10 @@ class AgentRun:
         try:
             if text:
                 self._chat.append(ChatMessage("user", text))
+            if text and not self._is_shell:
+                # Once, and kept: what a server has read must not change.
+                note = machines_note(self._machines, self._chat.selected())
+                self._chat.append(ChatMessage("system", note))
             return self._loop()
         except Cancelled:
             return RunEnd("aborted")
@@ -14886,9 +14886,7 @@ class AgentRun:
         """Return the model's next answer, to a history that it can hold."""
         history = list(self._chat.messages())
         if not self._is_shell:
-            note = machines_note(self._machines, self._chat.selected())
             history.insert(0, ChatMessage("system", INSTRUCTIONS))
-            history.append(ChatMessage("system", note))
         while True:
             messages, lost = compact(history, self._limit)
             if lost and not self._shortened:
@@ -19876,6 +19874,10 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="approvals-list" class="choices" role="listbox" aria-label="Approvals"
  tabindex="-1" hidden></ul></div>
+<div id="effort" class="picker" hidden><button id="effort-button" class="pick"
+ aria-haspopup="listbox" aria-expanded="false"></button>
+<ul id="effort-list" class="choices" role="listbox" aria-label="Reasoning"
+ tabindex="-1" hidden></ul></div>
 </div>
 </header>
 <div id="transcript" tabindex="0" role="region" aria-label="Conversation">
@@ -20262,6 +20264,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   color: var(--soft); white-space: pre-wrap; }
 .notice.bad { color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
   border-radius: 10px; }
+.notice pre { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 300px; overflow-y: auto; color: var(--ink); }
+.notice .button { margin-top: 8px; }
+.thought { color: var(--soft); font-size: 13.5px; }
+.thought p { margin: 6px 0 0 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
 #welcome p { margin-top: 10px; }
@@ -20502,7 +20510,7 @@ details label input { flex: 0 1 420px; }
   .pickers { display: contents; }
   .picker { flex: 1 1 42%; order: 2; position: static; }
   #chat h1 { flex-basis: calc(100% - 170px); }
-  #approvals { flex: 0 1 auto; order: 1; }
+  #approvals, #effort { flex: 0 1 auto; order: 1; }
   .pick { width: 100%; max-width: none; min-height: 40px; }
   .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
   .choices li { padding: 10px; }
@@ -22829,6 +22837,20 @@ function approvalOptions() {
   ];
 }
 
+const EFFORTS = {
+  "": "Reasoning as usual",
+  off: "No reasoning",
+  low: "Low reasoning",
+  medium: "Medium reasoning",
+  high: "High reasoning",
+};
+
+function effortOptions() {
+  const {effort = ""} = currentSession();
+  return Object.entries(EFFORTS).map(([value, label]) =>
+    ({value, label, chosen: value === effort}));
+}
+
 // == view: frame ==
 
 function openSidebar(opens) {
@@ -23120,14 +23142,44 @@ class AssistantTurn {
   }
 }
 
-class NoticeTurn {
+// What the model thinks, folded.
+class ThinkingTurn {
   constructor() {
-    this.root = h("p", {class: "turn notice"});
+    this.text = h("p");
+    const summary = h("summary", "Thinking");
+    this.root = h("details", {class: "turn thought"}, summary, this.text);
   }
 
   update(row) {
+    setText(this.text, row.text || "");
+  }
+}
+
+class NoticeTurn {
+  constructor() {
+    this.text = h("p");
+    this.answered = h("pre");
+    this.raw = h("details", h("summary", "What the server answered"), this.answered);
+    this.raw.hidden = true;
+    const retry = () => attempt("chat.retry", {sessionKey: state.route.key});
+    this.more = button("Continue", () => send("continue"), "button small");
+    this.again = button("Retry", retry, "button small");
+    this.root = h("div", {class: "turn notice"}, this.text, this.raw,
+      h("p", this.more, this.again));
+  }
+
+  // Only the newest message of a chat that is not busy can be gone on with.
+  update(row) {
+    const failed = row.state === "error" || row.state === "interrupted";
+    const chat = currentChat();
+    const isLast = chat.ordered().at(-1)?.id === row.id && !chat.busy;
+    const canGoOn = failed && isLast && !namesOf(currentSession()).shell;
     this.root.classList.toggle("bad", row.state === "error");
-    setText(this.root, row.text || "");
+    setText(this.text, row.text || "");
+    setText(this.answered, row.answered || "");
+    this.raw.hidden = !row.answered;
+    this.more.hidden = !(canGoOn && row.reason === "length");
+    this.again.hidden = !canGoOn || (row.reason && row.reason !== "stop");
   }
 }
 
@@ -23376,6 +23428,7 @@ function answerByKey(event) {
 const TURNS = {
   user: UserTurn,
   assistant: AssistantTurn,
+  thinking: ThinkingTurn,
   notice: NoticeTurn,
   command: CommandCard,
 };
@@ -23533,6 +23586,8 @@ function drawComposer(chat) {
   setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
   setText($("chat-title"), sessionName(entry));
   $("approvals").hidden = shell;
+  const chosen = state.models.find(each => each.id === currentModel(entry));
+  $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
 }
 
@@ -23630,6 +23685,9 @@ const pickers = [
   new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
   new Picker("approvals", approvalOptions, approvals =>
     patchSession(state.route.key, {approvals}),
+  ),
+  new Picker("effort", effortOptions, effort =>
+    patchSession(state.route.key, {effort}),
   ),
 ];
 
