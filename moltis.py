@@ -11289,37 +11289,63 @@ class AuditTable(Table):
         *,
         node_id: str = "",
         state: str = "",
+        caller: str = "",
+        event: str = "",
+        since: int = 0,
         until: int | None = None,
         offset: int = 0,
         limit: int = 100,
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        With a node, or a state as in JobsTable.page(), these are commands.  To go on,
-        `until` is the time of the last entry the caller has, and `offset` the number of
-        entries it has of that time.
+        With a node, or a state as in JobsTable.page(), these are commands; `event` is
+        an AuditEvent, or what is before its dot.  To go on, `until` is the time of the
+        last entry the caller has, and `offset` the number of entries it has of that
+        time.
         """
-        events = (
-            "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
-            "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
-            "   NULL reason, NULL decided_by FROM audit WHERE at <= :until UNION ALL"
-        )
-        conditions = ["asked_at <= :until", JobsTable.STATES.get(state, "TRUE")]
+        events = ["at BETWEEN :since AND :until"]
+        jobs = ["asked_at BETWEEN :since AND :until"]
+        jobs.append(JobsTable.STATES.get(state, "TRUE"))
         if node_id:
-            conditions.append("node_id = :node_id")
+            jobs.append("node_id = :node_id")
         if state and state not in JobsTable.STATES:
-            conditions.append("state = :state")
+            jobs.append("state = :state")
+        if caller:
+            events.append("caller = :caller COLLATE NOCASE")
+            jobs.append("caller_name = :caller COLLATE NOCASE")
+        if event:
+            events.append("(event = :event OR substr(event, 1, :dot) = :event || '.')")
+        if node_id or state or event == AuditEvent.COMMAND:
+            events = []
+        if event not in ("", AuditEvent.COMMAND):
+            jobs = []
+        parts = []
+        if events:
+            parts.append(
+                "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
+                "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
+                "   NULL reason, NULL decided_by"
+                f"   FROM audit WHERE {' AND '.join(events)}"  # nosec B608: literals
+            )
+        if jobs:
+            parts.append(
+                "SELECT asked_at at, 'command' event, caller_name caller, address,"
+                "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
+                "   node_name node, state, exit_code, signal, reason, decided_by"
+                f"   FROM jobs WHERE {' AND '.join(jobs)}"  # nosec B608: literals
+            )
+        if not parts:
+            return []
         return self._db.select(
             AuditEntry,
-            f"{'' if node_id or state else events}"  # nosec B608: literals
-            " SELECT asked_at at, 'command' event, caller_name caller, address,"
-            "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
-            "   node_name node, state, exit_code, signal, reason, decided_by"
-            f"   FROM jobs WHERE {' AND '.join(conditions)}"
-            " ORDER BY at DESC LIMIT :limit OFFSET :offset",
+            f"{' UNION ALL '.join(parts)} ORDER BY at DESC LIMIT :limit OFFSET :offset",
             {
                 "node_id": node_id,
                 "state": state,
+                "caller": caller,
+                "event": event,
+                "dot": len(event) + 1,
+                "since": since,
                 "until": 2**63 - 1 if until is None else until,
                 "limit": max(0, min(limit, MAX_PAGE)),
                 "offset": max(0, offset),
@@ -17306,9 +17332,9 @@ class AccessMethods:
         entries = self._audit.page(**place)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
-    def exporting(self, node_id: str, state: str, by: Caller) -> None:
+    def exporting(self, by: Caller, **filters: Any) -> None:
         """Record that the caller takes a copy of the audit."""
-        subject = " ".join(filter(None, (node_id, state))) or "all"
+        subject = " ".join(str(value) for value in filters.values() if value) or "all"
         self._access.door.record(AuditEvent.EXPORTED, subject, by)
 
 
@@ -17538,12 +17564,21 @@ class Rpc:
                 *(access.audit, admin),
                 nodeId=word,
                 state=filtered,
+                caller=word,
+                event=word,
+                since=Optional(int, 0),
                 until=number,
                 offset=offset,
                 limit=count,
             ),
             "audit.export": Method(
-                access.exporting, admin, nodeId=word, state=filtered, by=Caller
+                *(access.exporting, admin),
+                nodeId=word,
+                state=filtered,
+                caller=word,
+                event=word,
+                since=Optional(int, 0),
+                by=Caller,
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -22313,6 +22348,7 @@ function learn(change) {
   if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
   if (!known && state.jobs.size > MAX_JOBS) forgetJobs();
   touch("jobs");
+  if (job.sessionKey) touch("chat"); // a long one is not drawn for others' commands
 }
 
 function listRunning() {
@@ -22374,7 +22410,7 @@ async function followJob(log) {
     state.followed.delete(id);
     if (error.code === "NOT_FOUND") {
       log.isComplete = true; // no longer kept
-      touch("jobs");
+      touch("jobs", "chat");
     } else if (error.code !== "UNAVAILABLE") showError(error);
   }
 }
@@ -22393,7 +22429,7 @@ function onJobState({ending, ...change}) {
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
   state.followed.delete(id);
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
 function onLogData(message) {
@@ -23196,7 +23232,7 @@ const wraps = () => {
 
 function applyWrap() {
   document.documentElement.classList.toggle("wraps", wraps());
-  touch("jobs");
+  touch("jobs", "chat");
 }
 
 const armed = new Set(); // cards whose question is in view and can be answered
@@ -24354,7 +24390,7 @@ function start() {
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
   watch("route running asks sessions", drawRunning);
-  watch("route chat jobs asks sessions models nodes link", drawChat);
+  watch("route chat asks sessions models nodes link", drawChat);
   watch("route nodes devices running", drawNodes);
   watch("nodes devices", drawTokenWait);
   watch("route jobs asks", drawActivity);
@@ -25726,12 +25762,54 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=ESCAPE)
 
 
+GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"  # SGR (ECMA-48)
+ID = "ID"  # the heading of a column whose beginning will do
+SHORT_ID = 8  # characters
+STATE_HEADINGS = ("STATE", "HOW IT WENT")
+
+
+def terminal_columns() -> int:
+    try:
+        # Not by `shutil`, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        return int(known) or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def fitting_widths(
+    widths: Sequence[int], headings: Sequence[str], room: int
+) -> list[int]:
+    """Return widths of columns that fit into `room` characters, if they can.
+
+    Ids keep their beginning; then the widest columns give way, those as wide as a time
+    last.
+    """
+    fitting = list(widths)
+
+    def excess() -> int:
+        return sum(fitting) + 2 * (len(fitting) - 1) - room
+
+    if excess() > 0 and ID in headings:
+        fitting[headings.index(ID)] = SHORT_ID
+    for least in (len("2026-01-31 18:00"), SHORT_ID):
+        while excess() > 0:
+            wide = [
+                i for i, w in enumerate(fitting) if w > max(least, len(headings[i]))
+            ]
+            if not wide:
+                break
+            fitting[max(wide, key=fitting.__getitem__)] -= 1
+    return fitting
+
+
 class Output:
     """What the program writes: answers to stdout, the conversation to stderr."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._terminal = sys.stderr.isatty()
-        self._color = self._terminal and not environ.get("NO_COLOR")
+        self._may_color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        self._color = self._terminal and self._may_color
         self._status_shown = False
 
     def say(self, text: str) -> None:
@@ -25780,14 +25858,39 @@ class Output:
                 if item is not None:
                     self.answer(visible(f"{name + ':':{width}}{item}"))
 
-    def table(self, rows: Sequence[JsonObject], columns: Mapping[str, Column]) -> None:
-        """Print JSON objects in columns, by heading."""
+    def table(
+        self,
+        rows: Sequence[JsonObject],
+        columns: Mapping[str, Column],
+        tone: Callable[[JsonObject], str] = lambda _row: "",
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Print JSON objects in columns, by heading, as wide as a terminal.
+
+        `tone` is the colour of a row's state; `whole`: nothing is cut.
+        """
+        headings = list(columns)
         # Other people's text must not move the cursor to hide itself.
-        lines = [list(columns), *([*map(visible, cells(r, columns))] for r in rows)]
+        lines = [headings, *([*map(visible, cells(r, columns))] for r in rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        for line in lines:
-            padded = (cell.ljust(width) for cell, width in zip(line, widths))
-            self.answer("  ".join(padded).rstrip())
+        terminal = sys.stdout.isatty()
+        if terminal and not whole:
+            widths = fitting_widths(widths, headings, terminal_columns())
+        tones = ["1", *map(tone, rows)]
+        if not terminal or not self._may_color:
+            tones = [""] * len(lines)
+        for line, color in zip(lines, tones):
+            printed = []
+            for heading, cell, width in zip(headings, line, widths):
+                text = cell
+                if len(cell) > width:
+                    text = cell[:width] if heading == ID else f"{cell[: width - 1]}…"
+                colored = color and (line is headings or heading in STATE_HEADINGS)
+                padding = " " * (width - len(text))
+                text = f"\033[{color}m{text}\033[0m" if colored else text
+                printed.append(text + padding)
+            self.answer("  ".join(printed).rstrip())
 
 
 def time_column(name: str) -> Column:
@@ -25810,12 +25913,14 @@ class Context(Value):
         args: argparse.Namespace,
         rows: Sequence[JsonObject],
         columns: Mapping[str, Column],
+        tone: Callable[[JsonObject], str] = lambda _row: "",
     ) -> int:
         """Print a list as a table, or with --json as it is; return EXIT_OK."""
         if args.json:
             self.output.json(rows)
         else:
-            self.output.table(rows, columns)
+            whole = getattr(args, "wide", False)
+            self.output.table(rows, columns, tone, whole=whole)
         return EXIT_OK
 
 
@@ -25843,17 +25948,11 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
 def help_formatter(prog: str) -> argparse.HelpFormatter:
     """Return a formatter for --help that is as wide as the terminal.
 
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    argparse makes one for each argument that a parser gets.
     """
     import argparse
 
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+    return argparse.RawDescriptionHelpFormatter(prog, width=terminal_columns() - 2)
 
 
 def help_options(example: str) -> dict[str, Any]:
@@ -25895,8 +25994,8 @@ def find_one(
 ) -> str:
     """Return the first of `fields`, ids, of the row that `reference` names.
 
-    An id wins over a `displayName` or `name`, which must be unambiguous.  Raises
-    UserError, also for a row that is revoked.
+    An id wins over a `displayName` or `name`, which must be unambiguous, and that over
+    the beginning of an id.  Raises UserError, also for a row that is revoked.
     """
 
     def name_of(row: JsonObject) -> str:
@@ -25905,6 +26004,12 @@ def find_one(
     wanted = reference.strip().casefold()
     exact = [row for row in rows if reference in (row.get(f) for f in fields)]
     named = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    if not named and len(wanted) >= 4:
+        named = [
+            row
+            for row in rows
+            if any(str(row.get(field) or "").startswith(wanted) for field in fields)
+        ]
     found = [row for row in named if not row.get("revokedAt")]
     if len(found) == 1:
         return str(found[0][fields[0]])
@@ -26255,6 +26360,11 @@ def node_settings(
             f"{missing} is missing; `moltis node generate-token` on the gateway prints "
             "the whole command"
         )
+    if token.startswith("mk_"):
+        raise UsageError(
+            "--token takes a device token (mdt_…), and this is an operator key (mk_…); "
+            "`moltis node generate-token` makes a device token"
+        )
     check_timeout(args.timeout)
     trust = chosen_trust(args, context)
     require_tls(trust, host)
@@ -26265,10 +26375,11 @@ def node_settings(
     return NodeSettings(
         gateway_url=websocket_url(host),
         device_token=token,
-        # A new token is another machine to the gateway, whatever became of the old one.
+        # A new token is another machine to the gateway, whatever became of the old one;
+        # the same one is the same node, though nothing of it was kept here.
         node_id=args.node_id
         or (previous.node_id if previous and previous.device_token == token else "")
-        or new_id(),
+        or uuid_text(hashlib.sha256(f"node {token}".encode()).digest()[:16]),
         display_name=args.name or offer.get("display_name") or "",
         working_dir=working_dir,
         timeout=args.timeout,
@@ -26301,6 +26412,10 @@ def join_offer(
 
     Raises UserError.
     """
+    if args.join and args.token:
+        raise UsageError(
+            "--join and --token exclude each other: a join link has a token of its own"
+        )
     # With flags that say it all, standard input may be open and never end.
     said = args.host or args.token or environ.get("MOLTIS_DEVICE_TOKEN")
     if args.join:
@@ -26599,18 +26714,29 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
-def _usage_column(row: JsonObject) -> str:
-    usage = (row.get("telemetry") or {}).get("cpuUsage")
+def current_telemetry(row: JsonObject) -> JsonObject:
+    """Return what a node reports; {} of one that is offline, or reports no more."""
+    telemetry = row.get("telemetry") or {}
+    return telemetry if row["connected"] and not telemetry.get("stale") else {}
+
+
+def _load_column(row: JsonObject) -> str:
+    load = current_telemetry(row).get("load")
+    return f"{load[0]:.2f}" if load else "-"
+
+
+def _cpu_column(row: JsonObject) -> str:
+    usage = current_telemetry(row).get("cpuUsage")
     return "-" if usage is None else f"{usage:.0f} %"
 
 
-def _free_column(name: str) -> Column:
+def _used_column(name: str) -> Column:
     def render(row: JsonObject) -> str:
-        telemetry = row.get("telemetry") or {}
+        telemetry = current_telemetry(row)
         free, total = telemetry.get(f"{name}Available"), telemetry.get(f"{name}Total")
-        if free is None or total is None:
+        if free is None or not total:
             return "-"
-        return f"{format_bytes(free)} of {format_bytes(total)}"
+        return f"{100 * (total - free) / total:.0f} % of {format_bytes(total)}"
 
     return render
 
@@ -26619,7 +26745,13 @@ def _node_state_column(row: JsonObject) -> str:
     if row["connected"]:
         return "connected"
     seen = row.get("lastSeenAt")
-    return f"offline since {format_time(seen)}" if seen else "offline"
+    if not seen:
+        return "offline"
+    return f"offline for {format_duration(max(0, now_ms() - seen) / 1000)}"
+
+
+def node_tone(row: JsonObject) -> str:
+    return GREEN if row["connected"] else RED
 
 
 def _models_column(row: JsonObject) -> str:
@@ -26631,20 +26763,34 @@ def _models_column(row: JsonObject) -> str:
 NODE_COLUMNS: Mapping[str, Column] = {
     "NAME": "displayName",
     "STATE": _node_state_column,
+    "LOAD": _load_column,
+    "MEMORY": _used_column("mem"),
+    "DISK": _used_column("disk"),
+    "RUNNING": "running",
+}
+WIDE_NODE_COLUMNS: Mapping[str, Column] = {
+    **NODE_COLUMNS,
+    "CPU": _cpu_column,
     "PLATFORM": "platform",
-    "CPU": _usage_column,
-    "MEMORY FREE": _free_column("mem"),
-    "DISK FREE": _free_column("disk"),
+    "VERSION": "version",
+    "ADDRESS": "remoteIp",
+    "LAST SEEN": time_column("lastSeenAt"),
     "RUNTIMES": lambda row: " ".join(
         (row.get("telemetry") or {}).get("runtimes") or ["-"]
     ),
     "MODELS": _models_column,
-    "ID": "nodeId",
+    ID: "nodeId",
 }
 
 
 def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
-    return context.show(args, call_gateway(args, context, "node.list"), NODE_COLUMNS)
+    with operator_client(args, context) as client:
+        nodes = client.call("node.list", {})
+        jobs = client.call("job.list", {"state": JobState.RUNNING, "limit": MAX_PAGE})
+    running = collections.Counter(job["nodeId"] for job in jobs)
+    rows = [{**node, "running": running[node["nodeId"]]} for node in nodes]
+    columns = WIDE_NODE_COLUMNS if args.wide else NODE_COLUMNS
+    return context.show(args, rows, columns, node_tone)
 
 
 def cmd_node_rename(args: argparse.Namespace, context: Context) -> int:
@@ -26680,12 +26826,15 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
     "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
-    "ID": "keyId",
+    ID: "keyId",
 }
 
 
 def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
-    return context.show(args, call_gateway(args, context, "keys.list"), KEY_COLUMNS)
+    keys = call_gateway(args, context, "keys.list")
+    return context.show(
+        args, keys, KEY_COLUMNS, lambda row: DIM if row.get("revokedAt") else GREEN
+    )
 
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
@@ -26710,13 +26859,59 @@ def _audit_event_column(row: JsonObject) -> str:
 AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
-    "KEY": lambda row: row["callerId"][:8] or "-",
-    "FROM": "address",
     "WHAT": _audit_event_column,
     "WHERE": "node",
     "HOW IT WENT": _audit_state_column,
     "DETAILS": lambda row: one_line(row["subject"], 200),
 }
+WIDE_AUDIT_ROW: Mapping[str, Column] = {
+    **AUDIT_ROW,
+    "KEY": lambda row: row["callerId"][:8] or "-",
+    "FROM": "address",
+}
+
+
+def job_tone(row: JsonObject) -> str:
+    state = row.get("state")
+    if state is None or state in (JobState.QUEUED, JobState.RUNNING):
+        return YELLOW if state else ""
+    done = state == JobState.DONE and not row.get("exitCode") and not row.get("signal")
+    return GREEN if done else RED
+
+
+AGO = re.compile(r"(\d+) ?(s|min|h|d)")
+AGO_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def moment(text: str) -> int:
+    """Return the time (ms) of `90 min`, `24h` or `7d` ago, or of a local date.
+
+    Raises UsageError.
+    """
+    ago = AGO.fullmatch(text.strip())
+    if ago:
+        return now_ms() - int(ago[1]) * AGO_UNITS[ago[2]] * 1000
+    for form in ("%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M"):
+        with contextlib.suppress(ValueError, OverflowError):
+            return round(time.mktime(time.strptime(text.strip(), form)) * 1000)
+    raise UsageError(
+        f"--since takes 30min, 24h, 7d, 2026-01-31 or '2026-01-31 18:00', not {text}"
+    )
+
+
+def audit_filters(args: argparse.Namespace, client: OperatorClient) -> JsonObject:
+    """Return the parameters of `audit.list` that the flags mean.  Raises UserError."""
+    node = args.node
+    if node and not is_uuid(node):  # the id of a node that is revoked will do
+        node = client.call("node.describe", {"nodeId": node})["nodeId"]
+    given = {
+        "nodeId": node,
+        "state": args.state,
+        "caller": args.who,
+        "event": args.what,
+        "since": None if args.since is None else moment(args.since),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
@@ -26725,11 +26920,13 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     if limit is not None and limit < 1:
         raise UsageError(f"--limit takes 1 or more, not {limit}")
     with operator_client(args, context) as client:
+        filters = audit_filters(args, client)
         if args.json:
-            context.output.json_pages(audit_pages(client.call, {}, limit))
+            context.output.json_pages(audit_pages(client.call, filters, limit))
             return EXIT_OK
-        entries = [*itertools.chain(*audit_pages(client.call, {}, limit or 100))]
-    return context.show(args, entries, AUDIT_ROW)
+        entries = [*itertools.chain(*audit_pages(client.call, filters, limit or 100))]
+    columns = WIDE_AUDIT_ROW if args.wide else AUDIT_ROW
+    return context.show(args, entries, columns, job_tone)
 
 
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
@@ -26758,7 +26955,12 @@ def without_name(name: str, text: str) -> str:
 
 
 def start_detached(
-    feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
+    feed: JobFeed,
+    nodes: Mapping[str, str],
+    request: JsonObject,
+    output: Output,
+    *,
+    as_json: bool,
 ) -> int:
     """Start a kept job on each node, print its id, and leave it running.
 
@@ -26777,16 +26979,22 @@ def start_detached(
             "before it is run again, look with `moltis node attach ID` whether it runs"
         ) from error
     failures = 0
+    results: list[JsonObject] = []
     for view in answer["jobs"]:
         name = names[view["id"]]
+        result = {"id": view["id"], "node": name}
+        results.append(result)
         if "error" in view:
             failures += 1
             problem = user_error(decode_error(view["error"]))
             if len(nodes) == 1:
                 raise problem
-            output.complain(f"{name}: {without_name(name, str(problem))}")
-        else:
+            result["error"] = without_name(name, str(problem))
+            output.complain(f"{name}: {result['error']}")
+        elif not as_json:
             output.answer(f"{view['id']}  {name}" if len(nodes) > 1 else view["id"])
+    if as_json:
+        output.json(results)
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -26881,6 +27089,19 @@ class StreamPrinter:
             del self._line[:cut]
 
 
+MAX_JSON_STREAM = 16 * 1024 * 1024  # bytes of a stream in JSON; the middle is cut
+
+
+class StreamCollector:
+    """One output stream of one job, for JSON."""
+
+    def __init__(self) -> None:
+        self.excerpt = Excerpt(MAX_JSON_STREAM)
+        self.write = self.excerpt.add
+
+    def finish(self) -> None: ...
+
+
 EXIT_STATUSES: Mapping[str, int] = {
     JobState.TIMED_OUT: TIMED_OUT,
     JobState.CANCELLED: INTERRUPTED,
@@ -26928,26 +27149,51 @@ def read_stdin(size: int) -> bytes:
         return b""
 
 
+def has_unread_input() -> bool:
+    """Return whether a pipe, or a file, waits on standard input."""
+    import fcntl
+    import termios
+
+    try:
+        mode = os.fstat(0).st_mode
+        if stat.S_ISREG(mode):
+            return os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size
+        waiting = bytearray(4)
+        if stat.S_ISFIFO(mode):
+            fcntl.ioctl(0, termios.FIONREAD, waiting)
+        return any(waiting)
+    except OSError:  # it is closed
+        return False
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
     def __init__(
-        self, feed: JobFeed, jobs: Sequence[FollowedJob], output: Output
+        self,
+        feed: JobFeed,
+        jobs: Sequence[FollowedJob],
+        output: Output,
+        *,
+        as_json: bool = False,
     ) -> None:
+        """`as_json`: output is printed with the endings, as one array."""
         self._feed = feed
         self._jobs = jobs
         self._output = output
+        self._as_json = as_json
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
-        self._printers = {
-            (job.id, kind): StreamPrinter(file, self._label(job))
-            for job in jobs
-            for kind, file in ((STDOUT, sys.stdout.buffer), (STDERR, sys.stderr.buffer))
-        }
+        self._printers: dict[tuple[str, int], StreamPrinter | StreamCollector] = {}
+        files = ((STDOUT, sys.stdout.buffer), (STDERR, sys.stderr.buffer))
+        for job, (kind, file) in itertools.product(jobs, files):
+            self._printers[job.id, kind] = (
+                StreamCollector() if as_json else StreamPrinter(file, self._label(job))
+            )
 
     def _label(self, job: FollowedJob) -> bytes:
         if len(self._jobs) == 1:
@@ -26977,6 +27223,8 @@ class JobTerminal:
                 signal.signal(number, handler)
         if self._broken_pipe:
             raise BrokenPipeError
+        if self._as_json:
+            self._output.json([self._result(job) for job in self._jobs])
         if len(self._ended) < len(self._jobs):
             self._waiting.explain_leaving()
             return INTERRUPTED
@@ -26988,6 +27236,20 @@ class JobTerminal:
         if self._broken_pipe:
             raise BrokenPipeError
         return self._status(self._ended[0])
+
+    def _result(self, job: FollowedJob) -> JsonObject:
+        """Return how a job went, and its output, for JSON."""
+        result: JsonObject = {"id": job.id, "node": job.name}
+        if job.ending is not None:
+            ended = job.ending
+            result.update(ended.to_json(), words=ended.words(), failed=ended.failed)
+        if job.error is not None:
+            result.update(failed=True, error=without_name(job.name, str(job.error)))
+        for kind, name in STREAMS.items():
+            printer = self._printers[job.id, kind]
+            assert isinstance(printer, StreamCollector)
+            result[name] = printer.excerpt.text()
+        return result
 
     def _print_all(self) -> None:
         for news in self._feed.news(tick=1.0):
@@ -27116,9 +27378,14 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
-            return start_detached(feed, nodes, request, context.output)
+            output = context.output
+            return start_detached(feed, nodes, request, output, as_json=args.json)
         jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
+        terminal = JobTerminal(feed, jobs, context.output, as_json=args.json)
+        status = terminal.execute(feeds=args.stdin)
+    if not args.stdin and sys.stderr.isatty() and has_unread_input():
+        context.output.say("moltis: standard input was not read; --stdin passes it on")
+    return status
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -27142,7 +27409,7 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
 
 
 JOB_COLUMNS: Mapping[str, Column] = {
-    "ID": "id",
+    ID: "id",
     "NODE": "nodeName",
     "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
@@ -27172,7 +27439,7 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
         asked = {"nodeId": args.node} if args.node else {}
         jobs = client.call("job.list", {**asked, "kept": True})
         if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
+            return context.show(args, jobs, JOB_COLUMNS, job_tone)
         job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
     if args.json:
         context.output.json([job])
@@ -27618,6 +27885,111 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+# -- moltis completion ---------------------------------------------------------
+
+
+# Each asks this program what may follow; where nothing is known it offers files.
+COMPLETION_SCRIPTS: Mapping[str, str] = {
+    "bash": r"""_moltis() {
+    local line
+    COMPREPLY=()
+    while IFS= read -r line; do
+        COMPREPLY+=("$(printf %q "${line%%$'\t'*}")")
+    done < <("${COMP_WORDS[0]}" completion bash -- \
+        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o bashdefault -o default -F _moltis moltis""",
+    "zsh": r"""#compdef moltis
+_moltis() {
+    local -a lines
+    lines=("${(@f)$(
+        ${words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null
+    )}")
+    lines=("${(@)lines:#}")
+    lines=("${(@)lines//:/\\:}")
+    lines=("${(@)lines/$'\t'/:}")
+    if (( $#lines )); then _describe -V moltis lines; else _files; fi
+}
+if [[ $funcstack[1] = _moltis ]]; then _moltis "$@"; else compdef _moltis moltis; fi""",
+    "fish": r"""function __moltis_complete
+    set -l typed (commandline -opc)
+    set -l part (commandline -ct)
+    set -l found ($typed[1] completion fish -- $typed[2..-1] "$part" 2>/dev/null)
+    if test (count $found) -gt 0
+        printf '%s\n' $found
+    else
+        __fish_complete_path "$part"
+    end
+end
+complete -c moltis -f -a '(__moltis_complete)'""",
+}
+
+
+def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
+    """Return the names of the nodes; none where the gateway does not say them."""
+    try:
+        nodes = call_gateway(args, context, "node.list")
+    except (UserError, RpcError):
+        return []
+    return [node["displayName"] for node in nodes]
+
+
+def possible_words(
+    parser: argparse.ArgumentParser,
+    before: Sequence[str],
+    part: str,
+    nodes: Callable[[], Iterable[str]],
+) -> Iterator[tuple[str, str]]:
+    """Yield each word that may come after `before`, with its help.
+
+    `part` is what is typed of it; `nodes` returns the names of nodes.
+    """
+    subcommands: Any = None
+    depth = 0
+    for word in [*before, ""]:
+        found = (a for a in parser._actions if a.nargs == "A...")  # argparse.PARSER
+        subcommands = next(found, None)
+        if subcommands is None or word not in subcommands.choices:
+            break
+        parser = subcommands.choices[word]
+        depth += 1
+    if subcommands is not None and depth == len(before):
+        yield from ((a.dest, a.help) for a in subcommands._choices_actions)
+    options = {name: a for a in parser._actions for name in a.option_strings}
+    awaited = options.get(before[-1]) if before else None
+    if awaited is not None and awaited.nargs != 0:
+        values = [awaited]
+    elif part.startswith("-"):
+        yield from ((o, options[o].help or "") for o in options if o.startswith("--"))
+        return
+    else:
+        values = [a for a in parser._actions if not a.option_strings]
+    for action in values:
+        if action.dest in ("node", "nodes"):
+            yield from ((name, "a node") for name in nodes())
+        elif isinstance(action.choices, (list, tuple)):
+            yield from ((str(choice), "") for choice in action.choices)
+
+
+def cmd_completion(args: argparse.Namespace, context: Context) -> int:
+    """Print a shell's script, or what may follow the words after `--`."""
+    if not args.command:
+        context.output.answer(COMPLETION_SCRIPTS[args.shell])
+        return EXIT_OK
+    *before, part = args.command
+    if args.shell == "bash":  # words as they are typed, with backslashes and quotes
+        part = part.replace("\\", "").lstrip("'\"")
+    if "--" in before:  # a command for another machine
+        return EXIT_OK
+    parser = args.build_parser()
+    gateway = parser.parse_args(["node", "list"])
+    nodes = partial(known_nodes, gateway, context)
+    for word, text in possible_words(parser, before, part, nodes):
+        if word.startswith(part):
+            context.output.answer(f"{one_line(word, 200)}\t{one_line(text, 200)}")
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
 
 
@@ -27739,12 +28111,31 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     "audit": Subcommand(
         cmd_audit,
         "show who did what: commands, sign-ins, keys, tokens",
-        "moltis audit --json --limit 1000",
+        "moltis audit --node pi --state failed --since 24h",
         (
+            arg("--node N", "commands on this node"),
+            arg(
+                "--state",
+                "commands that are open, have ended or failed, or are in this state",
+                choices=[*dict.fromkeys((*JobsTable.STATES, *JobState.ALL))],
+            ),
+            arg("--who NAME", "of this key"),
+            arg(
+                "--what EVENT",
+                "`command`, or as the column says: key.created, or all of key",
+            ),
+            arg("--since WHEN", "30min, 24h, 7d, or a date: 2026-01-31"),
             arg("--limit N", "the newest N (default: 100; with --json all)", type=int),
+            arg("--wide", "key ids and addresses too"),
             *GATEWAY,
             JSON,
         ),
+    ),
+    "completion": Subcommand(
+        cmd_completion,
+        "print a script for a shell that completes subcommands, options and nodes",
+        "moltis completion bash",
+        (arg("shell SHELL", "bash, zsh or fish", choices=[*COMPLETION_SCRIPTS]),),
     ),
     "key create": Subcommand(
         cmd_key_create,
@@ -27754,9 +28145,11 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--name NAME", "whose it is, for the lists", required=True),
             arg(
                 "--scope",
-                "what it may do; may be given more than once",
+                "what it may do, as `write` or `operator.write`; may be given more "
+                "than once",
                 action="append",
                 required=True,
+                type=lambda s: s if s.startswith("operator.") else f"operator.{s}",
                 choices=SCOPES,
             ),
             *GATEWAY,
@@ -27780,8 +28173,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     "node list": Subcommand(
         cmd_node_list,
         "show the machines of the gateway",
-        "moltis node list",
-        (*GATEWAY, JSON),
+        "moltis node list --wide",
+        (arg("--wide", "ids, versions, runtimes and models too"), *GATEWAY, JSON),
     ),
     "node add": Subcommand(
         cmd_node_add,
@@ -27850,6 +28243,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 "do not wait: print an id for `node attach`, and leave it running",
             ),
             *GATEWAY,
+            arg("--json", "print outputs and endings as one JSON array, at the end"),
         ),
         usage="moltis node exec NODE [NODE ...] [--all] [options] -- COMMAND",
     ),
@@ -27895,8 +28289,8 @@ GROUPS: Mapping[str, str] = {
 VERSION_TEXT = f"moltis {__version__}"
 
 
-def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the parser for a command line that begins with `words`.
+def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParser]:
+    """Return parsers by subcommand; "" is the one for a line that begins with `words`.
 
     It knows only the subcommand that they name, which changes nothing that it prints:
     to make all of them took 6 ms of the 60 of `node exec`.
@@ -27918,20 +28312,87 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         if name in (first, named)
         or (first in SUBCOMMANDS and name.startswith(f"{first} "))
     ]
-    parsers: dict[str, argparse.ArgumentParser] = {}
+    parsers = {"": parser}
     for name in chosen or SUBCOMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = parsers.get(group) or groups[""].add_parser(
-                group, help=GROUPS[group], **help_options(f"moltis {group} list")
-            )
-            groups[group] = above.add_subparsers(
+            if group not in parsers:
+                parsers[group] = groups[""].add_parser(
+                    group, help=GROUPS[group], **help_options(f"moltis {group} list")
+                )
+            groups[group] = parsers[group].add_subparsers(
                 metavar="SUBCOMMAND",
                 required=group in GROUPS,
                 help=None if group in GROUPS else "without one: the action above",
             )
         parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
-    return parser
+        parsers[name].set_defaults(subcommand=name)
+    return parsers
+
+
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    return build_parsers(words)[""]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the word that was perhaps meant, or ""."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, [*known], n=1)), "")
+
+
+def meant_subcommand(first: str, second: str) -> str:
+    """Return the subcommand that was perhaps meant by two words, or ""."""
+    last_words = {name.rpartition(" ")[2]: name for name in SUBCOMMANDS}
+    found = first
+    if first not in GROUPS and first not in SUBCOMMANDS:
+        found = nearest(first, [*GROUPS, *SUBCOMMANDS, *last_words])
+    below = {
+        name.partition(" ")[2]: name
+        for name in SUBCOMMANDS
+        if name.startswith(f"{found} ")
+    }
+    if below and second and not second.startswith("-"):
+        return below.get(nearest(second, below), "")
+    if found in GROUPS:
+        return f"{found} list"
+    return found if found in SUBCOMMANDS else last_words.get(found, "")
+
+
+def surplus_words(
+    parser: argparse.ArgumentParser, subcommand: str, words: Sequence[str]
+) -> UsageError:
+    """Return the error for words that a subcommand does not take."""
+    subcommand = f"moltis {subcommand}".rstrip()
+    usage = parser.format_usage().rstrip()
+    options = [word for word in words if word.startswith("-")]
+    if not options:
+        extra = f"takes no further word, as {words[0]!r}"
+        return UsageError(f"`{subcommand}` {extra}\n{usage}")
+    option = options[0].partition("=")[0]
+    near = nearest(option, [o for a in parser._actions for o in a.option_strings])
+    hint = f"; did you mean {near}?" if near else ""
+    return UsageError(f"`{subcommand}` has no option {option}{hint}\n{usage}")
+
+
+def check_subcommand(arguments: Sequence[str]) -> None:
+    """Raises UsageError, with the nearest one, for words that are no subcommand."""
+    first, second = (*arguments, "", "")[:2]
+    below = [name for name in SUBCOMMANDS if name.startswith(f"{first} ")]
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        raise surplus_words(build_parser(), "", [first])
+    if not first or first.startswith("-"):
+        return
+    if first in SUBCOMMANDS or below:
+        if not below or not second or second.startswith("-"):
+            return
+        if f"{first} {second}" in below:
+            return
+    wrong = f"{first} {second}" if below else first
+    meant = meant_subcommand(first, second)
+    hint = f"did you mean `moltis {meant}`?" if meant else "`moltis --help` lists them"
+    usage = build_parsers()[meant or (first if below else "")].format_usage()
+    raise UsageError(f"there is no subcommand {wrong!r}; {hint}\n{usage.rstrip()}")
 
 
 def check_filled(arguments: Sequence[str]) -> None:
@@ -27959,8 +28420,12 @@ def run_subcommand(
         # What services start: argparse takes 0.9 MiB for the life of a node.
         return cmd_node_run(None, context)
     check_filled(arguments)
-    args = build_parser(arguments).parse_args(arguments)
-    args.command = command
+    check_subcommand(arguments)
+    parsers = build_parsers(arguments)
+    args, surplus = parsers[""].parse_known_args(arguments)
+    if surplus:
+        raise surplus_words(parsers[args.subcommand], args.subcommand, surplus)
+    args.command, args.build_parser = command, build_parser
     status: int = args.run(args, context)
     return status
 

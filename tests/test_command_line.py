@@ -4,6 +4,7 @@ test_end_to_end.py."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import io
@@ -15,9 +16,11 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from functools import partial
 from pathlib import Path
@@ -223,27 +226,81 @@ def test_a_join_link_that_is_used_up_is_refused_in_its_own_words(tmp_path):
 
 def test_a_node_that_says_nothing_is_listed_with_dashes():
     row = moltis.cells(NODE, moltis.NODE_COLUMNS)
-    assert row == ["Pi", "connected", "linux", "-", "-", "-", "-", "-", "id"]
+    assert row == ["Pi", "connected", "-", "-", "-", "-"]
+
+
+TELEMETRY = {
+    "cpuUsage": 12.4,
+    "load": [0.5, 1.0, 2.0],
+    "memTotal": 2**30,
+    "memAvailable": 2**28,
+    "diskTotal": 2**40,
+    "diskAvailable": 2**39,
+    "runtimes": ["python3", "node"],
+    "stale": False,
+}
 
 
 def test_a_node_is_listed_with_what_it_has():
-    telemetry = {
-        "cpuUsage": 12.4,
-        "memTotal": 2**30,
-        "memAvailable": 2**29,
-        "diskTotal": 2**40,
-        "diskAvailable": 2**30,
-        "runtimes": ["python3", "node"],
-    }
     providers = [{"provider": "ollama", "models": ["a", "b"]}]
-    node = {**NODE, "telemetry": telemetry, "providers": providers}
-    assert moltis.cells(node, moltis.NODE_COLUMNS)[3:8] == [
-        "12 %",
-        "512.0 MiB of 1.0 GiB",
-        "1.0 GiB of 1.0 TiB",
-        "python3 node",
-        "ollama (2)",
-    ]
+    node = {**NODE, "telemetry": TELEMETRY, "providers": providers, "running": 2}
+    row = dict(
+        zip(moltis.WIDE_NODE_COLUMNS, moltis.cells(node, moltis.WIDE_NODE_COLUMNS))
+    )
+    assert row["LOAD"] == "0.50"
+    assert row["MEMORY"] == "75 % of 1.0 GiB"
+    assert row["DISK"] == "50 % of 1.0 TiB"
+    assert row["RUNNING"] == "2"
+    assert row["CPU"] == "12 %"
+    assert row["RUNTIMES"] == "python3 node"
+    assert row["MODELS"] == "ollama (2)"
+
+
+def test_a_node_that_is_away_is_listed_without_figures_of_old():
+    seen = moltis.now_ms() - 3 * 3600 * 1000
+    away = {**NODE, "connected": False, "lastSeenAt": seen, "telemetry": TELEMETRY}
+    row = moltis.cells(away, moltis.NODE_COLUMNS)
+    assert row == ["Pi", "offline for 3 h", "-", "-", "-", "-"]
+    silent = {**NODE, "telemetry": {**TELEMETRY, "stale": True}}
+    assert moltis.cells(silent, moltis.NODE_COLUMNS)[2:] == ["-", "-", "-", "-"]
+
+
+def shown_in_terminal(columns, print_it, monkeypatch, **environ):
+    """Return the lines that a terminal of that width gets."""
+    text = io.StringIO()
+    text.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", text)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_it(moltis.Output(environ))
+    monkeypatch.undo()
+    return text.getvalue().splitlines()
+
+
+def test_a_list_fits_the_terminal_and_the_beginnings_of_ids_stay(monkeypatch):
+    rows = [{"id": "f43d068d-a0f4-45d9-9352-11cf8b050f6f", "what": "x" * 200}]
+    columns = {"ID": "id", "WHAT": "what"}
+    lines = shown_in_terminal(
+        40, lambda o: o.table(rows, columns), monkeypatch, NO_COLOR="1"
+    )
+    assert lines[1] == f"f43d068d  {'x' * 29}…"
+    whole = shown_in_terminal(
+        40, lambda o: o.table(rows, columns, whole=True), monkeypatch, NO_COLOR="1"
+    )
+    assert whole[1] == f"{rows[0]['id']}  {'x' * 200}"
+
+
+def test_states_are_coloured_on_a_terminal_unless_no_color_is_set(monkeypatch, capsys):
+    away = {**NODE, "displayName": "Attic", "connected": False}
+
+    def show(output):
+        output.table([NODE, away], moltis.NODE_COLUMNS, moltis.node_tone)
+
+    lines = shown_in_terminal(80, show, monkeypatch)
+    assert "\033[32mconnected\033[0m" in lines[1]
+    assert "\033[31moffline\033[0m" in lines[2]
+    assert "\033" not in "".join(shown_in_terminal(80, show, monkeypatch, NO_COLOR="1"))
+    show(moltis.Output({}))
+    assert "\033" not in capsys.readouterr().out
 
 
 def test_lines_of_several_commands_are_labelled_even_when_they_come_in_pieces():
@@ -908,7 +965,10 @@ def test_lists_say_how_a_command_ended(gateway, command, words):
     assert moltis.cells(row, moltis.JOB_COLUMNS)[2] == words
     rows = gateway.call("audit.list")
     row = next(row for row in rows if row["event"] == "command")
-    assert moltis.cells(row, moltis.AUDIT_ROW)[6] == words
+    assert (
+        dict(zip(moltis.AUDIT_ROW, moltis.cells(row, moltis.AUDIT_ROW)))["HOW IT WENT"]
+        == words
+    )
 
 
 def test_ending_what_has_ended_is_said_to_come_too_late(gateway, home):
@@ -1284,3 +1344,257 @@ def test_http_to_a_gateway_with_tls_says_what_to_use(tmp_path, capsys, monkeypat
         status, _, err = said(capsys, "node", "list", "--host", plain)
         assert status == 69
         assert err.endswith(f"speaks TLS; use {gateway.websocket_url}\n")
+
+
+# -- words that are nearly right -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "hint", "usage"),
+    [
+        ("exec a", "'exec'; did you mean `moltis node exec`?", "node exec NODE"),
+        ("nodes", "'nodes'; did you mean `moltis node list`?", "node list"),
+        ("keys", "'keys'; did you mean `moltis key list`?", "key list"),
+        ("nod lst", "'nod'; did you mean `moltis node list`?", "node list"),
+        (
+            "node atach x",
+            "'node atach'; did you mean `moltis node attach`?",
+            "node att",
+        ),
+        ("gateway bakup", "did you mean `moltis gateway backup`?", "gateway backup"),
+        ("audti", "did you mean `moltis audit`?", "audit"),
+        ("frobnicate", "'frobnicate'; `moltis --help` lists them", "[-h] [--version]"),
+        ("node frobnicate", "'node frobnicate'; `moltis --help` lists", "node [-h]"),
+        (
+            "node exec x --timout 1",
+            "no option --timout; did you mean --time",
+            "node exec",
+        ),
+        ("node list --jsn", "has no option --jsn; did you mean --json?", "node list"),
+        ("--versoin", "`moltis` has no option --versoin; did you mean --vers", "[-h]"),
+        (
+            "node list one",
+            "`moltis node list` takes no further word, as 'one'",
+            "node list",
+        ),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest_one_and_the_usage_that_helps(
+    capsys, line, hint, usage
+):
+    status, out, err = said(capsys, *line.split())
+    assert (status, out) == (2, "")
+    assert hint in err
+    assert f"usage: moltis {usage}" in err
+
+
+def test_a_scope_needs_no_operator_before_it(gateway, capsys):
+    status, out, _ = said(capsys, "key", "create", "--name", "ci", "--scope", "read")
+    assert status == 0
+    assert out.startswith("mk_")
+    [made] = [k for k in gateway.call("keys.list") if k["name"] == "ci"]
+    assert made["scopes"] == ["operator.read"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--host", "x", "--token", "mk_" + "x" * 43), "this is an operator key"),
+        (("--join", "http://x/join/c", "--token", TOKEN), "exclude each other"),
+    ],
+)
+def test_what_is_no_token_beside_no_link_is_said(home, arguments, words):
+    with pytest.raises(moltis.UsageError, match=words):
+        settings_for(home, *arguments)
+
+
+def test_the_same_token_is_the_same_node_though_nothing_was_kept(home, tmp_path):
+    def node_id(token):
+        return settings_for(
+            home, "--host", "gateway", "--token", token, "--foreground"
+        ).node_id
+
+    assert node_id(TOKEN) == node_id(TOKEN)
+    assert node_id(TOKEN) != node_id("mdt_" + "y" * 43)
+    assert moltis.is_uuid(node_id(TOKEN))
+
+
+# -- exec --json, audit filters ------------------------------------------------
+
+
+def test_exec_prints_outputs_and_endings_as_json(gateway, home):
+    """The statuses, and what goes to stderr, are those without --json."""
+    line = "echo out; echo err >&2; exit 3"
+    done = run_moltis("node", "exec", "--json", "local", "--", line, home=home)
+    assert done.returncode == 3
+    [result] = json.loads(done.stdout)
+    assert (result["node"], result["state"], result["exitCode"]) == ("local", "done", 3)
+    assert (result["stdout"], result["stderr"]) == ("out\n", "err\n")
+    assert (result["words"], result["failed"]) == ("exit status 3", True)
+    with gateway.node("far"):
+        pass
+    done = run_moltis("node", "exec", "--json", "--all", "--", "echo hi", home=home)
+    assert done.returncode == 1
+    local, far = json.loads(done.stdout)
+    assert (local["node"], local["stdout"]) == ("Local", "hi\n")
+    assert (far["node"], far["failed"], far["stdout"]) == ("far", True, "")
+    assert "offline" in far["error"]
+
+
+def test_detached_commands_are_named_in_json(gateway, capsys):
+    words = ("node", "exec", "--json", "--detach", "local")
+    # As main() splits it: what follows belongs to the other machine.
+    status, out, _ = said(capsys, *words, "--", "true")
+    assert status == 0
+    [started] = json.loads(out)
+    assert started["node"] == "local"
+    assert gateway.call("job.wait", id=started["id"], wait=30)["state"] == "done"
+
+
+def test_input_that_nobody_reads_is_hinted_at(tmp_path):
+    """`echo hello | moltis node exec pi -- cat` prints nothing."""
+    reader, writer = os.pipe()
+    os.write(writer, b"hello")
+    (tmp_path / "file").write_bytes(b"hello")
+    (tmp_path / "empty").touch()
+    code = "import moltis, sys; sys.exit(moltis.has_unread_input())"
+
+    def looks(stdin):
+        return subprocess.run(
+            [sys.executable, "-c", code], stdin=stdin, cwd=PROGRAM.parent, check=False
+        ).returncode
+
+    with open(tmp_path / "file") as file, open(tmp_path / "empty") as empty:
+        assert [looks(reader), looks(file)] == [1, 1]
+        assert [looks(empty), looks(subprocess.DEVNULL)] == [0, 0]
+    os.close(writer)
+    os.read(reader, 5)
+    assert looks(reader) == 0
+    os.close(reader)
+
+
+def test_the_audit_is_filtered_by_who_what_where_and_when(gateway, capsys):
+    gateway.call("keys.create", name="ci", scopes=["operator.read"])
+    gateway.call(
+        "node.invoke", nodeId="local", command="system.run", args={"command": "false"}
+    )
+
+    def entries(*words):
+        status, out, err = said(capsys, "audit", "--json", "--limit", "100", *words)
+        assert (status, err) == (0, "")
+        return [(entry["event"], entry["subject"]) for entry in json.loads(out)]
+
+    assert ("command", "false") in entries("--node", "Local")
+    assert {event for event, _ in entries("--what", "key")} == {"key.created"}
+    assert entries("--what", "command") == [("command", "false")]
+    assert entries("--state", "failed", "--who", "OWNER") == [("command", "false")]
+    assert entries("--state", "done", "--what", "key") == []
+    assert entries("--who", "nobody") == []
+    assert ("command", "false") in entries("--since", "5min")
+    assert entries("--since", "2100-01-01") == []
+    status, _, err = said(capsys, "audit", "--since", "yesterday")
+    assert status == 2
+    assert "not yesterday" in err
+
+
+# -- completion ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    """A directory with an installed `moltis`, for PATH."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    run_moltis("install", "--prefix", prefix, home=prefix)
+    return prefix / "bin"
+
+
+class ShellTerminal:
+    """An interactive shell in a terminal, with what it has shown so far."""
+
+    def __init__(self, words, **environ):
+        self.text = ""
+        self._process, self._fd = pty.fork()
+        if self._process == 0:
+            os.execvpe(words[0], words, environ)
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
+        self._reader = threading.Thread(target=self._read, name="test-shell")
+        self._reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self._fd, 65536)
+                if not data:
+                    return
+                self.text += data.decode("utf-8", "replace")
+
+    def type(self, keys, shows):
+        """Type keys; wait until something new is shown with `shows` in it."""
+        start = len(self.text)
+        os.write(self._fd, keys.encode())
+
+        def plain():  # without what moves the cursor, or is drawn again
+            new = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]", "", self.text[start:])
+            return re.sub(r".\x08", "", new)
+
+        wait_for(lambda: shows in plain(), 30, lambda: f"{shows!r} in {plain()!r}")
+
+    def close(self):
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        self._reader.join()
+        os.close(self._fd)
+
+
+SHELLS = {
+    "bash": (["bash", "--norc", "-i"], 'eval "$(moltis completion bash)"'),
+    "zsh": (
+        ["zsh", "-f", "-i"],
+        'autoload -U compinit; compinit -u; eval "$(moltis completion zsh)"',
+    ),
+    "fish": (["fish", "--no-config", "-i"], "moltis completion fish | source"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_subcommands_options_and_nodes(
+    shell, gateway, launcher, home
+):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    words, script = SHELLS[shell]
+    gateway.call("device.token.create", displayName="far")
+    with gateway.node("Build Server"):
+        terminal = ShellTerminal(
+            words,
+            **clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm"),
+        )
+        try:
+            terminal.type(f"{script}; echo rea''dy\n", "ready")
+            terminal.type("moltis no\t", "node")
+            terminal.type("ex\t", "exec")
+            terminal.type("Bu\t", "Build\\ Server")
+            terminal.type("--time\t", "--timeout")
+        finally:
+            terminal.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ga", ["gateway"]),
+        ("gateway ", ["backup", "restore"]),
+        ("key create --scope ", list(moltis.SCOPES)),
+        ("node exec Pi --timeout ", []),
+        ("node exec A", ["Attic"]),
+        ("node exec --all -- A", []),
+        ("completion ", list(moltis.COMPLETION_SCRIPTS)),
+        ("bogus ", []),
+        ("node list --w", ["--wide"]),
+    ],
+)
+def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, words):
+    monkeypatch.setattr(moltis, "known_nodes", lambda *_: ["Attic", "Pi"])
+    status, out, err = said(capsys, "completion", "fish", "--", *line.split(" "))
+    assert (status, err) == (0, "")
+    assert [found.partition("\t")[0] for found in out.splitlines()] == words

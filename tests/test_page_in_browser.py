@@ -799,6 +799,25 @@ def test_activity_is_live_and_its_rows_open_to_the_log(site, make_page):
     assert "line 12" in page.text(f"{row} .lines")
 
 
+def test_a_command_of_a_shell_is_watched_and_says_where_its_output_went(
+    site, make_page
+):
+    page = make_page(site, "/activity/")
+    line = "for n in $(seq 600); do echo shell $n; sleep 0.2; done"
+    words = ("node", "exec", "Demo node", "--", line)
+    with Program(*words, home=site.home) as shell:
+        row = row_of(line)
+        page.click(f"{row} [data-part=line]")
+        page.wait_for(shows(f"{row} .lines", "shell 9\n"))
+        page.wait_for(shows(row, "its output goes to the client that started it"))
+        page.click(f"{row} {STOP}")
+        page.wait_for(shows(row, "Cancelled by owner"))
+        wait_for(lambda: shell.process.poll() is not None, what="the end of exec")
+    page.reload()
+    page.wait_for(shows(row, "its output goes to the client that started it"))
+    assert page.evaluate(f"document.querySelector({json.dumps(row)}).isConnected")
+
+
 def test_the_link_of_an_old_command_shows_its_output(site, make_page):
     job = start(site, "echo $((6 * 7)) of long ago")
     site.call("job.wait", id=job)
@@ -1163,6 +1182,9 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
         page.goto(site.url + path)
         page.wait_for(f"!document.querySelector('#{name}').hidden")
         page.wait_for(LISTED)
+        if name == "activity":
+            page.click(f"{row_of('exit 1')} [data-part=line]")
+            page.wait_for(shows(f"{row_of('exit 1')} .lines", "99\n100"))
         assert findings(page, axe) == []
         take_screenshot(page, f"{name}-{size}-{scheme}")
     if size == "desktop":
