@@ -730,6 +730,22 @@ def test_after_an_error_the_model_goes_on_and_what_was_answered_is_shown(tmp_pat
             gateway.call("chat.retry")
 
 
+def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path):
+    def fail(_model):
+        raise ConnectionError
+
+    answers = fail, fail, fail, calling("echo hi"), {"content": "whole"}
+    with with_model(tmp_path, *answers) as (gateway, chat, _), gateway.node("far"):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        gateway.call("sessions.patch", key="main", node_id="far")
+        gateway.call("chat.retry")
+        chat.until(lambda: chat.saw("final"))
+        (card,) = chat.of("command")
+        assert card["command"]["node"] == "Local"
+
+
 # -- in the background -----------------------------------------------------------
 
 
@@ -1141,6 +1157,32 @@ def chats_of(machines):
         chats.close()
 
 
+@pytest.mark.parametrize("bound", ["HISTORY_PAGE", "MAX_HISTORY", "MAX_CHANGED"])
+def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, bound):
+    if bound != "MAX_HISTORY":
+        monkeypatch.setattr(moltis, bound, 2)
+    after = 0 if bound == "MAX_CHANGED" else None
+    with chats_of(machines) as chats:
+        key = chats.create("")["key"]
+        log = chats._log(key)
+        for number in range(5):
+            log.add("final", "user", "run", "done", text=f"{number}" + "x" * 90)
+            found = chats.history(key, after=after)
+            if bound == "MAX_HISTORY" and number == 0:
+                size = len(moltis.to_json(found[0]))
+                monkeypatch.setattr(moltis, bound, size * 5 // 2)
+            assert ["hasEarlier" in row for row in found] == [
+                number > 1 and n == 0 for n in range(len(found))
+            ]
+        assert [row["text"][0] for row in found] == ["3", "4"]
+        if after is None:
+            found = chats.history(key, before=found[0]["createdAt"])
+            assert [row["text"][0] for row in found] == ["1", "2"]
+            assert found[0]["hasEarlier"]
+            (first,) = chats.history(key, before=found[0]["createdAt"])
+            assert "hasEarlier" not in first
+
+
 def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
     machines.store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
     machines.store.sessions.keep_run("s", "run")
@@ -1357,3 +1399,194 @@ def test_what_was_asked_of_a_node_that_was_revoked_is_lost_at_the_start(site):
     site.start()
     site.wait_for_card("error")
     assert site.row()["state"] == "lost"
+
+
+# -- where a message runs ------------------------------------------------------
+
+
+def directory(gateway, key="main"):
+    return gateway.call("sessions.resolve", key=key)["entry"]["directory"]
+
+
+def in_order(chat, lines, **params):
+    """Send each line once the one before it has ended; return the outputs."""
+    for count, line in enumerate(lines, 1):
+        chat.send(line, **params)
+        chat.finish(count)
+        chat.until(lambda: all(row["state"] in FINAL for row in chat.rows.values()))
+    return [chat.text(card) for card in chat.of("command")]
+
+
+def test_a_command_starts_where_the_last_one_on_its_machine_ended(
+    gateway, chat, tmp_path
+):
+    with gateway.node("far"):
+        chat.send("pwd")
+        home = chat.text(chat.finish()[0])
+        gateway.call("sessions.reset", key="main")
+        chat.rows.clear()
+        far = {"nodeId": "far"}
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        lines = [f"cd {tmp_path}/link", "pwd; (cd /)", "cd ..; false", "pwd", "cd /usr"]
+        texts = in_order(chat, lines)
+        assert texts[1] == f"{tmp_path}/link\n"
+        assert texts[3] == f"{tmp_path}\n"
+        assert directory(gateway) == "/usr"
+        assert chat.of("command")[1]["command"]["cwd"] == f"{tmp_path}/link"
+        assert chat.of("command")[1]["job"]["cwd"] == f"{tmp_path}/link"
+        # Each machine has its own, and each chat.
+        chat.send("pwd", **far)
+        assert chat.text(chat.finish(6)[5]) == home
+        other = gateway.call("sessions.create", label="Other")
+        assert other["directory"] == ""
+        chat.send("cd; cd /")
+        chat.send("cd")
+        chat.finish(8)
+        wait_for(lambda: directory(gateway) == "~")
+        chat.send("pwd")
+        assert chat.text(chat.finish(9)[8]) == home
+        gateway.call("sessions.reset", key="main")
+        assert directory(gateway) == ""
+
+
+def test_a_directory_outlives_the_gateway(tmp_path):
+    for line, expected in [("cd /usr/lib", ""), ("pwd", "/usr/lib\n")]:
+        gateway = InProcessGateway(tmp_path / "gateway")
+        with gateway, Watcher(gateway.websocket_url, gateway.api_key) as chat:
+            chat.send(line)
+            assert chat.text(chat.finish()[0]) == expected
+
+
+def test_a_directory_that_is_gone_fails_one_command_and_is_given_up(
+    gateway, chat, tmp_path
+):
+    (tmp_path / "gone").mkdir()
+    gone = f"cd {tmp_path}/gone; rmdir {tmp_path}/gone"
+    texts = in_order(chat, ["pwd", gone, "ls", "pwd"])
+    second = chat.of("command")[2]
+    assert f"cannot use the working directory {tmp_path}/gone" in second["job"]["words"]
+    assert texts[3] == texts[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("export A=1", "A=1", "cd /; alias x=y", "true && . ./venv", "set -e; true"),
+        *("echo one\nexport B=2", "unset A", "A=1 B=2"),
+    ],
+)
+def test_the_first_variable_that_does_not_stay_is_explained_once(chat, line):
+    in_order(chat, [line, line])
+    (notice,) = chat.of("notice")
+    assert notice["text"] == moltis.ONLY_DIRECTORY
+    assert notice["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("A=1 env", "echo export A=1", "grep set .", "cd /tmp", "printf '%s' A=1"),
+        "n=0; until false; do n=1; done",
+    ],
+)
+def test_other_commands_explain_nothing(line):
+    assert not moltis.changes_environment(line)
+
+
+def test_a_message_runs_where_its_sender_saw_the_session(gateway, chat, tmp_path):
+    """Also when it waits, and the session goes elsewhere meanwhile."""
+    with gateway.node("far"):
+        seen = {"nodeId": "far", "model": "shell", "directory": "/usr"}
+        chat.send(wait_in_shell(tmp_path / "go"))
+        chat.send("echo $PWD", **seen)
+        gateway.call("sessions.patch", key="main", node_id=None)
+        waiting = chat.until(lambda: [r for r in chat.of("user") if "node" in r][1:])
+        assert (waiting[0]["node"], waiting[0]["directory"]) == ("far", "/usr")
+        (tmp_path / "go").touch()
+        card = chat.finish(2)[1]
+        assert chat.text(card) == "/usr\n"
+        assert card["command"]["node"] == "far"
+        assert card["command"]["chatNodeId"] == "local"
+        assert "chatNodeId" not in chat.of("command")[0]["command"]
+
+
+def test_a_message_without_a_machine_goes_where_the_session_was_when_it_was_sent(
+    gateway, chat, tmp_path
+):
+    with gateway.node("far"):
+        gateway.call("sessions.patch", key="main", node_id="far")
+        chat.send(wait_in_shell(tmp_path / "go"))
+        chat.send("echo there")
+        gateway.call("sessions.patch", key="main", node_id=None)
+        (tmp_path / "go").touch()
+        assert [card["command"]["node"] for card in chat.finish(2)] == ["far", "far"]
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"nodeId": "nowhere"}, "there is no node 'nowhere'"),
+        ({"directory": "/a\nb"}, "one line"),
+        ({"directory": "/" + "x" * 5000}, "4096 bytes"),
+        ({"id": "1"}, "a UUID in lower case, not '1'"),
+    ],
+)
+def test_what_a_message_cannot_be_bound_to_is_refused(gateway, params, words):
+    with pytest.raises(moltis.MoltisError, match=words):
+        gateway.call("chat.send", text="echo never", **params)
+    assert gateway.call("job.list") == []
+
+
+def test_a_command_for_a_machine_that_was_removed_says_so_without_json(gateway, chat):
+    with gateway.node("far"):
+        gateway.call("sessions.patch", key="main", node_id="far")
+    (device,) = gateway.call("device.pair.list")
+    gateway.call("device.token.revoke", deviceId=device["deviceId"])
+    chat.send("pwd")
+    (notice,) = chat.until(
+        lambda: [r for r in chat.of("notice") if r["state"] == "error"]
+    )
+    assert notice["text"].startswith("There is no node 'id-of-far'")
+
+
+def test_a_message_is_answered_once_for_each_id(gateway, chat, tmp_path):
+    """Also over another connection, and while both are under way."""
+    id_ = moltis.new_id()
+    line = f"echo x >>{tmp_path}/runs"
+    runs = {chat.send(line, id=id_)["runId"] for _ in range(2)}
+    chat.finish()
+    runs.add(gateway.call("chat.send", text=line, id=id_)["runId"])
+    assert len(runs) == 1
+    chat.send("true")
+    chat.finish(2)
+    assert (tmp_path / "runs").read_text() == "x\n"
+    with pytest.raises(moltis.MoltisError, match="is the id of another message"):
+        gateway.call("chat.send", text="echo other", id=id_)
+
+
+def test_a_message_that_an_earlier_gateway_took_is_not_run_again(tmp_path):
+    id_ = moltis.new_id()
+    for _ in range(2):
+        with InProcessGateway(tmp_path / "gateway") as gateway:
+            answer = gateway.call("chat.send", text="echo once", id=id_)
+            assert answer["ok"]
+            wait_for(lambda: not gateway.call("sessions.list")[0]["replying"])
+    # Opened anew: what is written counts.
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        assert len(gateway.call("job.list")) == 1
+
+
+def test_a_chat_is_made_with_its_machine_and_model(gateway):
+    with gateway.node("far"):
+        made = gateway.call("sessions.create", node_id="far", model="shell")
+        assert (made["node_id"], made["model"]) == ("id-of-far", "shell")
+    with pytest.raises(moltis.MoltisError, match="nothing"):
+        gateway.call("sessions.create", model="nothing/here")
+
+
+def test_a_machine_that_allows_no_directory_but_its_own_goes_on_there(gateway, chat):
+    with gateway.node("far", allow=["cd /tmp", "pwd"]):
+        texts = in_order(chat, ["pwd", "cd /tmp", "pwd"], nodeId="far")
+        assert texts[2] == texts[0]
+        assert directory(gateway) == ""

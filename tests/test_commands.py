@@ -785,7 +785,7 @@ def test_processes_that_could_not_be_ended_are_named(impatient, monkeypatch, tmp
         signal.SIGCONT,
         signal.SIGKILL,
     ]
-    user = moltis._account_name(os.getuid())
+    user = moltis.account_name(os.getuid())
     pid = int(pid_file.read_text())
     assert ending.state == JobState.TIMED_OUT
     assert f"sleep (pid {pid}, user {user})" in ending.reason

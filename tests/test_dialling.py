@@ -13,7 +13,14 @@ import time
 
 import pytest
 from conftest import RUN_ALL
-from support import ROOT, ScriptedServer, clean_environment, free_port, wait_for
+from support import (
+    ROOT,
+    ScriptedServer,
+    clean_environment,
+    free_port,
+    run_moltis,
+    wait_for,
+)
 
 import moltis
 from moltis import ServerUrl, UsageError
@@ -273,6 +280,8 @@ def test_nothing_for_this_machine_goes_through_a_proxy(host):
     ("value", "words"),
     [
         ("socks5h://u:secret@p:1", "socks5h:// is not supported"),
+        ("socks://u:secret@[::1]:1/", "socks:// is not supported"),
+        ("SOCKS4A://p", "SOCKS4A:// is not supported"),
         ("https://p", "https:// is not supported"),
         ("http://u:secret@", "looks like http://proxy:3128"),
         ("http://p:port", "looks like"),
@@ -285,6 +294,25 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(value, words)
         proxy_of("gateway.test", True, HTTPS_PROXY=value)
     assert "HTTPS_PROXY" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("node", "list", "--host", "wss://gateway.test/ws", "--api-key", "mk_x"),
+        ("node", "list", "--host", "ws://gateway.test/ws", "--api-key", "mk_x"),
+        ("node", "add", "--join", "http://gateway.test/join/mc_x"),
+        ("install", "--from", "http://gateway.test"),
+    ],
+    ids=" ".join,
+)
+def test_a_socks_proxy_is_refused_in_a_sentence(tmp_path, words):
+    done = run_moltis(*words, home=tmp_path, all_proxy="socks5h://u:secret@p:1080")
+    assert done.returncode in (69, 78)
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if "warning:" not in line]
+    assert "all_proxy names a proxy that cannot be used: socks5h:// is" in line
+    assert "secret" not in done.stderr
 
 
 # -- through one ---------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_node_list_shows_every_machine_and_local(site):
     assert all("connected" in row for row in rows)
     # What is installed is looked for beside, and told when it is known.
     wait_for(
-        lambda: site.run("node", "list").stdout.count("python3") == 3,
+        lambda: site.run("node", "list", "--wide").stdout.count("python3") == 3,
         what="the runtimes of all",
     )
 
@@ -699,7 +699,7 @@ def test_an_offline_node_says_since_when(own_site):
     done = own_site.run("node", "exec", "away", "--", "true")
     assert done.returncode == UNREACHABLE
     assert re.search(r"away is offline since \d{4}-\d\d-\d\d \d\d:\d\d", one_line(done))
-    assert re.search(r"away +offline since", own_site.run("node", "list").stdout)
+    assert re.search(r"away +offline for", own_site.run("node", "list").stdout)
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     log.append(18, frames[2])
     small_disk.free()
     log.append(27, frames[3])
-    found = moltis.Log.load(str(directory))
+    found = moltis.Log.load(str(directory), ended=True)
     assert (found.begin, found.end) == (0, 36)
     assert found.read(0) == (0, frames[0])
     assert found.read(9) == (9, frames[1])

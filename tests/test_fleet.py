@@ -178,7 +178,16 @@ def test_machines_are_selected_by_a_part_of_their_name(world):
 
 def test_a_name_is_trimmed_and_printable():
     assert moltis.valid_name("  attic \t pi ") == "attic pi"
-    for text in ("", " ", "a\0b", "x" * 201, "a\u202eb"):
+    for text in (
+        "",
+        " ",
+        "a\0b",
+        "x" * 201,
+        "a\u202eb",
+        "a\u200bb",
+        "\u3164",
+        "\ufe0f",
+    ):
         with pytest.raises(moltis.RpcError):
             moltis.valid_name(text)
 
@@ -285,6 +294,76 @@ def test_no_machine_is_given_what_means_another_for_its_name(world, name, proble
         assert moltis.free_name(world.store.devices, own, far) == own
 
 
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("L\u043ec\u0430l", "Local"),  # Cyrillic
+        ("\u04cf\u043e\u0441\u0430\u04cf", "Local"),  # Cyrillic throughout
+        ("L\u03bfc\u03b1l", "Local"),  # Greek
+        ("L\u0585c\u0251l", "Local"),  # Armenian, phonetic
+        ("\uff2c\uff4f\uff43\uff41\uff4c", "Local"),  # full width
+        ("\U0001d40b\u24de\u217d\u00aa\u2113", "Local"),  # of mathematics, in a circle
+        ("\u13de\u1d0f\u1d04\u1d00\u029f", "Local"),  # small capitals
+        ("Local ", "Local"),
+        ("Local\u00a0", "Local"),
+        ("\u2800Local", "Local"),  # a blank of Braille
+        ("Lo\u034fcal", "Local"),  # invisible
+        ("Local\ufe0f", "Local"),
+        ("\u3164Local", "Local"),
+        ("LocaI", "Local"),
+        ("loca1", "Local"),
+        ("L0cal", "Local"),
+        ("W\u0415B-1", "web-1"),
+        ("we\u042c-1", "web-1"),
+        ("web\ufe63\uff11", "web-1"),
+        ("\u043a\u0438\u0435\u0432-\u0445", "\u043a\u0438\u0435\u0432-x"),
+        ("\u039d\u03bfde", "node"),
+        ("\u03b7\u03bfde", "node"),
+        ("ser\u03bder", "server"),
+        ("\u0401\u0436", "\u00eb\u0436"),
+    ],
+)
+def test_no_machine_is_given_a_name_that_looks_like_another_s(world, name, like):
+    """FAULTS D8"""
+    if like != "Local":
+        world.connect(like)
+    other = world.connect("other").device_id
+    with pytest.raises(
+        moltis.RpcError, match=r"another machine is called|is the gatew"
+    ):
+        moltis.free_name(world.store.devices, name, other)
+    # A machine that calls itself so gets another name, or keeps the one it has.
+    device = world.store.devices.by_id(other, moltis.now_ms())
+    params = moltis.ConnectParams(
+        "node", client_id="id-other", display_name=name, named=True
+    )
+    assert moltis.note_presence(world.store.devices, device, params, "")
+    assert world.fleet.view("id-other")["displayName"] != name
+    if like == "Local":
+        with pytest.raises(moltis.RpcError, match="must have 1 to 200"):
+            moltis.check_node_id(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Caf\u00e9", "local pi", "Locals", "web-l", "\u0141ukasz", "\u53a8\u623f"),
+        "\u0421\u0435\u0440\u0432\u0435\u0440 web",
+        "\u30b5\u30fc\u30d0\u30fcA",
+        "\u2764\ufe0f box",
+        "\u0e1a\u0e49\u0e32\u0e19",
+        "\u039d\u03af\u03ba\u03b7",
+    ],
+)
+def test_names_in_any_script_are_good_and_mean_themselves_in_any_case(world, name):
+    world.connect("web-1")
+    world.connect("Cafe")
+    assert moltis.free_name(world.store.devices, name) == name
+    node = world.connect(name)
+    for reference in (name, name.upper(), name.lower()):
+        assert world.fleet.resolve(reference) == (node.node_id, name)
+
+
 def test_a_machine_that_calls_itself_as_another_is_told_apart(world):
     """FAULTS D8: it must neither get what is meant for that one nor block its name."""
     world.connect("pi")
@@ -310,6 +389,28 @@ def test_a_revoked_id_is_never_that_of_another_token(world, node):
     world.store.devices.revoke(node.device_id, 1)
     with pytest.raises(moltis.RpcError, match="that id had a token that was revoked"):
         world.connect("thief", node_id="id-far")
+
+
+def test_ids_and_names_by_the_thousand_leave_one_row_and_one_reading(world):
+    """FAULTS D13"""
+    device, _ = world.access.devices.create_device("flood")
+    for number in range(1000):
+        params = moltis.ConnectParams(
+            "node", client_id=f"id {number}", display_name=f"name {number}"
+        )
+        node = moltis.ConnectedNode(params.client_id, device.id, Link(), params)
+        device = world.store.devices.by_id(device.id, moltis.now_ms())
+        world.fleet.claim(node, device)
+        assert moltis.note_presence(world.store.devices, device, params, "")
+        world.fleet.activate(node)
+        world.fleet.report(node, {"nodeId": node.node_id, "cpuCount": 4})
+        world.fleet.release(node)
+    assert [view["nodeId"] for view in world.fleet.views()] == ["local", "id 999"]
+    assert world.fleet.history("id 999")
+    for kept in (world.fleet._telemetry, world.fleet._histories):
+        assert len(kept) <= 2  # one more than the machines, but for Local
+    with pytest.raises(moltis.RpcError, match="there is no node 'name 1'"):
+        world.fleet.resolve("name 1")
 
 
 # -- telemetry -----------------------------------------------------------------

@@ -1360,6 +1360,41 @@ def test_reports_of_a_node_beyond_its_allowance_are_dropped():
     assert sum(allowance.take() for _ in range(1000)) == 10
 
 
+@pytest.fixture
+def audience(monkeypatch):
+    """The connected operators of a gateway that is made later."""
+    audience = moltis.Audience()
+    monkeypatch.setattr(moltis, "Audience", lambda: audience)
+    return audience
+
+
+def test_states_by_the_thousand_cost_a_reader_the_newest_only(
+    audience, gateway, client, ours
+):
+    """FAULTS D13"""
+    job_id = client.start("ours", "echo hi", hold=True)
+    next_event(ours, "job.start")
+    unknown = str(uuid.uuid4())
+    largest = 0
+    for number in range(5000):
+        for named, place in ((job_id, number % 7 + 1), (unknown, 2**62)):
+            payload = {"id": named, "place": place}
+            ours.send({"type": "event", "event": "job.place", "payload": payload})
+        if number % 1000 == 0:
+            largest = max(largest, client.peer.ws.backlog, audience_backlog(audience))
+    payload = {"id": job_id, "place": 2**62}
+    ours.send({"type": "event", "event": "job.place", "payload": payload})
+    places = lambda: [told.get("place") for _, told in client.events]  # noqa: E731
+    client.take_until(lambda: moltis.MAX_LINE in places())
+    assert largest <= moltis.MAX_BACKLOG + moltis.MAX_LOG_MESSAGE
+    assert {payload["id"] for name, payload in client.events} == {job_id}
+    assert gateway.call("node.list")
+
+
+def audience_backlog(audience):
+    return max(peer.ws.backlog for peer in audience._peers)
+
+
 def test_words_of_a_moltis_node_in_an_ending_are_shown_and_bounded():
     failed = moltis.moltis_ending("run", {"error": "\x1b[2J" + "x" * 9999})
     assert "\x1b" not in failed.reason
@@ -1369,14 +1404,6 @@ def test_words_of_a_moltis_node_in_an_ending_are_shown_and_bounded():
 
 
 # -- the share of a key that is no administrator's -----------------------------
-
-
-@pytest.fixture
-def audience(monkeypatch):
-    """The connected operators of a gateway that is made later."""
-    audience = moltis.Audience()
-    monkeypatch.setattr(moltis, "Audience", lambda: audience)
-    return audience
 
 
 @pytest.fixture

@@ -60,6 +60,24 @@ def test_a_string_that_a_cut_went_through_is_shorter():
     assert value == whole
 
 
+@pytest.mark.parametrize("run", [0, 1, 23, 24, 25, 26, 100])
+@pytest.mark.parametrize("end", ["", "x", "\\n", "\\u00e9", "\\ud83d\\ude00"])
+def test_a_cut_behind_backslashes_loses_one_character_at_most(run, end):
+    whole = '["y' + "\\\\" * run + end
+    full = json.loads(whole + '"]')[0]
+    for cut in range(len(end) + 1):
+        value = moltis.complete_json(whole[: len(whole) - cut])[0]
+        assert full.startswith(value)
+        assert len(full) - len(value) <= 1
+
+
+def test_sixteen_mebibytes_of_escapes_are_completed_in_two_seconds():
+    text = '{"a":"' + "\\n" * (8 * 1024 * 1024) + "\\"
+    start = time.thread_time()
+    assert len(moltis.complete_json(text)["a"]) == 8 * 1024 * 1024
+    assert time.thread_time() - start < 2
+
+
 @pytest.mark.parametrize(
     "text",
     [

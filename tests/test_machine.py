@@ -573,8 +573,12 @@ def test_a_list_of_models_that_no_frame_can_hold_is_cut(machines):
     assert 100 < len(ending.result["models"]) < 2000
 
 
-def test_only_commands_are_recorded():
-    assert [name for name, work in moltis.WORKS.items() if work.recorded] == ["run"]
+def test_commands_and_copies_are_recorded():
+    assert [name for name, work in moltis.WORKS.items() if work.recorded] == [
+        "run",
+        "file.read",
+        "file.write",
+    ]
 
 
 def test_a_checked_spec_has_no_variable_that_may_not_be_forwarded():

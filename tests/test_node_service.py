@@ -615,7 +615,7 @@ def test_systemd_starts_the_node_and_has_it_start_on_boot(real):
         pid=state.pid,
         state="active (running)",
     )
-    assert Path("/var/lib/systemd/linger", moltis._user_name()).exists()
+    assert Path("/var/lib/systemd/linger", moltis.account_name(os.getuid())).exists()
     wait_for(lambda: "stand-in runs moltis" in moltis.last_log_line(directory))
     assert mode_of(directory / "node.log") == 0o600
 

@@ -57,10 +57,13 @@ class Relay:
     """A man in the middle: passes on what it hears, and writes it down.
 
     With `files` it speaks TLS both ways, towards the client with that certificate.
+    Connections beyond the first `served` hear nothing.
     """
 
-    def __init__(self, port, files=None):
+    def __init__(self, port, files=None, served=1000):
         self.heard = b""
+        self.accepted = 0
+        self._served = served
         self._lock = threading.Lock()  # guards heard
         self._target = port
         self._tls = moltis.load_tls(files).context if files else None
@@ -68,29 +71,35 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         self._sockets = [self._listener]
         self._threads = []
-        self._spawn(self._accept)
+        self._accepting = self._spawn(self._accept)
 
     def _spawn(self, target, *args):
         thread = threading.Thread(target=target, args=args, name="test-relay")
         self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                client.settimeout(20)
                 self._sockets.append(client)
-                with contextlib.suppress(OSError):
-                    self._connect(client)
+                self.accepted += 1
+                if self.accepted <= self._served:
+                    with contextlib.suppress(OSError):
+                        self._connect(client)
 
     def _connect(self, client):
-        server = socket.create_connection(("127.0.0.1", self._target))
+        server = socket.create_connection(("127.0.0.1", self._target), 20)
         self._sockets.append(server)
         if self._tls is not None:
             client = self._tls.wrap_socket(client, server_side=True)
             self._sockets.append(client)
             server = moltis.TlsTrust(bound=True).context().wrap_socket(server)
             self._sockets.append(server)
+        client.settimeout(None)
+        server.settimeout(None)
         self._spawn(self._pass_on, client, server)
         self._spawn(self._pass_on, server, client)
 
@@ -108,6 +117,10 @@ class Relay:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self):
+        # A socket that is reset while Python wraps it is left unclosed by Python.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -279,6 +292,26 @@ def test_a_ca_s_certificate_may_come_with_another_key_and_no_other_may(
                 node.close()
 
 
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_node_that_is_stopped_does_not_wait_for_a_silent_gateway(
+    tmp_path, issued_files, monkeypatch, served
+):
+    """Its second connection asks whether a CA vouches for what it keeps."""
+    ca, pair, *_ = issued_files
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
+    tls = moltis.ServerTls(lambda: pair)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "gateway", tls=tls))
+        relay = stack.enter_context(Relay(gateway.running.port, served=served))
+        url = f"wss://127.0.0.1:{relay.port}/ws"
+        settings = node_settings(gateway, url)
+        node = moltis.RunningNode(settings, gateway.environ, lambda *_: None)
+        stack.callback(node.close)
+        wait_for(lambda: relay.accepted > served, what="the silent connection")
+        node.close()
+        assert not node._thread.is_alive()
+
+
 def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway):
     """It may have taken the address over, and ask for anything before its proof."""
     with InProcessGateway(tmp_path / "impostor") as impostor:
@@ -400,6 +433,43 @@ def test_an_operator_may_have_the_certificate_vouched_for(gateway, tls_files):
     trust = moltis.TlsTrust(ca=moltis.read_ca(str(tls_files.certificate)))
     with moltis.OperatorClient(gateway.url, gateway.api_key, trust) as client:
         assert client.call("node.list", {})
+
+
+def test_the_command_line_takes_an_authority_of_one_s_own(tmp_path, home, issued_files):
+    """FAULTS B7: given with --ca, or as `node add --ca` kept it for that gateway."""
+    home.mkdir(exist_ok=True)
+    ca, pair, other = issued_files
+    tls = moltis.ServerTls(lambda: pair)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+
+        def listed(*options, host=gateway.url):
+            words = ("node", "list", "--host", host, *options)
+            done = run_moltis(*words, home=home, MOLTIS_API_KEY=gateway.api_key)
+            assert done.stderr.count("\n") <= 1  # one sentence
+            return done.returncode, done.stdout + done.stderr
+
+        status, text = listed("--ca", ca.certificate)
+        assert (status, "Local" in text) == (0, True)
+        none = tmp_path / "none.pem"
+        pin = gateway.trust.fingerprint
+        for options, expected, words in (
+            ((), 69, "--ca"),
+            (("--ca", other.certificate), 69, "not trusted"),
+            (("--ca", none), 78, f"cannot use the CA file {none}"),
+            (("--ca", __file__), 78, "it must be PEM"),
+            (("--ca", ca.certificate, "--fingerprint", pin), 2, "exclude each other"),
+        ):
+            status, text = listed(*options)
+            assert (status, words in text) == (expected, True), text
+        plain = gateway.url.replace("https", "http")
+        assert "need TLS" in listed("--ca", ca.certificate, host=plain)[1]
+
+        trusted = moltis.read_ca(str(ca.certificate))
+        settings = node_settings(gateway, gateway.websocket_url, ca=trusted)
+        settings.save(home / ".moltis")
+        assert listed()[0] == 0
+        elsewhere = gateway.url.replace("127.0.0.1", "localhost")
+        assert listed(host=elsewhere)[0] == 69
 
 
 def test_a_bearer_token_goes_to_nobody_without_a_trusted_certificate(gateway):

@@ -523,9 +523,16 @@ def test_no_text_costs_the_page_more_than_its_size(parsers, parser, shape):
         words = json.dumps(parser), json.dumps(shape(count))
         return parsers.evaluate(MEASURE % words)
 
-    small, large = measure(15_000), measure(60_000)
-    # Four times the text; a quadratic parser takes sixteen times as long.
-    assert large[0] < max(9 * small[0], 200), (small, large)
+    def is_linear():
+        # Four times the text; a quadratic parser takes sixteen times as long.
+        return min(larges)[0] < max(9 * min(smalls)[0], 200)
+
+    smalls, larges = [measure(15_000)], [measure(60_000)]
+    while not is_linear() and len(smalls) < 6:  # other programs took time from one
+        smalls.append(measure(15_000))
+        larges.append(measure(60_000))
+    assert is_linear(), (smalls, larges)
+    large = larges[0]
     assert large[1] <= 60
     assert large[2] <= 8 * 60_000
 
