@@ -23004,7 +23004,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 summary { cursor: pointer; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
-#welcome p { margin-top: 10px; }
+#welcome h3 { margin-top: 40px; font-size: 16px; font-weight: 600; color: var(--ink); }
+#welcome p { margin-top: 10px; text-wrap: balance; }
+#welcome .main { margin-top: 8px; min-height: 42px; padding-inline: 18px; }
 .starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
   padding: 12px 0; }
 #thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
@@ -26636,27 +26638,45 @@ function announceEnd(chat, rows) {
   }
 }
 
-const STARTERS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
+const COMMANDS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
+const QUESTIONS = ["Is anything wrong on this machine?", "What fills the disk?",
+  "What uses the CPU and the memory?", "What does this machine do?"];
 
+// Show an empty chat: how to add the first machine, then what to type.
 function drawWelcome(chat, rows) {
   const box = $("welcome");
-  box.hidden = !chat.loaded || rows.length > 0 || state.deleted.has(chat.key);
+  box.hidden = !chat.loaded || !state.nodes.length || rows.length > 0 ||
+    state.deleted.has(chat.key);
   if (box.hidden) return;
-  const {node, model, shell} = namesOf(currentSession());
-  const run = line =>
+  const isFirst = state.nodes.every(({nodeId}) => nodeId === LOCAL) && may("pairing");
+  const entry = currentSession();
+  fillIfChanged(box, {...namesOf(entry), isFirst, mayWrite: may("write")}, welcome);
+}
+
+function welcome({node, model, shell, isFirst, mayWrite}) {
+  if (!mayWrite) return h("p", "Nothing was said in this chat yet.");
+  const start = line =>
     button(line, () => {
-      send(shell ? line : `!${line}`);
+      send(line);
       focusText();
-    }, "button small mono");
+    }, shell ? "button small mono" : "button small");
+  const starters = h("p", {class: "starters"},
+    (shell ? COMMANDS : QUESTIONS).map(start));
   const what = shell
-    ? `Commands run on ${node}; their output appears here.`
-    : `${model} can run commands on ${node} to answer.`;
-  const others = state.nodes.some(other => other.nodeId !== LOCAL)
-    ? "Choose another machine at the top."
-    : h("a", {href: `${ROOT}/nodes`}, "Add a machine");
-  fill(box,
-    h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
-    h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
+    ? `What you type runs on ${node}; its output appears here.`
+    : `${model} answers, and runs commands on ${node} for it.`;
+  if (!isFirst) {
+    const title = shell ? `A shell on ${node}` : `What do you want to know of ${node}?`;
+    return [h("h2", title), h("p", what), starters,
+      h("p", "Choose another machine at the top.")];
+  }
+  const add = h("button", {class: "button main", onclick: openToken}, icon("plus"),
+    "Add a machine");
+  return [h("h2", "Add your first machine"),
+    h("p", "Run one line on a Raspberry Pi, a server, a laptop: whatever has ",
+      "Python 3.8 and reaches this gateway."), h("p", add),
+    h("h3", shell ? "Or type a command here" : "Or ask about this machine"),
+    h("p", `${what} ${node} is the gateway’s own machine.`), starters];
 }
 
 // Return the end of a directory's name, which tells most.
