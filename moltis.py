@@ -23294,7 +23294,8 @@ details label input { flex: 0 1 420px; }
   .pickers { display: contents; }
   .picker { flex: 1 1 42%; order: 2; position: static; }
   #chat h1 { flex-basis: calc(100% - 170px); }
-  #approvals, #effort { flex: 0 1 auto; order: 1; }
+  #approvals { flex: 0 1 auto; order: 1; }
+  #effort { order: 3; }
   .pick { width: 100%; max-width: none; min-height: 40px; }
   .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
   .choices li { padding: 10px; }
