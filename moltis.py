@@ -14915,6 +14915,8 @@ class Gathering:
     """The holder of an unkept job that gathers all its output, for a future."""
 
     holds = True
+    person = ""
+    lost_at = 0
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.future: Future[Gathering] = Future()
