@@ -716,6 +716,53 @@ def test_a_model_that_fails_is_said_in_the_chat(tmp_path):
         assert "cannot be reached" in notice["text"]
 
 
+def test_after_an_error_the_model_goes_on_and_what_was_answered_is_shown(tmp_path):
+    """Nothing is asked twice, and the part of an answer that came does not go back."""
+    failed = {"content": "half", "thinking": "hm"}
+    with with_model(tmp_path, failed, {"content": "whole"}) as (gateway, chat, model):
+        gateway.call("sessions.patch", key="main", effort="low")
+        stream, model._stream = (
+            model._stream,
+            lambda message: iter(
+                [
+                    line({"message": {"role": "assistant", **message}, "done": False}),
+                    line({"error": "out of memory, key mk_" + "x" * 43}),
+                ]
+            ),
+        )
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        notice = chat.of("notice")[-1]
+        assert "out of memory" in notice["answered"]
+        assert "x" * 43 not in json.dumps(history(gateway))
+        assert [row["text"] for row in chat.of("thinking")] == ["hm"]
+        model._stream = stream
+        gateway.call("chat.retry")
+        chat.until(lambda: chat.saw("final"))
+        assert chat.of("assistant")[-1]["text"] == "whole"
+        first, second = model.asked
+        assert first["messages"] == second["messages"]
+        assert first["think"] == "low"
+        with pytest.raises(moltis.MoltisError, match="nothing to try again"):
+            gateway.call("chat.retry")
+
+
+def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path):
+    def fail(_model):
+        raise ConnectionError
+
+    answers = fail, fail, fail, calling("echo hi"), {"content": "whole"}
+    with with_model(tmp_path, *answers) as (gateway, chat, _), gateway.node("far"):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        gateway.call("sessions.patch", key="main", node_id="far")
+        gateway.call("chat.retry")
+        chat.until(lambda: chat.saw("final"))
+        (card,) = chat.of("command")
+        assert card["command"]["node"] == "Local"
+
+
 # -- in the background -----------------------------------------------------------
 
 
