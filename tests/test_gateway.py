@@ -1599,7 +1599,7 @@ METHODS_OF = {
     "operator.write": """
         node.rename node.invoke job.start job.once job.cancel job.resize sessions.create
         sessions.patch sessions.reset sessions.delete nodes.set_session chat.send
-        chat.abort
+        chat.retry chat.abort
         """,
     "operator.approvals": "exec.approval.resolve",
     "operator.pairing": """
