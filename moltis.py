@@ -6034,7 +6034,9 @@ class Command:
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
                 self._register_pipes(group, poll)
-                appended = group.terminal is not None and self._resize(group.terminal)
+                appended = False
+                if group.terminal is not None and self._resize(group.terminal):
+                    self.log.ready()  # who looks sees it, whether there is output
                 for descriptor, _ in _poll(poll, self._pause(group, deadline)):
                     if descriptor == wake:
                         os.read(wake, 4096)
@@ -30334,10 +30336,10 @@ class TerminalView {
 
   async paste(text) {
     const {modes} = this.session.emulator;
-    const count = text.split(/\r\n|\r|\n/).length;
-    if (count > 1 && !modes.bracketedPaste) {
-      const shown = text.trim().split(/\r\n|\r|\n/).slice(0, 8).join("\n");
-      const yes = await confirmed(`Paste ${plural(count, "line")}?`,
+    const lines = text.replace(/\r?\n$/, "").split(/\r\n|\r|\n/);
+    if (/[\r\n]/.test(text) && !modes.bracketedPaste) {
+      const shown = lines.slice(0, 8).join("\n");
+      const yes = await confirmed(`Paste ${plural(lines.length, "line")}?`,
         `The program there may run each of them at once:\n${shown}`, "Paste");
       this.focus();
       if (!yes) return;

@@ -58,6 +58,7 @@ KEYS = {
     "End": ("End", 35, ""),
     "PageUp": ("PageUp", 33, ""),
     "PageDown": ("PageDown", 34, ""),
+    "F6": ("F6", 117, ""),
     " ": ("Space", 32, " "),
 }
 MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}

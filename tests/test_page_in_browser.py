@@ -1959,3 +1959,166 @@ def test_sizes_are_in_the_units_of_their_figures(site, make_page):
     open_new_chat(page)
     run(page, "head -c 3145728 /dev/zero | tr '\\0' '\\n'")
     page.wait_for(shows(f"{LAST} .size", "3 MiB"))
+
+
+# -- terminals -----------------------------------------------------------------
+
+SCREEN = ".term:not([hidden]) .term-rows"
+KEYS = "document.activeElement.getAttribute('data-part') === 'keys'"
+
+
+def open_terminal(page, site, node):
+    """Open a terminal from a machine's page, with a short prompt in it."""
+    page.goto(f"{site.url}/nodes/{node}")
+    page.wait_for("!document.querySelector('#node-term').disabled")
+    page.click("#node-term")
+    page.wait_for(KEYS)
+    enter(page, "exec env PS1='$ ' sh")
+    page.wait_for(f"/^\\$ $/m.test(document.querySelector('{SCREEN}').innerText)")
+
+
+def enter(page, line):
+    page.type(line)
+    page.press("Enter")
+
+
+def paste(page, text):
+    page.evaluate(
+        "(data => {data.setData('text/plain', %s); document.activeElement.dispatchEvent("
+        "new ClipboardEvent('paste', {clipboardData: data, bubbles: true, "
+        "cancelable: true}))})(new DataTransfer())" % json.dumps(text)
+    )
+
+
+def test_a_terminal_shows_its_end_and_its_last_screen(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "echo $((6*7)); stty size; printf '\\033]0;a title\\a'")
+    page.wait_for(shows(SCREEN, "42\n"))
+    page.wait_for(shows("#terminal-tabs", "Local · a title"))
+    enter(page, "exit 3")
+    page.wait_for(shows("#terminal-note", "Exit status 3. The last screen stays here."))
+    assert page.evaluate(shows(SCREEN, "42\n"))
+    take_screenshot(page, "terminal-ended")
+    page.click("#terminal-act")
+    page.wait_for(f"{shows('#terminal-note', '')} && {KEYS}")
+    page.wait_for("document.querySelectorAll('#terminal-tabs li').length === 2")
+
+
+def test_a_link_opens_a_terminal_elsewhere_and_its_size_is_taken_over(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "echo here; exec cat")
+    page.wait_for(shows(SCREEN, "here\n"))
+    other = make_page(site, page.evaluate("location.pathname"), width=700, height=500)
+    other.wait_for(shows(SCREEN, "here\n"))
+    other.wait_for(shows("#terminal-people", "In it: owner, owner"))
+    page.wait_for(shows("#terminal-note", "It has the size of owner:"))
+    other.wait_for(KEYS)
+    enter(other, "from there")
+    page.wait_for(shows(SCREEN, "from there\nfrom there\n"))
+    page.click("#terminal-act")
+    other.wait_for(shows("#terminal-note", "It has the size of owner:"))
+    page.wait_for("document.querySelector('#terminal-note').hidden")
+    page.click(SCREEN)
+    enter(page, "from here")
+    other.wait_for(shows(SCREEN, "from here\nfrom here\n"))
+    take_screenshot(other, "terminal-scaled")
+    other.click("#terminal-tabs button")
+    page.wait_for("document.querySelector('#terminal-people').textContent === ''")
+    page.press("Control+d")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_only_one_of_those_who_look_answers_a_query_and_nobody_an_old_one(
+    site, make_page
+):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    ask = r"printf '\033[c'"
+    enter(page, f"stty -echo; {ask}; read x; {ask}; echo two; exec cat -v")
+    page.wait_for(shows(SCREEN, "cat -v\n"))
+    other = make_page(site, page.evaluate("location.pathname"))
+    other.wait_for(shows(SCREEN, "cat -v\n"))
+    page.click(SCREEN)
+    page.press("Enter")
+    page.wait_for(shows(SCREEN, "two\n"))
+    page.press("Enter")
+    page.wait_for(shows(SCREEN, "^[[?1;2c"))
+    assert page.text(SCREEN).count("?1;2c") == 1
+    page.press("Control+c")
+
+
+def test_a_paste_of_several_lines_is_asked_about(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "exec cat")
+    page.wait_for(shows(SCREEN, "exec cat\n"))
+    paste(page, "one\x1b[31m\ntwo\n")
+    page.wait_for("document.querySelector('#confirm').open")
+    assert "Paste 2 lines?" in page.text("#confirm")
+    page.click("#confirm-yes")
+    page.wait_for(shows(SCREEN, "one[31m\ntwo\none[31m\ntwo\n"))
+    page.press("Control+d")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    page.set_viewport(390, 844, mobile=True)
+    page.click("#terminal-more")
+    page.wait_for(f"document.querySelector('{SCREEN} > div').clientWidth < 390")
+    enter(page, "stty size; cat")
+    page.wait_for(f"/^\\d+ \\d+$/m.test(document.querySelector('{SCREEN}').innerText)")
+    columns = int(re.search(r"^\d+ (\d+)$", page.text(SCREEN), re.M).group(1))
+    assert columns < 60
+    page.click("#terminal-keys button[aria-pressed]")
+    page.type("c")
+    page.wait_for(shows(SCREEN, "^C"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    take_screenshot(page, "terminal-phone")
+    enter(page, "exit")
+
+
+def test_the_focus_can_leave_a_terminal_and_new_lines_are_read_out(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "echo to be read out")
+    page.wait_for(shows(f"{SCREEN} ~ *, .term [role=log]", "to be read out"))
+    page.press("Tab")
+    assert page.evaluate(KEYS)
+    page.press("Control+F6")
+    page.wait_for("document.activeElement.getAttribute('aria-current') === 'page'")
+    page.click(SCREEN)
+    enter(page, "exit")
+
+
+def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
+    own_site, attic, browser
+):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        open_terminal(page, own_site, "Attic")
+        own_site.stop()
+        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        enter(page, "echo kept $((6*7))")
+        own_site.start()
+        page.wait_for(shows(SCREEN, "kept 42\n"), 30)
+        page.wait_for("document.querySelector('#terminal-note').hidden")
+        enter(page, "exit")
+        page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_flood_leaves_a_terminal_usable(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "yes")
+    page.wait_for(shows(SCREEN, "y\ny\n"))
+    page.press("Control+c")
+    page.wait_for(shows(SCREEN, "^C"))
+    enter(page, "echo $((6*7)); exit")
+    page.wait_for(shows(SCREEN, "42\n"))
+    rows = f"document.querySelectorAll('{SCREEN} > div > div').length"
+    page.wait_for(f"{rows} > 4000")  # those that scrolled out follow
