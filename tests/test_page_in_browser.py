@@ -401,6 +401,42 @@ def test_a_stranger_types_uname_on_the_demo_node_and_reads_the_answer(site, make
     take_screenshot(page, "command")
 
 
+def test_the_first_run_shows_how_to_add_a_machine_then_what_to_type(
+    own_site, make_page
+):
+    answers = [{"content": "All is well."}]
+    with scripted_model(answers) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        page = make_page(own_site)
+        page.wait_for(shows("#welcome", "Or type a command here"))
+        first = "document.querySelector('#welcome').innerText"
+        assert page.evaluate(first).startswith("Add your first machine")
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page.wait_for(shows("#welcome", "Or ask about this machine"))
+        assert "uname" not in page.evaluate(first)
+        question = page.text("#welcome .starters button")
+        assert question.endswith("?")
+        page.click("#welcome .main")
+        page.wait_for("document.activeElement.id === 'token-name'")
+        page.press("Escape")
+        page.click("#welcome .starters button")
+        page.wait_for(shows("#messages", "All is well."))
+        assert question in page.text("#messages")
+
+
+def test_with_machines_an_empty_chat_offers_commands_for_the_chosen_one(
+    site, make_page
+):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    page.wait_for(shows("#welcome", "A shell on Demo node"))
+    assert "first machine" not in page.text("#welcome")
+    page.click("#welcome .starters button")
+    page.wait_for(f"{shows(LAST, 'uname -a')} && {shows(LAST, 'Done')}")
+
+
 def test_a_failure_is_told_in_words(site, make_page):
     page = make_page(site)
     open_new_chat(page)
