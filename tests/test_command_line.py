@@ -1091,24 +1091,40 @@ def test_attaching_to_no_job_says_where_to_look(gateway, home):
     assert "moltis node jobs" in done.stderr
 
 
-def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
-    """Its node is a process of its own, which outlives the gateway."""
-    data = home / ".moltis"
-    with InProcessGateway(data) as first:
-        port, token = first.running.port, first.token("far")
-        (tmp_path / "node").mkdir()
-        host = f"ws://127.0.0.1:{port}/ws"
+@pytest.fixture
+def lasting_node(tmp_path):
+    """A function that starts a node which outlives gateways."""
+    (tmp_path / "node").mkdir()
+    nodes = []
+
+    def start(gateway):
+        host = f"ws://127.0.0.1:{gateway.running.port}/ws"
         words = ("node", "add", "--foreground", "--node-id", "far-id", "--host", host)
-        node = Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token)
-        wait_for(lambda: first.is_connected("far-id"), what="the node")
-        job = start(first, "for i in 1 2 3 4; do echo $i; sleep 0.7; done", "far-id")
+        token = gateway.token("far")
+        nodes.append(Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token))
+        wait_for(lambda: gateway.is_connected("far-id"), what="the node")
+
+    yield start
+    for node in nodes:
+        node.end()
+
+
+def test_a_job_is_attached_to_through_a_restart_of_the_gateway(
+    tmp_path, home, lasting_node
+):
+    data, go = home / ".moltis", tmp_path / "go"
+    with InProcessGateway(data) as first:
+        port = first.running.port
+        lasting_node(first)
+        job = start(first, f"echo 1; {wait_in_shell(go)}; echo 2", "far-id")
         attached = Program("node", "attach", job, home=home)
         attached.wait_for_output("1\n")
-    with node, attached, InProcessGateway(data, port=port):
+    with attached, InProcessGateway(data, port=port):
+        go.touch()
         assert attached.process.wait(60) == 0
-        attached.wait_for_output("4\n")
-    assert attached.stdout == "1\n2\n3\n4\n"
-    assert "waiting for the gateway to come back" in attached.stderr
+        attached.wait_for_output("2\n")
+    assert attached.stdout == "1\n2\n"
+    assert "waiting for the gateway to come back (away since " in attached.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another uid")
@@ -1690,24 +1706,6 @@ def test_the_model_of_a_chat_is_kept(gateway, home):
         run_moltis("chat", "--session", "kept", "--model", "own/x", "hi", home=home)
     assert sessions(gateway)["kept"]["model"] == "own/x"
     assert run_moltis("chat", "--session", "kept", "hi", home=home).returncode == 1
-
-
-@pytest.fixture
-def lasting_node(tmp_path):
-    """A function that starts a node which outlives gateways."""
-    (tmp_path / "node").mkdir()
-    nodes = []
-
-    def start(gateway):
-        host = f"ws://127.0.0.1:{gateway.running.port}/ws"
-        words = ("node", "add", "--foreground", "--node-id", "far-id", "--host", host)
-        token = gateway.token("far")
-        nodes.append(Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token))
-        wait_for(lambda: gateway.is_connected("far-id"), what="the node")
-
-    yield start
-    for node in nodes:
-        node.end()
 
 
 def test_a_chat_goes_on_after_a_restart_of_the_gateway(tmp_path, home, lasting_node):
