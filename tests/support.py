@@ -37,6 +37,26 @@ def wait_for(condition, timeout=30.0, what="the condition"):
         time.sleep(0.01)
 
 
+def at_once(action, count=8):
+    """Call `action` in several threads at once; return results and errors."""
+    barrier, ended = threading.Barrier(count), []
+
+    def run():
+        barrier.wait(10)
+        try:
+            ended.append(action())
+        except Exception as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=run, name="test-race") for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(ended) == count
+    return ended
+
+
 def wait_in_shell(path, condition="[ -e '{}' ]"):
     """Return a shell command that waits for a file, a minute or two at most.
 
