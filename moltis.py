@@ -23661,9 +23661,9 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <ul id="terminal-open" class="rows"></ul>
 <h2>On a machine</h2>
 <ul id="terminal-nodes" class="rows"></ul>
-<p class="lead">A terminal goes on when you leave the page: its link opens it again. It is
-recorded, and it ends when moltis is restarted on its machine. Ctrl+F6 takes the focus out
-of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
+<p class="lead">A terminal goes on when you leave the page: its link opens it again. It
+is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6 takes the focus
+out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
 </div>
 <div id="terminal-views"></div>
 <div id="terminal-keys" role="toolbar" aria-label="Keys"></div>
@@ -25008,15 +25008,15 @@ class Style {
 }
 
 const MAX_STYLES = 10_000; // kept; a picture in true colours has more
-const styles = new Map();
+const knownStyles = new Map();
 
 // Return a style.  Equal ones are mostly the same object.
 function styleOf(flags = 0, ink = DEFAULT_COLOR, ground = DEFAULT_COLOR, link = "") {
   const key = `${flags} ${ink} ${ground} ${link}`;
-  let style = styles.get(key);
+  let style = knownStyles.get(key);
   if (!style) {
-    if (styles.size > MAX_STYLES) styles.clear();
-    styles.set(key, (style = new Style(flags, ink, ground, link)));
+    if (knownStyles.size > MAX_STYLES) knownStyles.clear();
+    knownStyles.set(key, (style = new Style(flags, ink, ground, link)));
   }
   return style;
 }
@@ -25349,7 +25349,7 @@ class Screen {
 // == terminal screen ==
 
 // An emulator of xterm without a document: bytes in; rows, cursor, modes and answers
-// out.  Where terminals differ, it does what xterm.js does, with which tests compare it.
+// out.  Where terminals differ, it does what xterm.js does: tests compare the two.
 
 const SCROLLBACK = 5000; // rows that scrolled out
 const MAX_STRING = 4096; // characters of a title or a link; the rest is dropped
@@ -27635,8 +27635,8 @@ class TerminalSession {
     this.holds = this.follows = true;
     this.wanted = this.size;
     try {
-      const answer = await link.call("job.start", {jobs, work: "run", spec, hold: true});
-      const [job] = answer.jobs;
+      const request = {jobs, work: "run", spec, hold: true};
+      const {jobs: [job]} = await link.call("job.start", request);
       if (job.error) this.problem = job.error.message;
       else learn(job);
     } catch (error) {
@@ -27738,7 +27738,8 @@ class TerminalSession {
 
   // Type a text; return whether it was taken.
   type(text) {
-    if (this.isOver || !this.input.type(encoder.encode(text), this.isAway)) return false;
+    if (this.isOver) return false;
+    if (!this.input.type(encoder.encode(text), this.isAway)) return false;
     if (!this.holds) this.takeHold();
     return true;
   }
@@ -28215,9 +28216,10 @@ function drawRoute() {
   drawTitle();
 }
 
-const terminalTitle = () =>
-  state.terminals.has(state.route.id) ? terminalName(state.terminals.get(state.route.id))
-    : "Terminals";
+function terminalTitle() {
+  const session = state.terminals.get(state.route.id);
+  return session ? terminalName(session) : "Terminals";
+}
 
 function drawTitle() {
   const {page} = state.route;
@@ -30070,7 +30072,8 @@ function styled(text, style, added = "") {
 
 // A program may name any address: a person sees it before it is opened.
 async function openAddress(address) {
-  if (!/^(https?|mailto):/i.test(address)) showToast("This is no web address: ", address);
+  if (!/^(https?|mailto):/i.test(address))
+    showToast("This is no web address: ", address);
   else if (await confirmed("Open this address?", address, "Open"))
     open(address, "_blank", "noopener");
 }
@@ -30139,7 +30142,8 @@ class TerminalView {
     this.rows.append(probe);
     this.cellWidth = probe.getBoundingClientRect().width / 100 || size * 0.6;
     probe.remove();
-    if (size === FONT_SIZE) this.usual = {width: this.cellWidth, height: this.cellHeight};
+    if (size === FONT_SIZE)
+      this.usual = {width: this.cellWidth, height: this.cellHeight};
   }
 
   // Return how large a terminal fits into the window.
@@ -30397,14 +30401,15 @@ class TerminalView {
 
   // Shift selects text even where a program uses the mouse.
   pointer(event) {
-    const {type, button, buttons, shiftKey, pointerType} = event;
+    const {type, button, buttons} = event;
     const isDown = type === "pointerdown";
     if (isDown && button === 0) this.pressed = "select";
     if (type === "pointerup" && this.pressed === "select") {
       this.pressed = undefined;
       this.schedule();
     }
-    if (pointerType !== "mouse" || shiftKey || !this.session.emulator.modes.mouse) return;
+    const isMouse = event.pointerType === "mouse" && !event.shiftKey;
+    if (!isMouse || !this.session.emulator.modes.mouse) return;
     this.pressed = undefined;
     const isMove = type === "pointermove";
     const moved = buttons & 1 ? 0 : buttons & 4 ? 1 : buttons & 2 ? 2 : 3;
@@ -30479,7 +30484,8 @@ function closeTerminal(id) {
   view.leave();
   terminalViews.delete(id);
   if (goesOn)
-    showToast("The terminal goes on. ", h("a", {href: terminalPath(id)}, "Open it again"));
+    showToast("The terminal goes on. ",
+      h("a", {href: terminalPath(id)}, "Open it again"));
   if (state.route.id === id) {
     const next = [...terminalViews.keys()].at(-1);
     go(next ? terminalPath(next) : `${ROOT}/terminal/`, true);
@@ -30529,8 +30535,9 @@ function drawTab([id, name, isOver]) {
 }
 
 function drawTerminalHome() {
-  const jobs = state.running.filter(job => job.work === TERMINAL);
-  fillIfChanged($("terminal-open"), jobs.map(job => [job.id, job.nodeName, job.askedAt]),
+  const jobs = state.running.filter(job => job.work === TERMINAL)
+    .map(job => [job.id, job.nodeName, job.askedAt]);
+  fillIfChanged($("terminal-open"), jobs,
     all => all.map(([jobId, name, askedAt]) =>
       h("li", h("a", {class: "name", href: terminalPath(jobId)}, name),
         h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));

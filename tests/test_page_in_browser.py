@@ -1984,9 +1984,9 @@ def enter(page, line):
 
 def paste(page, text):
     page.evaluate(
-        "(data => {data.setData('text/plain', %s); document.activeElement.dispatchEvent("
-        "new ClipboardEvent('paste', {clipboardData: data, bubbles: true, "
-        "cancelable: true}))})(new DataTransfer())" % json.dumps(text)
+        f"(data => {{data.setData('text/plain', {json.dumps(text)});"
+        "document.activeElement.dispatchEvent(new ClipboardEvent('paste',"
+        "{clipboardData: data, bubbles: true, cancelable: true}))})(new DataTransfer())"
     )
 
 
