@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -370,6 +371,42 @@ def test_only_allowed_directories_are_read_and_written(source, target):
     assert (target / "file").read_bytes() == b"old"
 
 
+def test_an_allowed_directory_is_read_whole_by_its_own_name(source):
+    below = (str(source),)
+    whole = b"".join(pieces_of(source, ".", below=below))
+    assert b"hello" in whole
+    assert b"hello" in b"".join(pieces_of(source, str(source), below=below))
+
+
+def test_no_name_or_size_behind_a_link_out_of_an_allowed_directory_is_told(
+    source, target
+):
+    inside = target / "dir"
+    (inside / "out").symlink_to(source)
+    (inside / "own").mkdir()
+    (inside / "own" / "f").write_bytes(b"mine")
+    places, notes = moltis.FilePlaces(str(inside), (str(inside),)), []
+    for pattern in ("out/*", "out/d/b*", "*/d/b*", "o*/d"):
+        with pytest.raises(RpcError) as caught:
+            list(pieces_of(inside, pattern, patterns=True, below=[str(inside)]))
+        assert caught.value.message.startswith(f"{inside}/{pattern}: ")
+    wanted = moltis.FileRead(("*/f",), patterns=True)
+    assert moltis.FileSource(wanted, places, notes.append).measure() == 4
+    everything = moltis.FileRead((".", "out"), recursive=True)
+    assert moltis.FileSource(everything, places, notes.append).measure() < 10_000
+    assert notes == []
+
+
+def test_patterns_look_behind_links_where_all_may_be_read(source, target):
+    (target / "dir" / "out").symlink_to(source)
+    (target / "dir" / ".hidden").write_bytes(b"hidden")
+    write(target, "dir", pieces_of(target / "dir", "o*/[!d]", patterns=True))
+    assert (target / "dir" / "f").read_bytes() == b"hello\n"
+    found = b"".join(pieces_of(target / "dir", "*", patterns=True))
+    assert b"hidden" not in found
+    assert b"hidden" in b"".join(pieces_of(target / "dir", ".h*", patterns=True))
+
+
 NAMES = st.binary(min_size=1, max_size=40).filter(
     lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b"..")
 )
@@ -601,3 +638,64 @@ def test_scp_agrees_on_what_a_colon_means():
     assert read(":b") == ((), ":b")
     assert moltis.copy_place("pi:x", "/srv").path == "/srv/x"
     assert moltis.copy_place("pi:/x", "/srv").path == "/x"
+
+
+# -- lists -----------------------------------------------------------------------
+
+
+def listed(base, path, below=()):
+    listing = moltis.FileListing(
+        moltis.FileList(moltis.encode_path(str(path))), FilePlaces(str(base), below)
+    )
+    return {moltis.decode_path(entry.name): entry for entry in listing.entries()}
+
+
+def test_a_list_has_each_name_with_its_kind_size_and_mode(source, target):
+    (source / "away").symlink_to(target)
+    (source / "nowhere").symlink_to("nothing")
+    os.mkfifo(source / "pipe")
+    found = listed(source, ".")
+    assert {name: entry.kind for name, entry in found.items()} == {
+        "away": "directory",
+        "d": "directory",
+        "f": "file",
+        "nowhere": "link",
+        "pipe": "other",
+    }
+    assert (found["f"].size, found["f"].mode) == (6, 0o640)
+    assert found["f"].changed_at == 1_234_567_890_123
+    assert found["away"].link == str(target)
+    assert os.fsdecode(b"\xff\xfe") in listed(source, "d")
+    assert list(listed(source, "f")) == ["f"]  # of a file, itself
+
+
+def test_a_list_tells_nothing_about_what_is_not_allowed(source, target):
+    (target / "dir" / "out").symlink_to(source)
+    assert listed(target, "dir", (str(target / "dir"),))["out"].kind == "link"
+    assert list(listed(target, "dir/out", (str(target / "dir"),))) == ["out"]
+    for path in (".", "dir/out/f", "dir/.."):
+        with pytest.raises(RpcError):
+            listed(target, path, (str(target / "dir"),))
+
+
+def once(world, node, work, **spec):
+    answer = world.rpc("job.once", nodeId=node, work=work, spec=spec)
+    return answer["result"], base64.b64decode(answer["output"])
+
+
+@pytest.mark.parametrize("node", ["far", "Local"])
+def test_a_list_of_many_files_is_one_answer_without_a_row(world, node):
+    for number in range(3000):
+        (world.scratch / f"a file with a name that is long {number:05}").touch()
+    before = world.rpc("job.list", limit=1)
+    result, output = once(world, node, "file.list", path=str(world.scratch))
+    names = [json.loads(line)["name"] for line in output.splitlines()]
+    assert names == sorted(os.listdir(world.scratch))
+    assert result == {"path": str(world.scratch), "directory": True, "leftOut": 0}
+    assert world.rpc("job.list", limit=1) == before
+
+
+@pytest.mark.parametrize("node", ["far", "Local"])
+def test_what_cannot_be_listed_is_one_sentence(world, node):
+    with pytest.raises(moltis.MoltisError, match="none: No such file or directory"):
+        once(world, node, "file.list", path=f"{world.scratch}/none")
