@@ -27296,7 +27296,7 @@ class NoticeTurn {
     this.more = button("Continue", () => send("continue"), "button small");
     this.again = button("Retry", retry, "button small");
     this.root = h("div", {class: "turn notice"}, this.text, this.raw,
-      h("p", this.more, this.again));
+      h("p", {"data-needs": "write"}, this.more, this.again));
   }
 
   // Only the newest message of a chat that is not busy can be gone on with.
@@ -28775,7 +28775,7 @@ function showProviderForm() {
   $("provider-protocol").value = protocol || "openai";
   const address = own || isEntered ? baseUrl || "" : "";
   $("provider-url").value = address;
-  $("provider-url").placeholder = own ? "http://gpu-box:8080/v1" : baseUrl;
+  $("provider-url").placeholder = own ? "gpu-box:8080/v1" : baseUrl;
   showAddress(own || isOllama || Boolean(address));
   $("provider-key").placeholder = keyFrom === "settings" ? "Kept; type to replace it"
     : own || isOllama ? "If it wants one" : "";
@@ -28808,7 +28808,7 @@ function enteredProvider() {
   let url = baseUrl.value.trim();
   if (url && !/^[a-z]+:\/\//i.test(url)) url = `http://${url}`;
   if (provider.own && !url)
-    throw new Error("Enter the address of the server, like http://gpu-box:8080/v1");
+    throw new Error("Enter the address of the server, like gpu-box:8080/v1");
   const isOllama = provider.protocol === "ollama";
   if (!url && !key && !provider.isSetUp)
     throw new Error(isOllama ? "Enter its address." : "Enter a key.");
