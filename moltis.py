@@ -17831,6 +17831,13 @@ class TurnQueue:
         with self._lock:
             return self._current is not None or bool(self._waiting)
 
+    def has(self, run_id: str) -> bool:
+        """Return whether a turn is under way, or waits."""
+        with self._lock:
+            return any(
+                t and t.run_id == run_id for t in (self._current, *self._waiting)
+            )
+
     def check(self) -> None:
         """Raises RpcError if the queue is closed."""
         with self._lock:
@@ -18249,7 +18256,7 @@ class Chats:
 
         `!command` goes to Shell, whatever the model.  Model, node and directory are
         those that the caller saw, None for what the session has then.  A message whose
-        id is known is not answered again.
+        id is known is not answered again; `over`: its turn has ended.
         """
         session = self._session(key)
         if not text.strip():
@@ -18257,7 +18264,9 @@ class Chats:
         session_log, queue = self._log(key), self._queue(key)
         known = session_log.find(message_id) if message_id else None
         if known and (known.session_key, known.role, known.text) == (key, "user", text):
-            return {"ok": True, "runId": known.run_id}
+            waits = known.state == MessageState.QUEUED
+            over = {} if waits or queue.has(known.run_id) else {"over": True}
+            return {"ok": True, "runId": known.run_id, **over}
         model = self._model(model_id or session.model, session.effort)
         if text.startswith("!"):
             model = ShellModel()
@@ -28896,6 +28905,7 @@ class OperatorClient:
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
         self.scopes: Sequence[str] = ()
+        self.ended_at = 0.0  # monotonic, once it has ended
         try:
             self._connect(api_key)
         except BaseException:
@@ -29006,6 +29016,7 @@ class OperatorClient:
             ended = error
             self._ws.abort()
         finally:
+            self.ended_at = time.monotonic()
             self._calls.close(ended)
             self._on_news(self, ended)
 
@@ -29116,6 +29127,8 @@ class GatewayChange(Value):
     """The gateway went away, or it is back."""
 
     reachable: bool
+    away_ms: float = 0
+    problem: UserError | None = None  # it does not come back
 
 
 class _Answer(Value):
@@ -29250,6 +29263,7 @@ class JobFeed:
         """Raises UserError as `dial` does."""
         self.open: dict[str, FollowedJob] = {}
         self.interrupted = False
+        self._lost = False  # the gateway; news() reconnects
         self._request: JsonObject = {}  # of job.start, without its jobs
         self._input: JobInput | None = None
         self._news: SimpleQueue[tuple[OperatorClient | None, Any]] = SimpleQueue()
@@ -29352,6 +29366,8 @@ class JobFeed:
         when the jobs cannot be started.
         """
         while True:
+            if self._lost:  # also where whoever asked before left meanwhile
+                yield from self._reconnect()
             client, item = self._next(tick)
             if item is None:
                 yield None
@@ -29362,7 +29378,7 @@ class JobFeed:
             elif isinstance(item, Event):
                 yield from self._take_event(item)
             elif client is self.client:
-                yield from self._reconnect()
+                self._lost = True
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
         try:
@@ -29490,7 +29506,8 @@ class JobFeed:
 
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
-        yield GatewayChange(reachable=False)
+        away_ms = (time.monotonic() - self.client.ended_at) * 1000
+        yield GatewayChange(reachable=False, away_ms=away_ms)
         self.client.drop()
         if isinstance(self._input, TypedInput):
             self._input.pause()
@@ -29508,10 +29525,12 @@ class JobFeed:
                 problem = error
                 break
             else:
-                yield GatewayChange(reachable=True)
+                self._lost = False
                 self._ask_for_all()
+                yield GatewayChange(reachable=True)
                 return
         yield from self._fail(list(self.open.values()), problem)
+        yield GatewayChange(reachable=False, problem=problem)
 
     def _ask_for_all(self) -> None:
         """Start the jobs that the gateway does not know yet, and follow the others."""
@@ -29964,8 +29983,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
-#       Machine, Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client,
-#       MCP, Assembly
+#       Machine, Node service, Store, Access, Fleet, Jobs, Agent, Chat, HTTP,
+#       Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -29974,6 +29993,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 SIGNAL_LOOK = 0.5  # s
+MAX_PROMPT_DIRECTORY = 40  # characters of a directory in the prompt of a chat
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
@@ -29991,6 +30011,13 @@ def one_line(text: str, limit: int) -> str:
     """Return `text` on one line, cut at `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the word that was perhaps meant, or ""."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, [*known], n=1)), "")
 
 
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
@@ -31299,13 +31326,23 @@ class Waiting:
         """Say that `name` is away, and has been for `away_ms` already."""
         if name not in self._since:
             self._since[name] = time.monotonic() - away_ms / 1000
-            self._output.say(f"moltis: waiting for {name} to come back")
+            since = format_time(now_ms() - round(away_ms))
+            self._output.say(
+                f"moltis: waiting for {name} to come back (away since {since})"
+            )
 
     def end(self, name: str) -> None:
         since = self._since.pop(name, None)
         if since is not None:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
+
+    def take_gateway(self, change: GatewayChange) -> None:
+        """Say whether the gateway is away, or is back."""
+        if change.reachable:
+            self.end("the gateway")
+        elif change.problem is None:
+            self.begin("the gateway", change.away_ms)
 
     def take_state(self, name: str, state: JsonObject) -> None:
         """Say whether the node of a job in this state is away, or is back."""
@@ -31591,8 +31628,7 @@ class JobTerminal:
         elif isinstance(news, JobChange):
             self._take_change(news.job)
         elif isinstance(news, GatewayChange):
-            change = self._waiting.end if news.reachable else self._waiting.begin
-            change("the gateway")
+            self._waiting.take_gateway(news)
         elif self._feed.interrupted and not self._cancelled:
             self._cancelled = True
             self._patience = Deadline(LEAVE_AFTER)
@@ -32310,8 +32346,7 @@ class RemoteFiles:
                 if not self._feed.open:
                     return
             elif isinstance(news, GatewayChange):
-                change = self._waiting.end if news.reachable else self._waiting.begin
-                change("the gateway")
+                self._waiting.take_gateway(news)
             else:
                 self._waiting.show()
 
@@ -32596,13 +32631,19 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     return created
 
 
-def typed_line() -> str:
+def typed_line(prompt: str) -> str:
     """Return the next line that a person types.
 
-    Raises EOFError at the end of input, also where the terminal was closed.
+    Raises EOFError at the end of input, also where the terminal was closed, and
+    UsageError for a line that is not UTF-8.
     """
     try:
-        return input("› ")
+        return input(prompt)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{error.object!r} is not UTF-8, and was not sent; set the terminal to "
+            "UTF-8"
+        ) from error
     except OSError as error:
         if error.errno != errno.EIO:
             raise
@@ -32619,7 +32660,8 @@ class ChatCommand:
     def __init__(self, command: JsonObject) -> None:
         self.node: str = command["node"]
         self.background: bool = command.get("background", False)
-        self.asked = False  # its approval was decided here
+        self.decision = ""  # here, about its approval
+        self.concluded = False  # it was said how it ended
         self.job: FollowedJob | None = None
         self._decoders = {
             kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
@@ -32636,36 +32678,84 @@ class ChatTerminal:
     def __init__(
         self,
         feed: JobFeed,
-        session_key: str,
-        model: str,
+        session: JsonObject,
         output: Output,
         answer: ApprovalAnswer,
     ) -> None:
-        """Raises UserError."""
+        """`session` is as `sessions.list` has it."""
         self._feed = feed
-        self._session_key = session_key
-        self._model = model
+        self.session = session  # as the person sees it: where a message goes
+        self._node_name = ""
         self._output = output
         self._answer = answer
+        self._waiting = Waiting(output)
+        self._subscribed: OperatorClient | None = None
+        self._seq = 0  # of the newest event, and of all that it builds on
+        self._run_id = ""  # of this turn, once the gateway has the message
         self._typed = False  # the command of this turn, by a person
         self._said: dict[str, int] = {}  # characters printed, by message
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.client.call("subscribe", {"events": ["chat"]})
+
+    def call(self, method: str, params: JsonObject) -> Any:
+        """Return the answer, also of a gateway that has to come back first.
+
+        Raises UserError.
+        """
+        while True:
+            client = self._feed.client
+            try:
+                return client.call(method, params)
+            except Unreachable:
+                if not client.ended:
+                    raise
+            for news in self._news():
+                if isinstance(news, GatewayChange) and news.reachable:
+                    break
+
+    def look(self) -> str:
+        """Return where the next message goes: machine, directory and model.
+
+        While the gateway is away, that is what was seen last.
+        """
+        with contextlib.suppress(Unreachable):
+            for session in self._feed.client.call("sessions.list", {}):
+                if session["key"] == self.session["key"]:
+                    self.session = session
+            self._node_name = self._name_of_node()
+        directory = self.session.get("directory") or ""
+        if len(directory) > MAX_PROMPT_DIRECTORY:
+            directory = f"…{directory[-MAX_PROMPT_DIRECTORY:]}"
+        model = self.session["model"]
+        model = "Shell" if model == SHELL_ID else model
+        place = f"{self._node_name} {directory}".rstrip()
+        return visible(f"{place} · {model}")
+
+    def change(self, choices: JsonObject) -> None:
+        """Choose a `node_id` or a `model` for the session.  Raises UserError."""
+        if choices:
+            patch = {"key": self.session["key"], **choices}
+            self.session = self.call("sessions.patch", patch)
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
+        session = self.session
         self._feed.interrupted = False
-        self._status = EXIT_OK
-        self._typed = self._model == SHELL_ID or text.startswith("!")
+        self._status, self._run_id = EXIT_OK, ""
+        self._typed = session["model"] == SHELL_ID or text.startswith("!")
+        message = {
+            "sessionKey": session["key"],
+            "text": text,
+            "id": new_id(),
+            "model": session["model"],
+            "nodeId": session["node_id"] or LOCAL_ID,
+        }
+        if session.get("directory") is not None:
+            message["directory"] = session["directory"]
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
-            if sent.get("queued"):
-                self._output.say("an earlier message is being answered; this one waits")
-            self._follow(sent["runId"])
+            self._follow(message)
             return INTERRUPTED if self._feed.interrupted else self._status
         finally:
             signal.signal(signal.SIGINT, previous)
@@ -32674,23 +32764,48 @@ class ChatTerminal:
                     self._feed.unfollow(command.job)
             self._commands.clear()
 
-    def _follow(self, run_id: str) -> None:
-        """Print what happens until the turn is over and its output is complete."""
-        stopping = over = False
+    def _name_of_node(self) -> str:
+        node_id = self.session["node_id"] or LOCAL_ID
+        try:
+            node = self._feed.client.call("node.describe", {"nodeId": node_id})
+        except Unreachable:
+            raise
+        except UserError:  # it was removed
+            return str(node_id)
+        return str(node["displayName"])
+
+    def _news(self) -> Iterator[News | None]:
+        """Yield what happens, and say it of the gateway.
+
+        Raises UserError when that does not come back.
+        """
         # A signal just before the wait would not be noticed until its end.
         for news in self._feed.news(tick=SIGNAL_LOOK):
             if isinstance(news, GatewayChange):
-                raise Unreachable("the gateway went away")
+                self._waiting.take_gateway(news)
+                if news.problem is not None:
+                    raise news.problem
+            elif news is None:
+                self._waiting.show()
+            yield news
+
+    def _follow(self, message: JsonObject) -> None:
+        """Have a message answered; print what happens until that is complete."""
+        stops = False
+        over = self._send(message)
+        for news in self._news():
+            if self._feed.interrupted and not stops:
+                stops = True
+                self._stop()
             if isinstance(news, JobOutput):
                 self._show_output(news)
             elif isinstance(news, JobChange):
                 self._show_ending(news.job)
-            elif news is None:
-                if self._feed.interrupted and not stopping:
-                    stopping = True
-                    session = {"sessionKey": self._session_key}
-                    self._feed.client.notify("chat.abort", session)
-            elif news.name == "chat" and news.payload.get("runId") == run_id:
+            elif isinstance(news, GatewayChange):
+                if news.reachable:
+                    over = self._send(message, again=True)
+                    stops = False  # whoever came back was not told
+            elif news is not None and news.name == "chat":
                 over = self._show(news.payload) or over
             if over and not any(
                 c.job and c.job.id in self._feed.open and not c.background
@@ -32698,23 +32813,68 @@ class ChatTerminal:
             ):
                 return
 
+    def _send(self, message: JsonObject, *, again: bool = False) -> bool:
+        """Send the message of a turn; return whether that is over already.
+
+        `again`: to a gateway that came back.  It may have the message, and more of the
+        answer than was heard of.
+        """
+        client = self._feed.client
+        history: list[JsonObject] = []
+        try:
+            if client is not self._subscribed:
+                client.call("subscribe", {"events": ["chat"]})
+                self._subscribed = client
+            sent = client.call("chat.send", message)
+            if again:
+                wanted: JsonObject = {"sessionKey": message["sessionKey"]}
+                if self._seq:
+                    wanted["after"] = self._seq
+                history = client.call("chat.history", wanted)
+        except Unreachable:
+            if not client.ended:
+                raise
+            return False  # that it is away is news of its own
+        self._run_id = sent["runId"]
+        if sent.get("queued"):
+            self._output.say("an earlier message is being answered; this one waits")
+        for known in history:
+            self._seq = max(self._seq, known["seq"])
+            if known["runId"] == self._run_id:
+                self._show_message(known)
+        return bool(sent.get("over"))
+
+    def _stop(self) -> None:
+        """Have the turn stopped.
+
+        Raises KeyboardInterrupt where it is not known to have begun.
+        """
+        if not self._run_id:
+            self._output.say("moltis: given up; if the gateway has it, it runs there")
+            raise KeyboardInterrupt
+        if self._feed.client.ended:
+            self._output.say(
+                "moltis: it is stopped when the gateway is back; Ctrl+C again leaves it"
+            )
+        self._feed.client.notify("chat.abort", {"sessionKey": self.session["key"]})
+
     def _on_interrupt(self, *_: object) -> None:
-        if self._feed.interrupted:  # pressed twice: leave at once
-            os._exit(INTERRUPTED)
+        if self._feed.interrupted:  # pressed twice: do not wait for it
+            raise KeyboardInterrupt
         self._feed.interrupt()
 
     def _show(self, event: JsonObject) -> bool:
-        """Print an event of our turn; return whether it was the last."""
+        """Print an event; return whether it was the last of our turn."""
+        if event["sessionKey"] != self.session["key"]:
+            return False
+        is_new = event["seq"] > self._seq
+        self._seq = max(self._seq, event["seq"])
+        if event["runId"] != self._run_id:
+            return False
         state, message = event["state"], event.get("message")
         if message is not None:
-            show = {
-                "assistant": self._show_answer,
-                "notice": self._show_notice,
-                "command": self._show_command,
-            }.get(message["role"])
-            if show is not None:
-                show(message)
-        elif state == "delta":
+            self._show_message(message)
+        elif state == "delta" and is_new:
             self._say(event["messageId"], event["text"])
         if state not in ("final", "error", "aborted"):
             return False
@@ -32729,6 +32889,21 @@ class ChatTerminal:
             )
         return True
 
+    def _show_message(self, message: JsonObject) -> None:
+        role = message["role"]
+        if message["state"] == MessageState.INTERRUPTED:
+            self._status = EXIT_FAILURE
+            if role in ("user", "assistant"):
+                # One that waited, or half an answer.
+                self._output.complain("the gateway was restarted before that was done")
+        show = {
+            "assistant": self._show_answer,
+            "notice": self._show_notice,
+            "command": self._show_command,
+        }.get(role)
+        if show is not None:
+            show(message)
+
     def _show_answer(self, message: JsonObject) -> None:
         told = self._said.get(message["id"], 0)
         self._say(message["id"], message["text"][told:])
@@ -32740,7 +32915,7 @@ class ChatTerminal:
             return
         self._said[message["id"]] = 0
         self._end_line()
-        failed = message["state"] == "error"
+        failed = message["state"] in (MessageState.ERROR, MessageState.INTERRUPTED)
         (self._output.complain if failed else self._output.say)(message["text"])
 
     def _show_command(self, message: JsonObject) -> None:
@@ -32753,8 +32928,7 @@ class ChatTerminal:
                 aside = " (in the background)" if command.background else ""
                 self._output.say(f"[{command.node}] $ {card['command']}{aside}")
         approval = card.get("approval") or {}
-        if approval.get("state") == "asked" and not command.asked:
-            command.asked = True
+        if approval.get("state") == "asked":
             self._decide(job_id, card)
         if "job" in message and command.job is None:
             command.job = self._feed.follow(job_id, command.node)
@@ -32766,17 +32940,20 @@ class ChatTerminal:
             self._status = EXIT_FAILURE
 
     def _decide(self, job_id: str, card: JsonObject) -> None:
-        # A handler that returns would leave the question standing.
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            decision = self._answer(card)
-        except KeyboardInterrupt:
-            self._on_interrupt()
-            return
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        # An earlier answer, on the page say, stands.
-        answer = {"id": job_id, "decision": decision}
+        command = self._commands[job_id]
+        if not command.decision:
+            # A handler that returns would leave the question standing.
+            handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                command.decision = self._answer(card)
+            except KeyboardInterrupt:
+                self._feed.interrupt()
+                return
+            finally:
+                signal.signal(signal.SIGINT, handler)
+        # An earlier answer, on the page say, stands.  Ours is given once more where the
+        # question is still open after the gateway was away.
+        answer = {"id": job_id, "decision": command.decision}
         self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
@@ -32802,8 +32979,10 @@ class ChatTerminal:
             self._conclude(command, str(job.error))
 
     def _conclude(self, command: ChatCommand, words: str) -> None:
-        self._end_line()
-        self._output.say(f"[{command.node}] {words}")
+        if not command.concluded:
+            command.concluded = True
+            self._end_line()
+            self._output.say(f"[{command.node}] {words}")
 
     def _say(self, message_id: str, text: str) -> None:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
@@ -32828,23 +33007,85 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
+class ChatPrompt:
+    """What a person types in a chat: messages, and words that change where they go."""
 
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
+    def __init__(self, terminal: ChatTerminal, output: Output) -> None:
+        self._terminal = terminal
+        self._output = output
+        self._words: Mapping[str, tuple[Callable[[str], None], str]] = {
+            "/node": (self._node, "[NAME]  go to another machine, or list them"),
+            "/model": (self._model, "[NAME]  choose what answers, or list the models"),
+            "/new": (self._new, "[LABEL]  begin another chat"),
+            "/help": (self._help, "  show this"),
+            "/exit": (self._exit, "  leave, as Ctrl+D does"),
+        }
+
+    def run(self) -> int:
+        """Take lines until the end of input; return the exit status."""
+        with contextlib.suppress(ImportError):  # editing and history, where available
+            import readline
+
+            readline.set_history_length(1000)
+        self._output.say(
+            "Ctrl+C stops an answer, Ctrl+D ends the chat, /help says more."
+        )
+        while True:
+            try:
+                self._take(typed_line(f"{self._terminal.look()} › "))
+            except EOFError:
+                self._output.say("")
+                return EXIT_OK
+            except KeyboardInterrupt:
+                self._output.say("")
+            except UserError as error:
+                self._output.complain(str(error))
+
+    def _take(self, line: str) -> None:
+        first, _, rest = line.partition(" ")
+        if first in self._words:
+            self._words[first][0](rest.strip())
+        elif re.fullmatch("/[a-z]+", first) and nearest(first, self._words):
+            raise UsageError(
+                f"did you mean {nearest(first, self._words)}?  A space before {first} "
+                "sends it"
+            )
+        elif line.strip():
+            self._terminal.turn(line)
+
+    def _help(self, _rest: str) -> None:
+        for word, (_, text) in self._words.items():
+            self._output.say(f"{word} {text}")
+        self._output.say("!COMMAND  run it on the machine, whatever the model")
+
+    def _exit(self, _rest: str) -> None:
+        raise EOFError
+
+    def _node(self, name: str) -> None:
+        if name:
+            self._terminal.change({"node_id": name})
+            return
+        nodes = self._terminal.call("node.list", {})
+        columns: Mapping[str, Column] = {
+            "NAME": "displayName",
+            "STATE": _node_state_column,
+        }
+        self._output.table(nodes, columns, node_tone)
+
+    def _model(self, name: str) -> None:
+        if name:
+            chosen = SHELL_ID if name.casefold() == "shell" else name
+            self._terminal.change({"model": chosen})
+            return
+        for model in self._terminal.call("models.list", {}):
+            self._output.answer(visible(model["id"]))
+
+    def _new(self, label: str) -> None:
+        before = self._terminal.session
+        choices = {name: before[name] for name in ("model", "node_id") if before[name]}
+        self._terminal.session = self._terminal.call(
+            "sessions.create", {**choices, "label": label}
+        )
 
 
 APPROVAL_ANSWERS: Mapping[str, str] = {
@@ -32877,7 +33118,10 @@ def ask_approval(output: Output, command: JsonObject) -> str:
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            continue
         if not line:
             return "deny"
         if line.strip().lower() in APPROVAL_ANSWERS:
@@ -32902,22 +33146,18 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
     with JobFeed(partial(operator_client, args, context)) as feed:
         session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.client.call(
-                "nodes.set_session", {"session_key": key, "node_id": args.node}
-            )
-        model = args.model or session["model"]
         decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        terminal = ChatTerminal(feed, session, context.output, decide)
+        choices = {"node_id": args.node, "model": args.model}
+        terminal.change({name: choice for name, choice in choices.items() if choice})
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
             text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
-            if model != SHELL_ID and text.startswith("!"):
+            if terminal.session["model"] != SHELL_ID and text.startswith("!"):
                 text = f" {text}"  # only a typed line may be a `!command`
             return terminal.turn(text)
-        return chat_prompt(terminal, context)
+        return ChatPrompt(terminal, context.output).run()
 
 
 # -- install -------------------------------------------------------------------
@@ -33469,13 +33709,6 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
 
 def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     return build_parsers(words)[""]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the word that was perhaps meant, or ""."""
-    import difflib
-
-    return next(iter(difflib.get_close_matches(word, [*known], n=1)), "")
 
 
 def meant_subcommand(first: str, second: str) -> str:
