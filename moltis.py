@@ -19455,7 +19455,8 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`.
 
         `skip`: also later, if the client falls behind by several times as much.
-        `screen`: of a terminal, what a screen needs; its programs draw it anew.
+        `screen`: of a terminal, what a screen needs; its programs draw it anew, for a
+        caller who may write: it is a signal to them.
         """
         if hold:
             peer.caller.require(Scope.WRITE)
@@ -19467,7 +19468,7 @@ class JobMethods:
         if screen and job.is_terminal:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
-        if screen:
+        if screen and peer.caller.may(Scope.WRITE):
             self._jobs.redraw(job)
         return {"job": job_view(job), "offset": start}
 

@@ -969,6 +969,25 @@ def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
         assert reader.ending(job_id)["words"] == "cancelled by owner"
 
 
+def test_a_key_that_only_reads_moves_nothing_in_a_terminal(gateway, client):
+    """To draw a screen anew is a signal to programs of the machine."""
+    made = client.call("keys.create", name="eye", scopes=["operator.read"])
+    with silent_node(gateway, "tty") as node, Client(gateway, made["key"]) as reader:
+        spec = {"command": "vi", "tty": {"rows": 24, "cols": 80}}
+        start = {"jobs": [{"node": "tty"}], "work": "run", "spec": spec, "keep": True}
+        (job,) = client.call("job.start", **start)["jobs"]
+        assert reader.call("job.follow", id=job["id"], screen=True)["offset"] == 0
+        resize = {"id": job["id"], "rows": 1, "cols": 1, "redraw": True}
+        assert reader.call("job.resize", **resize) == "FORBIDDEN"
+        typed = moltis.encode_job_data(moltis.INPUT_DATA, job["id"], 0, b":q!\n")
+        reader.peer.send(typed)
+        reader.call("node.list")
+        client.call("job.follow", id=job["id"], screen=True)
+        events = [node.receive() for _ in range(2)]
+        assert [event["event"] for event in events] == ["job.start", "job.resize"]
+        client.call("job.cancel", id=job["id"])
+
+
 def test_output_is_read_in_pieces_that_keep_their_order(client):
     job_id = client.start("local", "echo one; echo two >&2; printf '\\377'", keep=True)
     client.call("job.wait", id=job_id, wait=60)
