@@ -218,6 +218,37 @@ def test_a_node_cannot_make_itself_an_operator(gateway):
         assert peer.request("node.list", {})["error"]["code"] == "FORBIDDEN"
 
 
+CREDENTIALS = [  # as asked for, and what is granted: a role or a refusal
+    ("operator", {}, "FORBIDDEN"),
+    ("node", {}, "FORBIDDEN"),
+    ("operator", {"deviceToken": "KEY"}, "UNAUTHORIZED"),
+    ("node", {"deviceToken": "KEY"}, "UNAUTHORIZED"),
+    ("operator", {"api_key": "TOKEN"}, "UNAUTHORIZED"),
+    ("node", {"api_key": "TOKEN"}, "UNAUTHORIZED"),
+    ("operator", {"pageSecret": "KEY"}, "UNAUTHORIZED"),  # without its cookie
+    ("node", {"pageSecret": "KEY"}, "FORBIDDEN"),
+    ("operator", {"deviceToken": "TOKEN"}, "node"),
+    ("operator", {"deviceToken": "TOKEN", "api_key": "KEY"}, "node"),
+    ("node", {"api_key": "KEY"}, "operator"),
+]
+
+
+def test_a_role_comes_from_the_credential_and_loopback_needs_one(gateway):
+    secrets = {"KEY": gateway.api_key, "TOKEN": gateway.token()}
+    for role, auth, granted in CREDENTIALS:
+        auth = {name: secrets[secret] for name, secret in auth.items()}
+        with gateway.peer() as peer:
+            params = rust_connect("", role=role, auth=auth)
+            answer = peer.request("connect", params)
+            if answer["ok"]:
+                assert answer["payload"]["auth"]["role"] == granted
+                ok = peer.request("node.list", {})["ok"]
+                assert ok == (granted == "operator")
+            else:
+                assert answer["error"]["code"] == granted
+                assert peer.close_code() == 1008
+
+
 def test_a_node_reports_on_itself_only(gateway, rust):
     report = {
         "event": "node.telemetry",
