@@ -19495,7 +19495,8 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`.
 
         `skip`: also later, if the client falls behind by several times as much.
-        `screen`: of a terminal, what a screen needs; its programs draw it anew.
+        `screen`: of a terminal, what a screen needs; its programs draw it anew, for a
+        caller who may write: it is a signal to them.
         """
         if hold:
             peer.caller.require(Scope.WRITE)
@@ -19507,7 +19508,7 @@ class JobMethods:
         if screen and job.is_terminal:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
-        if screen:
+        if screen and peer.caller.may(Scope.WRITE):
             self._jobs.redraw(job)
         return {"job": job_view(job), "offset": start}
 
@@ -22036,24 +22037,22 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 def job_output(job: Job) -> Iterator[bytes]:
     """Yield a job's output so far, with a line for each gap."""
-    position = 0
-    while True:
+    position, end = 0, job.log.end  # it may grow faster than a client reads
+    while position < end:
         start, data = job.log.read(position)
         if not data:
-            start = job.log.end
+            start = end
         if start > position:
             yield f"\n{gap_words(start - position)}\n".encode()
-        if not data:
-            return
         yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
         position = start + len(data)
 
 
 def job_recording(job: Job) -> Iterator[bytes]:
     """Yield a terminal's recording so far, as asciicast v2."""
-    record, position = job.record, 0
+    record, position, end = job.record, 0, job.log.end
     recording = recording_of(record.command, record.node_name, record.asked_at)
-    while position < job.log.end:
+    while position < end:
         start, data = job.log.read(position)
         if not data:
             return
