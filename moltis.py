@@ -23699,8 +23699,8 @@ no command and sends no message.</p>
 <h2>On a machine</h2>
 <ul id="terminal-nodes" class="rows"></ul>
 <p class="lead">A terminal goes on when you leave the page: its link opens it
-again. It is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6 takes
-the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
+again. It is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6
+takes the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
 </div>
 <div id="terminal-views"></div>
 <div id="terminal-keys" role="toolbar" aria-label="Keys"></div>
