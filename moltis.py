@@ -24423,6 +24423,7 @@ summary { cursor: pointer; }
   #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
     translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
   .menu-open #sidebar { translate: none; visibility: visible;
+    transition: translate .2s; /* visible at once: it takes the focus */
     box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
@@ -24490,7 +24491,8 @@ summary { cursor: pointer; }
     overflow: hidden; }
   #activity-list .who { display: none; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
-  .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%; }
+  .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
+    scrollbar-width: none; }
   .chips button, .tabs button { flex: none; }
   dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
     margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
