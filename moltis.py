@@ -4360,6 +4360,12 @@ def decode_mark(data: bytes) -> Mark | None:
     return None
 
 
+def _mode_sequence(name: str, value: bool) -> bytes:
+    if name == "66":  # the keypad: DECNKM is not known everywhere
+        return b"\x1b=" if value else b"\x1b>"
+    return b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+
+
 class TerminalModes:
     """The modes of a terminal that differ from its start, read from its output.
 
@@ -4400,7 +4406,7 @@ class TerminalModes:
     def restoring(self) -> bytes:
         """Return what a terminal has to be sent to take over these modes."""
         return b"".join(
-            b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+            _mode_sequence(name, value)
             for name, value in self.changed.items()
             if name not in KEYBOARD_OFF
         )
@@ -4408,8 +4414,7 @@ class TerminalModes:
     def undoing(self) -> bytes:
         """Return what switches these modes off in a terminal that has them."""
         return b"".join(
-            KEYBOARD_OFF.get(name)
-            or b"\x1b[?%b%b" % (name.encode("ascii"), b"l" if value else b"h")
+            KEYBOARD_OFF.get(name) or _mode_sequence(name, not value)
             for name, value in self.changed.items()
         )
 
@@ -5861,10 +5866,11 @@ class Command:
         self._working_dir = working_dir
         self._inherited = inherited
         self._on_input = on_input
-        self._lock = threading.Lock()  # guards the next six
+        self._lock = threading.Lock()  # guards the next seven
         # At a terminal several may type: each is a window ahead of the program.
         self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
-        self._resizing: tuple[TerminalSize, bool] | None = None  # wanted; redraw anyway
+        self._new_size: TerminalSize | None = None  # wanted
+        self._redraws = False  # its programs are to draw anew
         self._input_reported = 0  # offset
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
@@ -5915,17 +5921,18 @@ class Command:
             self._input.add(offset, data)
         self._wake()
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
-        """Change the terminal's size; `redraw`: have programs draw anew in any case.
+    def resize(self, size: TerminalSize | None) -> None:
+        """Change the terminal's size; None: have programs draw anew at the one it has.
 
         Raises RpcError for a command without a terminal, and for an odd size.
         """
-        size.check()
         if self.spec.tty is None:
             raise RpcError("INVALID_REQUEST", "the command has no terminal")
         with self._lock:
-            before = self._resizing is not None and self._resizing[1]
-            self._resizing = (size, redraw or before)
+            if size is None:
+                self._redraws = True
+            else:
+                self._new_size = size.check()
         self._wake()
 
     def cancel(self, reason: str = "") -> None:
@@ -6064,16 +6071,17 @@ class Command:
         For a redraw it is one column off for REDRAW_PAUSE.
         """
         with self._lock:
-            wanted, self._resizing = self._resizing, None
+            size, self._new_size = self._new_size, None
+            redraws, self._redraws = self._redraws, False
         assert self._size is not None
         if terminal.master not in (self._group.outputs if self._group else ()):
             return False  # it is closed
-        changed = wanted is not None and wanted[0] != self._size
-        if wanted is not None and changed:
-            self._size, self._redraw_at = wanted[0], None
+        changed = size is not None and size != self._size
+        if size is not None and changed:
+            self._size, self._redraw_at = size, None
             terminal.resize(self._size)
             self._mark()
-        elif wanted is not None and wanted[1]:
+        elif redraws:
             cols = self._size.cols - 1 or 2
             terminal.resize(TerminalSize(self._size.rows, cols))
             self._redraw_at = time.monotonic() + REDRAW_PAUSE
@@ -9828,7 +9836,7 @@ class Task(Protocol):
     def input(self, offset: int, data: bytes) -> None:
         """Raises RpcError."""
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
+    def resize(self, size: TerminalSize | None) -> None:
         """Raises RpcError."""
 
     def cancel(self, reason: str = "") -> None: ...
@@ -9883,7 +9891,7 @@ class Errand:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
-    def resize(self, _size: TerminalSize, *, redraw: bool) -> None:  # noqa: ARG002
+    def resize(self, _size: TerminalSize | None) -> None:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work has no terminal")
 
@@ -10320,11 +10328,14 @@ class Machine:
         if job is not None and job.task is not None:
             job.task.input(offset, data)
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        """Change a terminal's size.  Raises RpcError for a job without one."""
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size, or have it drawn anew (None).
+
+        Raises RpcError for a job without one.
+        """
         job = self._get(job_id)
         if job is not None and job.task is not None:
-            job.task.resize(size, redraw=redraw)
+            job.task.resize(size)
 
     def held(self) -> dict[str, int]:
         """Return the first offset held of each log, by id, the oldest first."""
@@ -10728,11 +10739,9 @@ class GatewayLink:
         )
 
     def _on_resize(self, payload: JsonObject) -> None:
-        self._machine.resize(
-            required(payload, "id", str),
-            TerminalSize.from_json(payload),
-            redraw=optional(payload, "redraw", bool) or False,
-        )
+        has_size = "rows" in payload  # otherwise it is drawn anew
+        size = TerminalSize.from_json(payload) if has_size else None
+        self._machine.resize(required(payload, "id", str), size)
 
 
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
@@ -13953,9 +13962,8 @@ class NodeLink(Protocol):
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size; None: have it drawn anew at the one it has."""
 
     def answers(self, timeout: float) -> bool:
         """Return whether the connection is alive, after `timeout` s at most."""
@@ -14794,7 +14802,8 @@ class Job:
         self.typing = threading.Lock()
         self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
-        self.input_end = 0  # those that were sent to it; of a terminal
+        # Those that were sent to it, of a terminal; None: its node has to say it first.
+        self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # wanted since it was started
         self.input_resumes = 0  # requests of the node to resend input from there
@@ -14831,13 +14840,14 @@ class Job:
     def is_terminal(self) -> bool:
         return self.record.work == TERMINAL
 
-    def people(self) -> list[JsonObject]:
+    def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
-        return [
-            {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
-            for f in self.followers
-            if f.person and self.is_terminal
-        ]
+        people = []
+        for f in self.followers if self.is_terminal else ():
+            if f.person:
+                row = {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+                people.append({**row, "you": True} if f is you else row)
+        return people
 
     def screen(self) -> int:
         """Return where somebody who comes late starts to read a terminal: a mark."""
@@ -15141,7 +15151,7 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-                    previous.lost_at = job.input_end
+                    previous.lost_at = job.input_end or 0
             job.empty_since = None
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
@@ -15290,7 +15300,7 @@ class Jobs:
             if job.holder is not follower:
                 raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
             if job.is_terminal:
-                if offset > job.input_end:
+                if job.input_end is None or offset > job.input_end:
                     return  # sent before it was asked to go on elsewhere
                 job.input_end = max(job.input_end, offset + len(data))
             # No follower and no other lock is reached from here.
@@ -15311,14 +15321,8 @@ class Jobs:
 
     def redraw(self, job: Job) -> None:
         """Have the programs of a terminal draw it anew, for one who comes late."""
-        size = self.size_of(job)
-        if size is not None:
-            self._notify(job, lambda link: link.resize(job.id, size, redraw=True))
-
-    def size_of(self, job: Job) -> TerminalSize | None:
-        """Return the size of a terminal that has not ended."""
-        given = (job.record.spec or {}).get("tty")
-        return job.size or (TerminalSize.from_json(given) if given else None)
+        if job.is_terminal:
+            self._notify(job, lambda link: link.resize(job.id, None))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -15604,6 +15608,8 @@ class Jobs:
                     return  # tick() saves it, and sends it
             job.sent_over, job.away_since, job.was_sent = link, None, True
             record = job.record
+        with job.typing:
+            job.input_end = 0
         with contextlib.suppress(ConnectionClosed):  # came() sends it again
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
@@ -18343,9 +18349,9 @@ ENDING_FIELDS = (
 )
 
 
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
+def job_state(job: Job, people: Sequence[JsonObject]) -> JsonObject:
+    """Return the payload of the event `job.state`; `people` are those in a terminal."""
+    view = {**job_view(job), **({"people": people} if people else {})}
     state = {name: view[name] for name in STATE_FIELDS if name in view}
     if not job.record.is_open:
         state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
@@ -18414,12 +18420,15 @@ class ClientFollower:
         """Return the next message; only one thread at a time calls it."""
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
+        takes_input = _takes_input(record)
+        if job.is_terminal and job.input_end is None:
+            takes_input = False  # its node has to say how much arrived
         if self._held and not self.holds:
             self._held = False
             return encode_envelope(
                 Event(JOB_INPUT, {"id": job.id, "offset": self.lost_at, "held": False})
             )
-        if consumed != self._input and self.holds and _takes_input(record):
+        if consumed != self._input and self.holds and takes_input:
             payload: JsonObject = {"id": job.id, "offset": consumed[0]}
             if self._input is None or consumed[1] != self._input[1]:
                 payload["resume"] = True
@@ -18428,7 +18437,7 @@ class ClientFollower:
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
         # Read before the log: an ending follows all bytes.
-        people = job.people()
+        people = job.people(self)
         state = (record.state, job.place, job.away_since is not None, people)
         newest = None if self.holds else self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -18447,7 +18456,7 @@ class ClientFollower:
         self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
-        return encode_envelope(Event(JOB_STATE, job_state(job)))
+        return encode_envelope(Event(JOB_STATE, job_state(job, people)))
 
 
 class OperatorPeer:
@@ -19174,10 +19183,18 @@ class JobMethods:
         return job_view(job)
 
     def resize(
-        self, call: RpcCall, job: Job, rows: int, cols: int, redraw: bool
+        self, call: RpcCall, job: Job, rows: int | None, cols: int | None, redraw: bool
     ) -> None:
-        by = None if call.peer is None else call.peer.follower_of(job)
-        self._jobs.resize(job, TerminalSize(rows, cols), by)
+        """Give a terminal the caller's size, or have it drawn anew at the one it has.
+
+        Raises RpcError for a job without a terminal, and for half a size.
+        """
+        if rows is None or cols is None:
+            if rows is not cols or not redraw:
+                raise RpcError("INVALID_REQUEST", "a size takes rows and cols")
+        else:
+            by = None if call.peer is None else call.peer.follower_of(job)
+            self._jobs.resize(job, TerminalSize(rows, cols), by)
         if redraw:
             self._jobs.redraw(job)
 
@@ -19558,8 +19575,8 @@ class Rpc:
                 *(jobs.resize, write),
                 call=RpcCall,
                 job=jobs.job,
-                rows=int,
-                cols=int,
+                rows=number,
+                cols=number,
                 redraw=flag,
             ),
             "sessions.list": Method(chats.all, read),
@@ -19766,9 +19783,8 @@ class NodePeer:
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        flag = {"redraw": True} if redraw else {}
-        self._notify(JOB_RESIZE, {"id": job_id, **size.to_json(), **flag})
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        self._notify(JOB_RESIZE, {"id": job_id, **(size.to_json() if size else {})})
 
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
@@ -19940,9 +19956,7 @@ class MoltisPeer(NodePeer):
             self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
@@ -29095,8 +29109,8 @@ class JobFeed:
                 problem = error
                 break
             else:
-                yield GatewayChange(reachable=True)
                 self._ask_for_all()
+                yield GatewayChange(reachable=True)
                 return
         yield from self._fail(list(self.open.values()), problem)
 
@@ -31351,8 +31365,12 @@ ESCAPE_HELP = """\
 ~d  leave it running; `moltis node attach {id}` goes back in
 ~?  show this
 ~~  type ~
-(each after Enter; the terminal is recorded; in it: {people})
+(each after Enter; the terminal is recorded; in it: {people};
+whose window changes last sets the size)
 """
+
+# Resets margins, characters, insert mode and attributes; the cursor stays.
+PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
 # What asks a terminal for an answer, which would be typed into the program: device
 # attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).
@@ -31443,6 +31461,33 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
+def person_words(person: JsonObject) -> str:
+    """Return who is in a terminal, as one of Job.people()."""
+    notes = [
+        *(["you"] if person.get("you") else []),
+        *(["sets the size"] if person.get("sizes") else []),
+    ]
+    name = printable(str(person.get("name")), 40)
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def people_news(before: Sequence[JsonObject], after: Sequence[JsonObject]) -> str:
+    """Return who came into a terminal, who left, and who took over its size."""
+    came = [printable(str(person.get("name")), 40) for person in after]
+    left = []
+    for person in before:
+        name = printable(str(person.get("name")), 40)
+        if name in came:
+            came.remove(name)
+        else:
+            left.append(name)
+    said = [*(f"{name} came in" for name in came), *(f"{name} left" for name in left)]
+    if any(person.get("you") and person.get("sizes") for person in before):
+        others = [p for p in after if p.get("sizes") and not p.get("you")]
+        said += [f"{printable(str(p.get('name')), 40)} sets the size" for p in others]
+    return "; ".join(said)
+
+
 class LeaveTerminal(Exception):
     """The person leaves: `how` is an action of EscapeKeys."""
 
@@ -31467,7 +31512,7 @@ class TerminalSession:
         self._away: dict[str, float] = {}  # monotonic, by name: since when
         self._notice = ""  # on the last line
         self._notice_until = 0.0  # monotonic
-        self._people: list[str] = []
+        self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
         self._is_fresh = job.position == 0 and not job.holds  # draw from nothing
@@ -31570,12 +31615,12 @@ class TerminalSession:
             action = self._actions.get()
             if action != "?":
                 raise LeaveTerminal(action)
-            people = ", ".join(self._people) or "you"
-            text = ESCAPE_HELP.format(id=self._job.id[:8], people=visible(people))
+            people = ", ".join(map(person_words, self._people)) or "you"
+            text = ESCAPE_HELP.format(id=self._job.id[:8], people=people)
             self._write(b"\r\n" + text.replace("\n", "\r\n").encode())
         if self._resized and self._may_type and not self._away and self._job.known:
             self._resized = False
-            self._send_size()
+            self._resize(**terminal_size(self._screen).to_json())
         if self._away:
             name, since = next(iter(self._away.items()))
             waited = time.monotonic() - since
@@ -31583,11 +31628,8 @@ class TerminalSession:
         elif self._notice and time.monotonic() >= self._notice_until:
             self._clear_notice()
 
-    def _send_size(self, *, redraw: bool = False) -> None:
-        size = terminal_size(self._screen)
-        flag = {"redraw": True} if redraw else {}
-        params = {"id": self._job.id, **size.to_json(), **flag}
-        self._feed.client.notify(JOB_RESIZE, params)
+    def _resize(self, **params: object) -> None:
+        self._feed.client.notify(JOB_RESIZE, {"id": self._job.id, **params})
 
     def _show(self, news: JobOutput) -> None:
         if news.cut:  # from here on it is another screen
@@ -31608,7 +31650,7 @@ class TerminalSession:
 
     def _begin_screen(self, mark: Mark | None) -> None:
         self._is_fresh = False
-        self._write(self._modes.undoing() + b"\x1b[!p\x1b[m\x1b[H\x1b[2J")
+        self._write(self._plain() + b"\x1b[H\x1b[2J")
         self._filter = QueryFilter()
         self._modes = TerminalModes(mark.modes if mark is not None else NOTHING)
         self._write(self._modes.restoring())
@@ -31622,17 +31664,10 @@ class TerminalSession:
         people = state.get("people")
         if people is None:
             return
-        names = [printable(str(person.get("name")), 40) for person in people]
-        came, left = ([*names], [*self._people])
-        for name in self._people:
-            if name in came:
-                came.remove(name)
-                left.remove(name)
-        if self._people:
-            said = [*(f"{n} came in" for n in came), *(f"{n} left" for n in left)]
-            if said and not self._away:
-                self._say("; ".join(said))
-        self._people = names
+        said = people_news(self._people, people)
+        if self._people and said and not self._away:
+            self._say(said)
+        self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
         """Note a link that was lost `before` ms ago, or that is back."""
@@ -31655,7 +31690,7 @@ class TerminalSession:
             rows = terminal_size(self._screen).rows
             self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % rows)
             if self._may_type:
-                self._send_size(redraw=True)
+                self._resize(redraw=True)
 
     def _write(self, data: bytes) -> None:
         """Raises LeaveTerminal where our terminal was closed."""
@@ -31665,13 +31700,17 @@ class TerminalSession:
         except OSError:
             raise LeaveTerminal(".") from None
 
+    def _plain(self) -> bytes:
+        """Return what gives our terminal its own modes back, after any cut (CAN)."""
+        return b"\x18" + self._modes.undoing() + PLAIN_SCREEN
+
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
             if self._notice:
                 self._may_type = False  # nothing is to be drawn for us
                 self._clear_notice()
-            self._write(self._filter.flush() + self._modes.undoing() + b"\x1b[m")
+            self._write(self._filter.flush() + self._plain())
 
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
