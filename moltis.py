@@ -4869,6 +4869,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+TERMINAL_CHUNK = (
+    2048  # bytes; the same for a terminal, which gives 4095 at most (Linux)
+)
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 USUAL_PLACES = (  # of programs, from the home directory on
@@ -6197,7 +6200,7 @@ class Command:
             self._modes.feed(data)
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        if len(data) < LINE_CHUNK:
+        if len(data) < (LINE_CHUNK if group.terminal is None else TERMINAL_CHUNK):
             now = time.monotonic()
             if now - self._small_read_at < LINE_PAUSE:
                 self._rest_until = now + LINE_PAUSE
@@ -15152,7 +15155,8 @@ class Jobs:
                 if previous is not None:
                     previous.holds = False  # it watches from now on
                     previous.lost_at = job.input_end or 0
-            job.empty_since = None
+            if follower.person:
+                job.empty_since = None
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
         if follower.person and job.is_terminal:
@@ -15167,7 +15171,7 @@ class Jobs:
             held = job.holder is follower
             if job.sized_by is follower:
                 job.sized_by = None
-            if not any(f.person for f in job.followers):
+            if follower.person and not any(f.person for f in job.followers):
                 job.empty_since = time.monotonic()
             if held:
                 job.holder = None
@@ -18541,7 +18545,9 @@ class OperatorPeer:
             if job.sized_by is before:
                 job.sized_by = follower
             self._jobs.unfollow(job, before, leaves=False)
-        elif not opens:
+        elif opens:
+            job.sized_by = follower  # it was asked for with a size
+        else:
             self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
 
