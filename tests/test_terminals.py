@@ -525,7 +525,8 @@ def test_what_is_typed_while_the_node_is_away_arrives_once_and_whole(site):
 
 
 def test_output_continues_at_the_exact_byte_and_keys_go_on_over_a_new_link(site):
-    command = "stty raw -echo; echo ready; head -c 3; seq 50000; head -c 4 | od -c; echo ov''er"
+    numbers = "seq 50000; head -c 4 | od -c; echo ov''er"
+    command = f"stty raw -echo; echo ready; head -c 3; {numbers}"
     with Link(site.port) as link, site.shell(
         command,
         MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{link.port}",
@@ -628,6 +629,7 @@ def test_one_at_a_time_owns_the_size_and_each_sees_who(site):
         job_id = site.terminals()[0]["id"]
         with site.person("node", "attach", job_id, size=(40, 120)) as second:
             first.expect("owner sets the size")
+            second.shows("24 80")
             # Clearing the notice draws anew, and takes the size from nobody.
             first.spawned.expect(r"\x1b\[2K")
             second.type("\r~?")
@@ -739,7 +741,7 @@ def test_a_paste_of_a_megabyte_arrives_whole_while_another_terminal_is_usable(si
 
 
 def test_a_viewer_that_is_too_slow_skips_to_a_screen(site, monkeypatch):
-    monkeypatch.setattr(moltis, "SCREEN", 16 * 1024)
+    monkeypatch.setattr(moltis, "SCREEN", 160 * 1024)  # some marks
     command = "head -c 1 >/dev/null; yes 0123456789 | head -c 12000000; echo over"
     with contextlib.ExitStack() as stack:
         quick = stack.enter_context(contextlib.closing(Client(site.gateway)))
