@@ -11078,6 +11078,15 @@ def _tls_pin(ws: WebSocket) -> str | None:
         return None
 
 
+def node_trust(settings: NodeSettings) -> TlsTrust:
+    """Return which certificate a node's gateway has to show."""
+    vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
+    if vouched or settings.ca is not None:
+        return TlsTrust(ca=settings.ca)
+    # Before the first proof any certificate will do: SCRAM binds to it.
+    return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
+
+
 class NodeAgent:
     """Keeps a node connected to its gateway, until close()."""
 
@@ -11162,7 +11171,7 @@ class NodeAgent:
         and Cancelled.
         """
         url = self._settings.gateway_url
-        ws = connect(url, self._trust(), cancel=self._stop)
+        ws = connect(url, node_trust(self._settings), cancel=self._stop)
         try:
             with self._stop.calling(ws.abort):
                 hello = self._authenticate(ws)
@@ -11195,14 +11204,6 @@ class NodeAgent:
                 f"{url} hung up while this node signed in: {error}"
             ) from error
 
-    def _trust(self) -> TlsTrust:
-        settings = self._settings
-        vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
-        if vouched or settings.ca is not None:
-            return TlsTrust(ca=settings.ca)
-        # Before the first proof any certificate will do: SCRAM binds to it.
-        return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
-
     def _learn(self, **fields: str) -> None:
         self._settings = self._settings.replace(**fields)
         with contextlib.suppress(UserError):  # a full disk, say: the next time
@@ -11211,7 +11212,7 @@ class NodeAgent:
     def _keep_pin(self, ws: WebSocket) -> None:
         """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
-        if certificate is None or not self._trust().bound:
+        if certificate is None or not node_trust(self._settings).bound:
             return
         with contextlib.suppress(ValueError, OSError, UserError):
             parsed, pin = parse_certificate(certificate), "ca"
@@ -11684,7 +11685,7 @@ class SystemdService(ServiceManager):
             wants.rmdir()
         self._try_systemctl("daemon-reload")
         self._try_systemctl("reset-failed", UNIT_NAME)
-        if not self._lingers():
+        if not self.lingers():
             return []
         user = account_name(os.getuid())
         note = f"services of {user} start on boot; if no other is to do that"
@@ -11721,15 +11722,16 @@ class SystemdService(ServiceManager):
             command = " ".join(("systemctl --user", *arguments))
             raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
-    def _lingers(self) -> bool:
+    def lingers(self) -> bool:
+        """Whether the user's services run while nobody is logged in."""
         return Path("/var/lib/systemd/linger", account_name(os.getuid())).exists()
 
     def _enable_linger(self) -> bool:
         """Have the user's services run from boot on; return whether they do."""
-        if not self._lingers():
+        if not self.lingers():
             # By name: without a session loginctl does not know who we are.
             self._try("loginctl", "enable-linger", account_name(os.getuid()))
-        return self._lingers()
+        return self.lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
         """Return once it answers; one that was just started needs a moment."""
@@ -12379,15 +12381,22 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
             db.execute("VACUUM")  # which also turns auto_vacuum on
 
 
-def _open_database(path: Path) -> sqlite3.Connection:
+def require_sqlite() -> None:
+    """Raises BadConfiguration if this Python has no SQLite."""
     try:
-        import sqlite3
+        import sqlite3  # noqa: F401  whether there is one
     except ImportError as error:
         raise BadConfiguration(
             "the gateway needs Python's module sqlite3, which is missing here; "
             "install it (OpenWrt: python3-sqlite3, FreeBSD: databases/py-sqlite3) or "
             "use another python3"
         ) from error
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    require_sqlite()
+    import sqlite3
+
     make_private_directory(path.parent)
     try:
         # SQLite gives its own files beside this one the same permissions.
@@ -12416,6 +12425,21 @@ def _open_database(path: Path) -> sqlite3.Connection:
     return db
 
 
+def check_database(path: Path) -> None:
+    """Raise UserError, with what to do, where a gateway's database is damaged."""
+    import sqlite3
+
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
+        with closing(db):
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        raise UserError(_cannot_use_database(path, error)) from error
+    if found != "ok":
+        raise UserError(f"{path} is damaged: {found}; take another backup")
+
+
 def copy_database(source: Path, target: Path) -> None:
     """Copy a gateway's database, in use or not, to the new private file `target`.
 
@@ -12423,6 +12447,7 @@ def copy_database(source: Path, target: Path) -> None:
     """
     import sqlite3
 
+    check_database(source)
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError as error:
@@ -12430,13 +12455,9 @@ def copy_database(source: Path, target: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot make {target}: {error.strerror}") from error
     try:
-        # `rw` makes no file, so that a wrong path is an error.
         there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
         with closing(there), closing(sqlite3.connect(str(target))) as here:
-            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = there.execute("PRAGMA user_version").fetchone()[0]
-            if found != "ok":
-                raise UserError(f"{source} is damaged: {found}; take another backup")
             if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
                 raise UserError(
                     f"{source} is no database of a gateway that this moltis "
@@ -19489,7 +19510,8 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`.
 
         `skip`: also later, if the client falls behind by several times as much.
-        `screen`: of a terminal, what a screen needs; its programs draw it anew.
+        `screen`: of a terminal, what a screen needs; its programs draw it anew, for a
+        caller who may write: it is a signal to them.
         """
         if hold:
             peer.caller.require(Scope.WRITE)
@@ -19501,7 +19523,7 @@ class JobMethods:
         if screen and job.is_terminal:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
-        if screen:
+        if screen and peer.caller.may(Scope.WRITE):
             self._jobs.redraw(job)
         return {"job": job_view(job), "offset": start}
 
@@ -22035,24 +22057,22 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 def job_output(job: Job) -> Iterator[bytes]:
     """Yield a job's output so far, with a line for each gap."""
-    position = 0
-    while True:
+    position, end = 0, job.log.end  # it may grow faster than a client reads
+    while position < end:
         start, data = job.log.read(position)
         if not data:
-            start = job.log.end
+            start = end
         if start > position:
             yield f"\n{gap_words(start - position)}\n".encode()
-        if not data:
-            return
         yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
         position = start + len(data)
 
 
 def job_recording(job: Job) -> Iterator[bytes]:
     """Yield a terminal's recording so far, as asciicast v2."""
-    record, position = job.record, 0
+    record, position, end = job.record, 0, job.log.end
     recording = recording_of(record.command, record.node_name, record.asked_at)
-    while position < job.log.end:
+    while position < end:
         start, data = job.log.read(position)
         if not data:
             return
@@ -22517,6 +22537,7 @@ class HttpApp:
                 "version": __version__,
                 "protocol": PROTOCOL_VERSION,
                 "connections": self._gateway.connections,
+                "at": now_ms(),
             },
         )
 
@@ -30349,8 +30370,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
-#       Language models, Machine, Node service, Store, Access, Fleet, Jobs, Agent,
-#       Chat, HTTP, Operator client, MCP, Assembly
+#       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
+#       Fleet, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -30486,6 +30507,11 @@ class Output:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
         self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
 
+    def paint(self, color: str, text: str) -> str:
+        """Return `text` for standard output, in colour on a terminal."""
+        painted = color and self._may_color and sys.stdout.isatty()
+        return f"\033[{color}m{text}\033[0m" if painted else text
+
     def _write(self, text: str) -> None:
         shown, self._status_shown = self._status_shown, False
         clear = "\r\033[K" if shown else ""
@@ -30537,18 +30563,15 @@ class Output:
         terminal = sys.stdout.isatty()
         if terminal and not whole:
             widths = fitting_widths(widths, headings, terminal_columns())
-        tones = ["1", *map(tone, rows)]
-        if not terminal or not self._may_color:
-            tones = [""] * len(lines)
-        for line, color in zip(lines, tones):
+        for line, color in zip(lines, ["1", *map(tone, rows)]):
             printed = []
             for heading, cell, width in zip(headings, line, widths):
                 text = cell
                 if len(cell) > width:
                     text = cell[:width] if heading == ID else f"{cell[: width - 1]}…"
-                colored = color and (line is headings or heading in STATE_HEADINGS)
                 padding = " " * (width - len(text))
-                text = f"\033[{color}m{text}\033[0m" if colored else text
+                if line is headings or heading in STATE_HEADINGS:
+                    text = self.paint(color, text)
                 printed.append(text + padding)
             self.answer("  ".join(printed).rstrip())
 
@@ -32727,6 +32750,292 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
             return INTERRUPTED
 
 
+# -- moltis doctor -------------------------------------------------------------
+
+
+WELL, NOTE, WRONG = "well", "note", "wrong"
+FINDING_TONES: Mapping[str, str] = {WELL: GREEN, NOTE: YELLOW, WRONG: RED}
+NODE_ADVICE = "moltis node logs -f says more; moltis node status shows its service"
+LITTLE_ROOM = 100 * 1024**2  # bytes; an update of the database may need as many
+MAX_CLOCK_OFF = 30.0  # s; from then on certificates and times mislead
+EXPIRES_SOON = 14 * 86400  # s
+SECRET_FILES = (GatewayFile.FILE, NodeSettings.FILE, ProviderSettings.FILE, STORE_FILE)
+
+
+class Finding(Value):
+    """What a check found."""
+
+    check: str
+    state: str  # WELL, NOTE (works, but look at it) or WRONG
+    words: str
+    advice: str = ""
+
+
+def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
+    """Return what an error says; what to do comes after its semicolon."""
+    words, _, advice = str(error).partition("; ")
+    return Finding(check, state, words, advice)
+
+
+def check_python(context: Context) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("Python", WELL, f"{version}, {sys.executable}")
+    has_gateway = (context.directory / STORE_FILE).exists()
+    missing = False
+    for require, needed in ((require_ssl, False), (require_sqlite, has_gateway)):
+        try:
+            require()
+        except BadConfiguration as error:
+            missing = True
+            yield found_error("modules", error, WRONG if needed else NOTE)
+    if choose_probe(context.environ)().mem_total is None:
+        missing = True
+        words = "this system tells neither memory nor CPU"
+        yield Finding("modules", NOTE, words, "install psutil for them")
+    if not missing:
+        yield Finding("modules", WELL, "ssl and sqlite3 are there")
+
+
+def private_problems(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a data directory, and what to do.  Raises OSError."""
+    user = os.geteuid()
+    for path in (directory, *(directory / name for name in SECRET_FILES)):
+        if not path.exists():
+            continue
+        found, quoted = path.stat(), shlex.quote(str(path))
+        if found.st_uid != user:
+            owner = account_name(found.st_uid)
+            advice = f"chown -R {account_name(user)} {quoted}, or use MOLTIS_DATA_DIR"
+            yield f"{path} belongs to {owner}", advice
+        elif found.st_mode & 0o077:
+            mode = stat.S_IMODE(found.st_mode)
+            advice = f"chmod go= {quoted}"
+            yield f"other users may read {path} ({mode:o})", advice
+
+
+def check_directory(directory: Path) -> Iterator[Finding]:
+    name = "data directory"
+    if not os.path.lexists(directory):
+        yield Finding(name, NOTE, f"{directory} does not exist yet")
+        return
+    if not directory.is_dir():
+        advice = "move it away, or choose another with MOLTIS_DATA_DIR"
+        yield Finding(name, WRONG, f"{directory} is no directory", advice)
+        return
+    import tempfile
+
+    findings: list[Finding] = []
+    try:
+        for problem, advice in private_problems(directory):
+            findings.append(Finding(name, WRONG, problem, advice))
+        with tempfile.TemporaryFile(dir=str(directory)) as file:
+            file.write(bytes(65536))
+            file.flush()
+    except OSError as error:
+        advice = "make room, check its rights, or use another with MOLTIS_DATA_DIR"
+        words = f"cannot write to {directory}: {error.strerror}"
+        findings.append(Finding(name, WRONG, words, advice))
+    yield from findings or [Finding(name, WELL, f"{directory} is private and writable")]
+    disk = os.statvfs(directory)
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    words = f"{format_bytes(free)} of {format_bytes(total)} are free"
+    if free < LITTLE_ROOM:
+        yield Finding("disk", WRONG, words, "make room; --keep-output limits the logs")
+    else:
+        yield Finding("disk", WELL, words)
+    if (directory / STORE_FILE).exists():
+        try:
+            check_database(directory / STORE_FILE)
+        except UserError as error:
+            yield found_error("database", error)
+        else:
+            yield Finding("database", WELL, f"{STORE_FILE} is whole")
+
+
+def check_tls(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Examine the certificate at an address.  Raises UserError, OSError."""
+    target = ServerUrl.parse(url)
+    if not target.secure:
+        if target.host != "localhost" and not is_loopback(target.host):
+            words = "none: the network can read commands and their output"
+            yield Finding(name, NOTE, words, "start the gateway with --tls")
+        return
+    import ssl
+
+    with closing(dial(target.host, target.port, TlsTrust(bound=True))) as sock:
+        assert isinstance(sock, ssl.SSLSocket)
+        shown = sock.getpeercert(binary_form=True)
+    assert shown is not None  # after a handshake
+    certificate = parse_certificate(shown)
+    left = certificate.expires_at - time.time()
+    words = (
+        f"the certificate expires {format_time(round(certificate.expires_at) * 1000)}"
+    )
+    if trust.fingerprint not in (None, certificate.pin):
+        words = f"{target.host} shows {certificate.pin}, not {trust.fingerprint}"
+        advice = "if the gateway was set up anew, run `node add` again; else beware"
+        yield Finding(name, WRONG, words, advice)
+    elif left < EXPIRES_SOON:
+        words = words if left > 0 else words.replace("expires", "expired on")
+        advice = "restart a gateway with --tls; renew a --tls-cert, then send SIGHUP"
+        yield Finding(name, NOTE if left > 0 else WRONG, words, advice)
+    else:
+        yield Finding(name, WELL, words)
+
+
+def check_clock(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Compare our clock with a gateway's.  Raises UserError."""
+    asked = now_ms()
+    try:
+        there = from_json(fetch(f"{page_url(url)}/health", trust)).get("at")
+    except (ValueError, AttributeError) as error:
+        raise Refused(f"{url} is no gateway; correct the address") from error
+    if not isinstance(there, int):
+        return  # a Moltis gateway does not say
+    # It looked at its clock somewhere between our two looks.
+    ahead = (max(0, asked - there) - max(0, there - now_ms())) / 1000
+    if abs(ahead) < 1:
+        yield Finding(name, WELL, "agrees with the gateway's")
+        return
+    side = "ahead of" if ahead > 0 else "behind"
+    words = f"{format_duration(abs(ahead))} {side} the gateway's"
+    advice = "set both from the network: sudo timedatectl set-ntp true"
+    state = WRONG if abs(ahead) > MAX_CLOCK_OFF else NOTE
+    yield Finding(name, state, words, advice)
+
+
+def check_way(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Examine TLS and clock of a gateway, as far as they can be reached."""
+    for part, check in (("TLS", check_tls), ("clock", check_clock)):
+        try:
+            yield from check(f"{name}{part}", url, trust)
+        except (OSError, Unreachable):
+            return  # that it is away is said already
+        except UserError as error:
+            yield found_error(f"{name}{part}", error)
+
+
+def check_outside(context: Context, url: str) -> Iterator[Finding]:
+    """Examine the address for other machines, of a gateway on this one."""
+    file = GatewayFile.load(context.directory)
+    if file is None or not file.public_url or url != file.url:
+        return
+    name, public = "from outside", file.public_url
+    if is_loopback(urlsplit(public).hostname or ""):
+        words = "only this machine can reach it"
+        yield Finding(name, NOTE, words, "moltis gateway --bind 0.0.0.0 lets others in")
+        return
+    try:
+        fetch(f"{public}/health", TlsTrust(file.fingerprint))
+    except UserError as error:
+        yield found_error(name, error)
+    else:
+        words = f"{public} answers here"
+        yield Finding(name, WELL, f"{words}; a firewall may still keep others out")
+
+
+def models_words(count: int) -> str:
+    return f"{count} language models" if count else "no language model, only Shell"
+
+
+def check_gateway(args: argparse.Namespace, context: Context) -> Iterator[Finding]:
+    """Examine the gateway that the command line uses.  Raises UserError."""
+    name = "gateway"
+    url, _ = gateway_address(args, context)
+    trust = operator_trust(args, context, url)
+    try:
+        with operator_client(args, context) as client:
+            nodes = client.call("node.list", {})
+            models = client.call("models.list", {})
+    except UserError as error:
+        yield found_error(name, error)
+    else:
+        there = sum(node["connected"] for node in nodes)
+        words = f"{url} answers; {there} of {len(nodes)} machines are connected"
+        yield Finding(name, WELL, words)
+        yield Finding("models", WELL, models_words(len(models) - 1))  # but for Shell
+        yield from check_outside(context, url)
+    yield from check_way("", websocket_url(url), trust)
+
+
+def check_service(context: Context) -> Iterator[Finding]:
+    spec, service = local_service(context)
+    if service is None:
+        yield found_error("service", no_service_manager(spec, "none answers"), NOTE)
+        return
+    status = service.status()
+    if not status.installed:
+        words = "not installed: the node does not start on boot"
+        yield Finding("service", NOTE, words, "moltis node add installs it")
+        return
+    state = WELL if status.active and status.enabled else WRONG
+    advice = "" if state == WELL else "run `moltis node add` again; moltis node logs -f"
+    yield Finding("service", state, status.state, advice)
+    if isinstance(service, SystemdService) and not service.lingers():
+        words = "the node ends when you log out, and does not start on boot"
+        user = account_name(os.getuid())
+        yield Finding("lingering", NOTE, words, f"sudo loginctl enable-linger {user}")
+
+
+def check_node(settings: NodeSettings, context: Context) -> Iterator[Finding]:
+    """Examine this machine's node.  Raises UserError."""
+    url = settings.gateway_url
+    state = NodeState.load(context.directory)
+    if state is not None and state.connected:
+        since = format_time(round(state.since * 1000))
+        yield Finding("node", WELL, f"connected to {url} since {since}")
+    else:
+        reason = (state and state.error) or "it does not run"
+        yield Finding("node", WRONG, f"not connected to {url}: {reason}", NODE_ADVICE)
+    for name, value in settings.proxies.items():
+        os.environ.setdefault(name, value)
+    yield from check_way("node's ", url, node_trust(settings))
+    yield from check_service(context)
+    if settings.llm:
+        models, errors = model_catalog(context.environ).models(Cancellation())
+        for provider, reason in errors.items():
+            yield Finding("node's models", NOTE, f"{provider}: {reason}")
+        if not errors:
+            yield Finding("node's models", WELL, models_words(len(models)))
+
+
+def examine(args: argparse.Namespace, context: Context) -> Iterator[Finding]:
+    """Yield what each check finds: of this machine, its gateway and its node."""
+    directory = context.directory
+    yield from check_python(context)
+    yield from check_directory(directory)
+    known = (directory / NodeSettings.FILE).exists()
+    try:
+        yield from check_gateway(args, context)
+    except Unreachable as error:  # none is known, which a node does not need
+        if not known:
+            yield found_error("gateway", error, NOTE)
+    except UserError as error:
+        yield found_error("gateway", error)
+    try:
+        settings = NodeSettings.load(directory)
+        if settings is not None:
+            yield from check_node(settings, context)
+    except UserError as error:
+        yield found_error("node", error)
+
+
+def cmd_doctor(args: argparse.Namespace, context: Context) -> int:
+    """Raises BadConfiguration."""
+    output, findings = context.output, []
+    for finding in examine(args, context):
+        findings.append(finding)
+        if not args.json:
+            state = output.paint(FINDING_TONES[finding.state], f"{finding.state:5}")
+            output.answer(f"{state}  {finding.check:14}  {visible(finding.words)}")
+            if finding.advice:
+                output.answer(f"{'':23}→ {visible(finding.advice)}")
+    if args.json:
+        output.json([finding.to_json() for finding in findings])
+    wrong = any(finding.state == WRONG for finding in findings)
+    return EXIT_FAILURE if wrong else EXIT_OK
+
+
 # -- moltis node cp ------------------------------------------------------------
 
 COPY_UPDATE = 0.2  # s between two updates of the line that shows progress
@@ -33922,6 +34231,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "put a backup into an empty data directory",
         "moltis gateway restore moltis-backup.db",
         (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
+    "doctor": Subcommand(
+        cmd_doctor,
+        "say what is wrong here and what to do; the status is 1 if anything is",
+        "moltis doctor",
+        (*GATEWAY, JSON),
     ),
     "chat": Subcommand(
         cmd_chat,
