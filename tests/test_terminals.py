@@ -140,6 +140,15 @@ class Person:
         self.spawned.expect(pattern)
         return self.spawned.match
 
+    def has_size(self, size):
+        """Ask programs for their size, until it is that; to redraw, it is one off."""
+        wait_for(
+            lambda: (
+                self.type("stty size\r")
+                or self.spawned.expect([rf"[\r\n]{size}\r", r"[\r\n]\d+ \d+\r"]) == 0
+            )
+        )
+
     def shows(self, condition, what=""):
         """Wait until the screen, as text, fulfils a condition, or has a text."""
 
@@ -634,16 +643,10 @@ def test_one_at_a_time_owns_the_size_and_each_sees_who(site):
             first.spawned.expect(r"\x1b\[2K")
             second.type("\r~?")
             second.shows("owner (you, sets the size)")
-            wait_for(
-                lambda: (
-                    second.type("stty size\r")
-                    or second.spawned.expect(["40 120\r", r"40 119\r"]) == 0
-                )
-            )
+            second.has_size("40 120")
             first.spawned.setwinsize(22, 77)
             second.expect("owner sets the size")
-            first.type("stty size\r")
-            first.expect("22 77\r")
+            first.has_size("22 77")
             sizes = [p["sizes"] for p in site.terminals()[0]["people"]]
             assert sizes == [True, False]
 
