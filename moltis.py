@@ -24944,6 +24944,7 @@ summary { cursor: pointer; }
 .asks .line { max-height: none; flex-basis: 100%; order: 9; padding: 4px 0 8px;
   font-size: 15px; line-height: 1.6; }
 .asks .verdict { flex: 1; text-align: left; max-width: none; }
+.command .word { overflow-wrap: anywhere; }
 .diff { margin: 0 13px 12px; padding: 6px 0; max-height: 40vh; overflow: auto;
   border: 1px solid var(--line); border-radius: 8px; font: 13px/1.5 var(--mono);
   contain: inline-size; }
