@@ -28461,7 +28461,8 @@ class CommandCard {
       (work !== "file.write" || !may(needs)) && h("p", {class: "reach"}, may(needs)
         ? [isFileWork(work) ? "Always: whatever file a model wants to read on "
           : "Always: whatever a model wants to run on ", visible(node), " in this ",
-        "chat for the key that asked, until the chat is reset or the gateway restarted."]
+        "chat for the key that asked, until the chat is reset or the gateway ",
+        "restarted."]
         : "Whoever holds a key with the scope approvals answers it."));
     // A click or key that was meant for something else must not answer.
     let timer;
