@@ -6223,6 +6223,7 @@ class Command:
             data = self._input.peek()
         try:
             self._consume(os.write(descriptor, data))
+            self._small_read_at = -math.inf  # the echo of a key does not rest
         except BlockingIOError:
             return
         except OSError as error:
