@@ -33,6 +33,7 @@ from support import (
     ScriptedServer,
     Terminal,
     clean_environment,
+    launched,
     run_moltis,
     wait_for,
     wait_in_shell,
@@ -608,7 +609,7 @@ def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
     try:
         done = subprocess.run(
             [
-                *(sys.executable, str(PROGRAM), "node", "add", "--foreground"),
+                *(*launched(PROGRAM), "node", "add", "--foreground"),
                 *("--host", "ftp://x", "--token", TOKEN),
             ],
             stdin=read,
@@ -751,7 +752,7 @@ def test_a_terminal_whose_other_end_is_closed_is_the_end_of_input(
     os.close(child)
     with InProcessGateway(tmp_path / ".moltis"), open(parent) as terminal:
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), *words],
+            [*launched(PROGRAM), *words],
             stdin=terminal,
             capture_output=True,
             check=False,
@@ -1025,7 +1026,7 @@ def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
 ):
     command = "echo shown; read x; echo more; exit 7"
     with subprocess.Popen(
-        [sys.executable, PROGRAM, "node", "exec", "local", "--stdin", "--", command],
+        [*launched(PROGRAM), "node", "exec", "local", "--stdin", "--", command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=clean_environment(home),
