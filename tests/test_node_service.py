@@ -380,7 +380,7 @@ def test_a_relative_data_directory_in_a_deleted_one_is_refused(monkeypatch, home
 
 @pytest.fixture
 def not_lingering(monkeypatch):
-    monkeypatch.setattr(moltis.SystemdService, "_lingers", lambda self: False)
+    monkeypatch.setattr(moltis.SystemdService, "lingers", lambda self: False)
 
 
 @pytest.mark.parametrize(
