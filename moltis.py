@@ -20812,7 +20812,8 @@ class McpLines:
 # ==============================================================================
 # HTTP
 # Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
-#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway, MCP
+#       WebSocket connections, TLS, Wire protocol, Files, Store, Access, Jobs, Gateway,
+#       MCP
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -20837,6 +20838,9 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
+DOWNLOADS_PATH = "/api/downloads/"
+DOWNLOAD_WAIT = 60.0  # s that a prepared download waits to be fetched
+MAX_DOWNLOADS = 100  # that wait; beyond it the oldest is dropped
 MCP_PATH = "/mcp"
 # Where MCP clients look for OAuth, which we do not offer.
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
@@ -20954,10 +20958,11 @@ class Reply(Value):
     """The answer to an HttpRequest."""
 
     status: int
-    # Anything but bytes goes on up to the connection's end.
-    body: bytes | Iterator[bytes] | Stream = b""
+    # A Stream goes on up to the connection's end.
+    body: bytes | Generator[bytes, None, None] | Stream = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
+    length: int | None = None  # bytes of a generator's body, where it is known
 
 
 def json_reply(
@@ -20983,20 +20988,50 @@ def rpc_reply(response: Response) -> Reply:
     return Reply(status, body, "application/json", headers)
 
 
-def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves and does not cache."""
+def json_body(request: HttpRequest) -> JsonObject:
+    """Raises RpcError INVALID_REQUEST."""
+    try:
+        value = from_json(request.body)
+    except ValueError as error:
+        problem = f"the body is not JSON: {error}"
+        raise RpcError("INVALID_REQUEST", problem) from error
+    if not isinstance(value, dict):
+        raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
+    return value
+
+
+def content_disposition(name: str) -> str:
+    """Return the header that makes a browser save a reply as `name` (RFC 6266)."""
+    name = "".join(
+        c if c.isprintable() and c not in '"\\/:*?<>|' else "_" for c in name[-200:]
+    )
+    plain = re.sub(r"[^ -~]|%", "_", name)
+    encoded = quote(name, safe="")
+    extended = f"; filename*=UTF-8''{encoded}" if plain != name else ""
+    return f'attachment; filename="{plain}"{extended}'
+
+
+def download_reply(
+    name: str,
+    pieces: Generator[bytes, None, None],
+    kind: str,
+    length: int | None = None,
+) -> Reply:
+    """Return a file that a browser saves, does not cache and never runs."""
     return Reply(
         200,
         pieces,
-        f"{kind}; charset=utf-8",
+        kind,
         [
-            ("Content-Disposition", f'attachment; filename="{name}"'),
+            ("Content-Disposition", content_disposition(name)),
+            ("Content-Security-Policy", "sandbox"),  # next to the one of all replies
             ("Cache-Control", "no-store"),
         ],
+        length,
     )
 
 
-def job_output(job: Job) -> Iterator[bytes]:
+def job_output(job: Job) -> Generator[bytes, None, None]:
     """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
@@ -21148,7 +21183,7 @@ def _csv_row(row: JsonObject) -> list[str]:
     return [FORMULA_START.sub("'", value) for value in values]
 
 
-def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
+def audit_csv(pages: Iterator[list[JsonObject]]) -> Generator[bytes, None, None]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
 
@@ -21160,6 +21195,172 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
+
+
+# --- Downloads of files ---
+
+
+class JobReader:
+    """Reads what a transfer of files writes, as the holder of its job."""
+
+    holds = True
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.job = job
+        self.position = 0
+        self.notes: list[str] = []  # sentences about files that are left out
+        self._jobs = jobs
+        self._news = threading.Event()  # the job has changed since it was looked at
+        self._pieces: collections.deque[bytes] = collections.deque()
+        self._is_abandoned: Callable[[], bool] = lambda: False
+
+    def open(self, is_abandoned: Callable[[], bool]) -> None:
+        """Hold the job, for a client that may hang up."""
+        self.holds, self._is_abandoned = True, is_abandoned
+        self._jobs.follow(self.job, self)
+
+    def close(self, *, leaves: bool) -> None:
+        """Hold it no more; `leaves`: end it if it is not over."""
+        self._jobs.unfollow(self.job, self, leaves=leaves)
+
+    def wake(self, _job: Job) -> None:
+        self._news.set()
+
+    def read(self, _size: int) -> bytes:
+        """Return what comes next on its standard output, b"" at the end.
+
+        Raises RpcError unless the job ends well, ClientGone.
+        """
+        while not self._pieces:
+            self._news.clear()
+            record = self.job.record  # read before the log: an ending follows all bytes
+            start, data = self.job.log.read(self.position, MAX_LOG_MESSAGE)
+            if data and start > self.position:
+                raise RpcError("UNAVAILABLE", f"{record.node_name}: a part was lost")
+            if data:
+                self.position = start + len(data)
+                self._take(data)
+                self._jobs.acknowledge(self.job)
+            elif record.state == JobState.DONE:
+                return b""
+            elif not record.is_open:
+                reason = record.reason or record.words()
+                raise RpcError("UNAVAILABLE", f"{record.node_name}: {reason}")
+            elif not self._news.wait(1.0) and self._is_abandoned():
+                raise ClientGone
+        return self._pieces.popleft()
+
+    def _take(self, frames: bytes) -> None:
+        for kind, piece in log_frames(frames):
+            if kind == STDOUT:
+                self._pieces.append(piece)
+            elif kind == STDERR and len(self.notes) < MAX_NOTES:
+                with contextlib.suppress(ValueError):  # the node's mistake
+                    said = from_json(piece)
+                    if isinstance(said, dict) and "note" in said:
+                        self.notes.append(clip(visible(str(said["note"])), 400))
+
+
+class Download:
+    """A file, or a directory as a tar archive, on its way from a node to a browser."""
+
+    def __init__(self, reader: JobReader, name: str, caller: Caller) -> None:
+        """Return once its first bytes are here.  Raises RpcError, ClientGone."""
+        spec = FileRead.from_json(reader.job.record.spec or {})
+        self.job = reader.job
+        self.caller = caller
+        self.name = f"{name}.tar" if spec.recursive else name
+        self.size: int | None = None  # bytes; None: not known before the end
+        self.deadline = Deadline(DOWNLOAD_WAIT)
+        self._reader = reader
+        self._stream = CheckedStream(reader.read)
+        self._members = read_members(self._stream)
+        self._first = b""  # of an archive
+        if spec.recursive:
+            self._first = self._stream.some(FILE_PIECE)
+        else:
+            member = next(self._members, None)
+            self.size = None if member is None else member.size
+        if self.size is None and not self._first.strip(b"\0"):
+            raise RpcError(
+                "NOT_FOUND", next(iter(reader.notes), "there is no such file")
+            )
+
+    def reply(self, is_abandoned: Callable[[], bool]) -> Reply:
+        kind = "application/x-tar" if self.size is None else "application/octet-stream"
+        return download_reply(self.name, self._pieces(is_abandoned), kind, self.size)
+
+    def _pieces(self, is_abandoned: Callable[[], bool]) -> Generator[bytes, None, None]:
+        """Yield all of it.  Raises OSError: what was sent is not whole."""
+        self._reader.open(is_abandoned)
+        try:
+            yield from self._archive() if self.size is None else self._file(self.size)
+        except (RpcError, ClientGone) as error:
+            raise ConnectionAbortedError(str(error)) from error
+        finally:
+            self._reader.close(leaves=True)
+
+    def _archive(self) -> Iterator[bytes]:
+        piece = self._first
+        while piece:
+            yield piece
+            piece = self._stream.some(FILE_PIECE)
+        self._stream.check()
+
+    def _file(self, size: int) -> Iterator[bytes]:
+        """Yield the last piece once all is checked.  Raises RpcError."""
+        held = b""
+        for piece in self._stream.pieces(size):
+            yield held
+            held = piece
+        self._stream.exactly(-size % TAR_BLOCK)
+        if next(self._members, None) is not None:
+            raise RpcError("UNAVAILABLE", "it changed while it was read")
+        self._stream.check()
+        yield held
+
+
+class Downloads:
+    """Downloads that wait to be fetched, each once."""
+
+    def __init__(self, drop: Callable[[Download], None]) -> None:
+        """`drop` gets those that nobody fetches."""
+        self._drop = drop
+        self._lock = threading.Lock()  # guards _waiting
+        self._waiting: dict[str, Download] = {}  # by ticket, the oldest first
+
+    def add(self, download: Download) -> str:
+        """Return the ticket with which it is fetched."""
+        ticket = secrets.token_urlsafe(24)
+        with self._lock:
+            self._waiting[ticket] = download
+        self.tick()
+        return ticket
+
+    def find(self, ticket: str) -> Download:
+        """Raises RpcError NOT_FOUND."""
+        with self._lock:
+            download = self._waiting.get(ticket)
+        if download is None:
+            raise RpcError("NOT_FOUND", "this download was fetched, or waited too long")
+        return download
+
+    def take(self, ticket: str) -> Download:
+        """Raises RpcError NOT_FOUND."""
+        download = self.find(ticket)
+        with self._lock:
+            if self._waiting.pop(ticket, None) is download:
+                return download
+        raise RpcError("NOT_FOUND", "this download is being fetched already")
+
+    def tick(self) -> None:
+        """Drop those that waited too long; call it every second."""
+        with self._lock:
+            late = [t for t, each in self._waiting.items() if each.deadline.expired]
+            late = late or list(self._waiting)[:-MAX_DOWNLOADS]
+            dropped = [self._waiting.pop(ticket) for ticket in late]
+        for download in dropped:
+            self._drop(download)
 
 
 # --- Where a request comes from ---
@@ -21368,6 +21569,7 @@ class HttpApp:
         body = page.body if page is not None and isinstance(page.body, bytes) else b""
         self._page_pieces = re.split(rb'(?<=(?:href|.src)=")(?=app\.)', body)
         self._mcp_calls = CallsUnderWay()
+        self._downloads = Downloads(lambda download: jobs.cancel(download.job))
         # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
@@ -21377,6 +21579,8 @@ class HttpApp:
             ("POST", "/api/sign-out", self._sign_out),
             ("GET", "/api/audit.csv", self._audit_csv),
             ("GET", JOBS_PATH, self._job_output),
+            ("POST", DOWNLOADS_PATH, self._prepare_download),
+            ("GET", DOWNLOADS_PATH, self._download),
             ("GET", JOIN_PATH, self._join),
             *(("GET", path, self._page) for path in PAGE_PATHS),
         )
@@ -21505,7 +21709,56 @@ class HttpApp:
         job = self._jobs.get(job_id)
         check_reader(job, caller)
         name = f"output-{job.id[:8]}.txt"
-        return download_reply(name, job_output(job), "text/plain")
+        return download_reply(name, job_output(job), "text/plain; charset=utf-8")
+
+    def _prepare_download(self, request: HttpRequest) -> Reply:
+        """Begin to read a file or a directory; answer where it is fetched, once.
+
+        A browser saves what a link leads to while it comes, and a link cannot send the
+        page's secret: its ticket stands for it.
+        """
+        caller, params = self.caller(request), json_body(request)
+        caller.require(Scope.WRITE)
+        path = required(params, "path", str)
+        name = os.path.basename(decode_path(path).rstrip("/"))
+        node = {"nodeId": required(params, "nodeId", str)}
+        view = self._gateway.rpc.call(caller, "node.describe", node)
+        record = new_job(
+            (view["nodeId"], view["displayName"]),
+            "file.read",
+            {"paths": [path], "recursive": optional(params, "archive", bool) or False},
+            caller_origin(caller),
+            kept=False,
+        )
+        reader = JobReader(self._jobs, self._jobs.start(record))
+        reader.open(request.is_abandoned)
+        ready = False
+        try:
+            name = "files" if name in ("", ".", "..", "~") else name
+            download = Download(reader, name, caller)
+            ready = True
+        except ClientGone:
+            return Reply(202)
+        finally:
+            reader.close(leaves=not ready)
+        url = f"{DOWNLOADS_PATH}{self._downloads.add(download)}"[1:]
+        answer = {"url": url, "jobId": record.id, "name": download.name}
+        return json_reply(200, answer, [("Cache-Control", "no-store")])
+
+    def _download(self, request: HttpRequest) -> Reply:
+        ticket = request.path[len(DOWNLOADS_PATH) :]
+        # HEAD, as of a download manager that asks for the size, takes nothing.
+        peeks = request.method == "HEAD"
+        download = (self._downloads.find if peeks else self._downloads.take)(ticket)
+        if not self._access.is_current(download.caller):
+            self._jobs.cancel(download.job)
+            raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
+        request.on_identified(download.caller)
+        return download.reply(request.is_abandoned)
+
+    def tick(self) -> None:
+        """Drop downloads that nobody fetches; call it every second."""
+        self._downloads.tick()
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all of the audit, the newest first, for a spreadsheet.
@@ -21522,17 +21775,11 @@ class HttpApp:
             )
         filters = {name: values[-1] for name, values in given.items()}
         pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
-        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
+        kind = "text/csv; charset=utf-8"
+        return download_reply("moltis-audit.csv", audit_csv(pages), kind)
 
     def _rpc(self, request: HttpRequest) -> Reply:
-        caller = self.caller(request)
-        try:
-            value = from_json(request.body)
-        except ValueError as error:
-            problem = f"the body is not JSON: {error}"
-            raise RpcError("INVALID_REQUEST", problem) from error
-        if not isinstance(value, dict):
-            raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
+        caller, value = self.caller(request), json_body(request)
         request_id = optional(value, "id", str) or new_id()
         method = required(value, "method", str)
         params = optional(value, "params", dict) or {}
@@ -22032,8 +22279,16 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         def send(self, reply: Reply) -> None:
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
-            if isinstance(reply.body, bytes):
-                self.send_header("Content-Length", str(len(reply.body)))
+            body, length = reply.body, reply.length
+            # Whoever reads it notices where it breaks off.
+            chunked = not isinstance(body, bytes) and not callable(body)
+            chunked = chunked and length is None and self.request_version != "HTTP/1.0"
+            if isinstance(body, bytes):
+                length = len(body)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            elif chunked:
+                self.send_header("Transfer-Encoding", "chunked")
             else:
                 self.close_connection = True  # its end is the end of the connection
             for name, value in (*SECURITY_HEADERS, *reply.headers):
@@ -22041,7 +22296,6 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
-            body = reply.body
             if self.command == "HEAD":
                 return
             if isinstance(body, bytes):
@@ -22049,8 +22303,20 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             elif callable(body):
                 body(self.send_now)
             else:
-                for piece in body:
-                    self.wfile.write(piece)
+                self.send_pieces(body, chunked=chunked)
+
+        def send_pieces(
+            self, pieces: Generator[bytes, None, None], *, chunked: bool
+        ) -> None:
+            with closing(pieces):
+                try:
+                    for piece in filter(None, pieces):
+                        frame = b"%x\r\n%b\r\n" % (len(piece), piece)
+                        self.wfile.write(frame if chunked else piece)
+                except RpcError as error:  # an answer would pass for a part of it
+                    raise ConnectionAbortedError(error.message) from error
+            if chunked:
+                self.wfile.write(b"0\r\n\r\n")
 
         def send_now(self, piece: bytes) -> None:
             self.wfile.write(piece)
@@ -22344,6 +22610,9 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-chip"
  d="M6 6h8v8H6zM8 6V3m4 3V3M8 17v-3m4 3v-3M6 8H3m3 4H3m14-4h-3m3 4h-3"/>
 <path id="i-key" d="M12.5 10.5a3.5 3.5 0 1 0-3-3L4 13v3h3v-2h2v-2z"/>
+<path id="i-up" d="M10 16V5m-5 5 5-5 5 5"/>
+<path id="i-directory" d="M3 5h5l2 2h7v9H3z"/>
+<path id="i-file" d="M5 3h7l3 3v11H5zM12 3v3h3"/>
 <path id="i-warn" d="M10 3 2.5 16.5h15zM10 8v4m0 2v.5"/>
 </svg>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
@@ -22431,6 +22700,17 @@ WEB_HTML = r"""<!doctype html>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button>
 </li></template>
+
+<template id="file-row"><div class="file" role="row">
+<span class="name" role="gridcell"><a data-part="link"><span
+ data-part="icon"></span><span data-part="name"></span></a>
+<span class="detail" data-part="target"></span></span>
+<span class="size" role="gridcell" data-part="size"></span>
+<span class="changed" role="gridcell" data-part="changed"></span>
+<span class="mode" role="gridcell" data-part="mode"></span>
+<span class="tools" role="gridcell"><button class="bare" data-part="save"
+ data-icon="save" title="Download"></button></span>
+</div></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -22571,6 +22851,7 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
  title="All machines" data-icon="back"></a><h1 id="node-title"></h1>
 <button id="node-rename" class="bare" data-icon="pen" title="Rename"
  data-needs="write"></button>
+<a id="node-files" class="button" data-icon="directory" data-needs="write">Files</a>
 <button id="node-use" class="button main" data-icon="chat" data-needs="write">Use<span
  class="wider"> in the chat</span></button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machine">
@@ -22589,6 +22870,30 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 </section>
 </div>
 </div>
+</section>
+
+<section id="files" class="settings" aria-labelledby="files-title" hidden>
+<header class="bar"><a id="files-back" class="bare" aria-label="The machine"
+ title="The machine" data-icon="back"></a><h1 id="files-title"></h1></header>
+<form id="files-form" class="place"><button id="files-up" class="bare" type="button"
+ data-icon="up" title="Directory above"></button>
+<div class="picker"><input id="files-path" aria-label="Path" role="combobox"
+ aria-expanded="false" aria-controls="files-matches" autocomplete="off">
+<ul id="files-matches" class="choices" role="listbox" aria-label="Directories"
+ hidden></ul></div>
+<span id="files-tools"><input id="files-find" type="search" placeholder="Filter"
+ aria-label="Filter names" autocomplete="off">
+<label><input id="files-hidden" type="checkbox"> Hidden</label></span></form>
+<p id="files-problem" class="bad lead" role="alert"></p>
+<div id="files-list" class="scroll">
+<div class="files-box">
+<div class="file file-head" role="group" aria-label="Sort by" id="files-head"></div>
+<div id="files-rows" tabindex="0" role="grid" aria-label="Files"></div>
+</div>
+<p id="files-note" class="note" role="status"></p>
+</div>
+<div id="files-open" class="scroll" tabindex="0" role="region" aria-label="File"
+ hidden></div>
 </section>
 
 <section id="activity" class="settings" aria-labelledby="activity-title" hidden>
@@ -23183,6 +23488,65 @@ details label input { flex: 0 1 420px; }
 .filters select { padding: 6px 8px; max-width: 170px; }
 .filters input { width: 230px; padding: 6px 11px; }
 
+/* files */
+.place { display: flex; flex-wrap: wrap; gap: 8px; align-items: center;
+  padding: 10px 20px 0; }
+.place > .picker { flex: 1 1 240px; }
+#files-path { width: 100%; font-family: var(--mono); font-size: 14px; }
+#files-matches { left: 0; right: auto; min-width: min(100%, 240px); }
+#files-tools { display: flex; gap: 14px; align-items: center; font-size: 14px; }
+#files-tools label { display: flex; gap: 6px; align-items: center; }
+#files-find { width: 150px; }
+#files-problem { margin: 16px 20px 0; }
+#files-list { padding-top: 10px; }
+.files-box { border: var(--rule); border-radius: 13px; background: var(--surface);
+  max-width: 1400px; overflow: clip; }
+#files-rows { --row: 38px; position: relative; outline-offset: -2px; }
+.file { display: grid; align-items: center; gap: 0 16px; padding: 0 6px 0 14px;
+  height: var(--row); font-size: 14px; white-space: nowrap;
+  font-variant-numeric: tabular-nums;
+  grid-template-columns: minmax(0, 1fr) 84px 150px 84px 116px; }
+#files-rows .file { position: absolute; left: 0; right: 0; border-top: var(--rule); }
+#files-rows .file:hover { background: var(--hover); }
+#files-rows .file.active { box-shadow: inset 2px 0 var(--accent); }
+.file .name { display: flex; gap: 10px; align-items: baseline; min-width: 0; }
+.file .name > * { overflow: hidden; text-overflow: ellipsis; }
+.file .name a { display: flex; flex: 0 1 auto; gap: 9px; align-items: center;
+  color: var(--ink); text-decoration: none; }
+.file .name a[href]:hover { text-decoration: underline; }
+.file .name a > :last-child { overflow: hidden; text-overflow: ellipsis; }
+.file .name > .detail { flex: 0 1 auto; min-width: 40px; }
+.file .name > .detail:empty { display: none; }
+.file .icon { color: var(--soft); vertical-align: middle; }
+.file.directory a .icon { color: var(--accent); }
+.file .size { padding: 0; font-size: inherit; text-align: right; }
+.file :is(.size, .changed, .mode) { color: var(--soft); }
+.file .mode { font: 12.5px var(--mono); }
+.file .tools { opacity: 0; justify-content: flex-end; }
+.file:is(:hover, .active, :focus-within) .tools { opacity: 1; }
+.file-head { position: sticky; top: -20px; z-index: 1; height: 36px;
+  background: var(--surface); }
+.file-head button { border: 0; background: none; padding: 0; font-size: 12.5px;
+  color: var(--soft); text-align: left; }
+.file-head button:nth-child(2) { text-align: right; }
+.file-head [aria-pressed=true] { color: var(--ink); font-weight: 560; }
+#files-note { padding: 8px 4px; }
+.opened { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px;
+  margin-bottom: 12px; }
+.opened h2 { overflow-wrap: anywhere; }
+.opened .detail { flex: 1; }
+.text { display: grid; grid-template-columns: auto minmax(0, 1fr); border: var(--rule);
+  border-radius: 12px; background: var(--surface); overflow: hidden; }
+.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; tab-size: 8; }
+.text pre:first-child { padding-right: 10px; border-right: var(--rule);
+  background: var(--sunken); color: var(--soft); text-align: right;
+  user-select: none; }
+.text pre:last-child { overflow-x: auto; }
+.wraps .text pre:last-child { white-space: pre; }
+.picture { max-width: 100%; max-height: 80vh; border: var(--rule); border-radius: 12px;
+  background: repeating-conic-gradient(var(--sunken) 0 25%, var(--surface) 0 50%)
+    0 0 / 20px 20px; }
+
 /* activity */
 #activity-list > h2 { position: sticky; top: -20px; z-index: 1; padding: 14px 8px 6px;
   background: var(--paper); font-size: 13px; font-weight: 560; color: var(--soft); }
@@ -23246,6 +23610,21 @@ details label input { flex: 0 1 420px; }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
   #hint, .size { display: none; }
   .wider, .node-head { display: none; }
+  .place { padding: 10px 12px 0; }
+  #files-tools { flex: 1; }
+  #files-find { flex: 1; width: auto; }
+  #files-rows { --row: 56px; }
+  .file-head { grid-template-columns: 1fr auto auto; }
+  .file-head button:nth-child(n + 4) { display: none; }
+  #files-rows .file { grid-template: "name name tools" auto "size changed tools" auto /
+    auto minmax(0, 1fr) auto; align-content: center; gap: 0 10px; padding-left: 12px; }
+  .file .name { grid-area: name; }
+  #files-rows .size { grid-area: size; display: block; padding-left: 27px; }
+  .file .changed { grid-area: changed; }
+  .file :is(.size, .changed) { font-size: 12.5px; }
+  .file .mode { display: none; }
+  .file .tools { grid-area: tools; opacity: 1; }
+  .file .tools .bare { min-width: 36px; min-height: 40px; }
   .node { grid-template-columns: minmax(0, 1fr) auto; gap: 6px 10px; padding: 12px; }
   .node .who { grid-area: 1 / 1; }
   .node .bare { grid-area: 1 / 2; }
@@ -25518,6 +25897,7 @@ const PAGES = {
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices"],
   node: ["nodes", "devices"],
+  files: ["nodes"],
   models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
@@ -25529,6 +25909,9 @@ function routeOf(path) {
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
   if (area === "nodes" && !rest) return {page: "nodes"};
   try {
+    const [, name, path] = /^([^/]*)\/files(\/.*|)$/.exec(rest) || [];
+    if (area === "nodes" && name)
+      return {page: "files", ref: decodeURIComponent(name), path: pathFromUrl(path)};
     if (area === "nodes") return {page: "node", ref: decodeURIComponent(rest)};
     if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
   } catch {
@@ -25570,7 +25953,10 @@ function enterRoute() {
     if (id) loadLinked((state.activity.opened = id));
     loadActivity();
   }
-  else refresh(...PAGE_TOPICS[page]).then(() => page === "node" && loadNodeJobs());
+  else refresh(...PAGE_TOPICS[page]).then(() => {
+    if (page === "node") loadNodeJobs();
+    else if (page === "files") loadFiles();
+  });
 }
 
 // == widgets ==
@@ -25821,9 +26207,9 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  for (const name of ["chat", "node", ...Object.keys(PAGES)])
+  for (const name of ["chat", "node", "files", ...Object.keys(PAGES)])
     $(name).hidden = name !== page;
-  const of = page === "node" ? "nodes" : page;
+  const of = ["node", "files"].includes(page) ? "nodes" : page;
   for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
   drawTitle();
 }
@@ -25831,7 +26217,8 @@ function drawRoute() {
 function drawTitle() {
   const {page} = state.route;
   const title = page === "chat" ? sessionName(currentSession())
-    : page === "node" ? state.route.ref : PAGES[page];
+    : page === "node" ? state.route.ref
+    : page === "files" ? `Files on ${state.route.ref}` : PAGES[page];
   const asked = state.asks.length;
   const running = longRunning().length;
   const news = asked ? `(${asked} to approve)` : running && `(${running} running)`;
@@ -27074,7 +27461,8 @@ function drawNode() {
   if (state.route.page !== "node" || !state.wasUp) return;
   const node = routeNode();
   const isKnown = Boolean(node);
-  for (const id of ["node-figures", "node-rename", "node-use"]) $(id).hidden = !isKnown;
+  for (const id of ["node-figures", "node-rename", "node-files", "node-use"])
+    $(id).hidden = !isKnown;
   document.querySelector("#node .columns").hidden = !isKnown;
   $("node-state").classList.toggle("trouble",
     !isKnown && state.nodes.length > 0 || isKnown && troublesOf(node).length > 0);
@@ -27086,6 +27474,7 @@ function drawNode() {
   }
   if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
+  $("node-files").href = filesPath(node, "");
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
   nodeFigures.update(node, true);
@@ -27125,6 +27514,457 @@ function renameNode() {
 async function revokeNode() {
   const {deviceId, displayName} = routeNode();
   if (await revokeDevice(deviceId, displayName)) go(`${ROOT}/nodes`, true);
+}
+
+// == files ==
+
+// Paths are texts in which a byte that is no UTF-8 is half a surrogate pair, as Python
+// has them: JSON carries such a path as NUL and base64, an address as bytes.
+const UTF8 = new RegExp(
+  "[\\xc2-\\xdf][\\x80-\\xbf]|\\xe0[\\xa0-\\xbf][\\x80-\\xbf]|" +
+  "[\\xe1-\\xec\\xee\\xef][\\x80-\\xbf]{2}|\\xed[\\x80-\\x9f][\\x80-\\xbf]|" +
+  "\\xf0[\\x90-\\xbf][\\x80-\\xbf]{2}|[\\xf1-\\xf3][\\x80-\\xbf]{3}|" +
+  "\\xf4[\\x80-\\x8f][\\x80-\\xbf]{2}|[\\x80-\\xff]", "g");
+const NO_UTF8 = /[\udc80-\udcff]/gu; // these halves
+
+const bytesOf = binary => Uint8Array.from(binary, one => one.charCodeAt(0));
+
+const fromBinary = binary => binary.replace(UTF8, found => found.length > 1
+  ? new TextDecoder().decode(bytesOf(found))
+  : String.fromCharCode(0xdc00 + found.charCodeAt(0)));
+
+// Return the bytes of a path, one a character.
+const toBinary = path => [...path].map(one => one.match(NO_UTF8)
+  ? String.fromCharCode(one.charCodeAt(0) - 0xdc00)
+  : String.fromCharCode(...new TextEncoder().encode(one))).join("");
+
+const encodePath = path => path.match(NO_UTF8) ? `\0${btoa(toBinary(path))}` : path;
+
+const decodePath = text => text[0] === "\0" ? fromBinary(atob(text.slice(1))) : text;
+
+const pathToUrl = path => [...toBinary(path)].map(one => /[\w./~-]/.test(one) ? one
+  : `%${one.charCodeAt(0).toString(16).padStart(2, "0")}`).join("");
+
+const pathFromUrl = url => fromBinary(url.replace(/%([\da-f]{2})/gi,
+  (_, code) => String.fromCharCode(parseInt(code, 16))));
+
+// Return a path, or a name, as people read it.
+const shownName = path => path.replace(/\t/g, "\\t").replace(/\n/g, "\\n")
+  .replace(NO_UTF8, one => `\\x${(one.charCodeAt(0) - 0xdc00).toString(16)}`);
+
+const baseName = path => path.split("/").pop();
+
+const pathIn = (directory, name) => `${directory.replace(/\/$/, "")}/${name}`;
+
+const parentOf = path => path.replace(/\/[^/]*$/, "") || "/";
+
+const LISTING_TIME = 60_000; // ms
+
+// Do a short work on a machine; return its result and its output, one byte a character.
+async function workOn({nodeId}, work, spec) {
+  const params = {nodeId, work, spec};
+  const {result, output} = await link.call("job.once", params, LISTING_TIME);
+  return {result, output: atob(output)};
+}
+
+// Return the path, the entries if it is a directory, and the entry if it is a file.
+async function listFiles(node, path) {
+  const {result, output} = await workOn(node, "file.list", {path: encodePath(path)});
+  const lines = new TextDecoder().decode(bytesOf(output)).split("\n").filter(Boolean);
+  const entries = lines.map(line => {
+    const entry = JSON.parse(line);
+    return {...entry, name: decodePath(entry.name)};
+  });
+  return {path: decodePath(result.path), isDirectory: result.directory, entries,
+    leftOut: result.leftOut};
+}
+
+// Return the bytes of the one file in a tar archive, null if there is none.
+function contentOf(archive) {
+  const bytes = bytesOf(archive);
+  for (let at = 0; bytes[at];) {
+    const size = parseInt(archive.slice(at + 124, at + 136), 8);
+    if (archive[at + 156] === "0")
+      return bytes.subarray(at + 512, at + 512 + size);
+    at += 512 + Math.ceil(size / 512) * 512; // an extended header
+  }
+  return null;
+}
+
+const permissions = mode => [...mode.toString(8).padStart(3, "0").slice(-3)]
+  .map(bits => "rwx".replace(/./g, (letter, n) => bits & (4 >> n) ? letter : "-"))
+  .join("");
+
+// == view: files ==
+
+const MAX_SHOWN = 1024 * 1024; // bytes that are shown
+const MAX_PICTURE = 8 * 1024 * 1024; // bytes
+const PICTURES = { // type of a raster image by its first bytes
+  "image/png": /^\x89PNG\r\n\x1a\n/,
+  "image/jpeg": /^\xff\xd8\xff/,
+  "image/gif": /^GIF8[79]a/,
+  "image/webp": /^RIFF[^]{4}WEBP/,
+  "image/avif": /^[^]{4}ftypavi[fs]/,
+  "image/bmp": /^BM[^]{4}\0\0\0\0/,
+};
+const PICTURE_NAME = /\.(png|jpe?g|gif|webp|avif|bmp)$/i;
+const ROWS_BEYOND = 12; // above and below those in view
+const COLUMNS = {
+  name: ["Name", (a, b) => nameOrder.compare(a.name, b.name)],
+  size: ["Size", (a, b) => a.size - b.size],
+  changed: ["Changed", (a, b) => a.changedAt - b.changedAt],
+  mode: ["Mode", (a, b) => a.mode - b.mode],
+};
+
+const files = { // what the view shows
+  path: "", // of the directory
+  entries: [],
+  shown: [], // entries in their order
+  leftOut: 0, // entries that the machine did not send
+  opened: null, // {path, entry, …} of a file
+  problem: "",
+  sort: "name",
+  isDown: false, // the largest first
+  active: "", // name of the row that the keys move
+  loading: null, // identifies the newest request
+};
+
+const filesPath = (node, path) => `${nodePath(node)}/files${pathToUrl(path)}`;
+
+const showsHidden = () => kept.get("hidden files") === "yes";
+
+async function loadFiles() {
+  const node = routeNode();
+  if (!node) return;
+  const {path} = state.route;
+  const mine = (files.loading = {});
+  touch("files");
+  let found;
+  let problem = "";
+  try {
+    found = await listFiles(node, path);
+  } catch (error) {
+    problem = error.message;
+  }
+  if (files.loading !== mine) return;
+  files.loading = null;
+  if (found?.isDirectory) {
+    if (found.path !== files.path) files.active = "";
+    Object.assign(files, {problem, opened: null}, found);
+  } else if (found) {
+    files.problem = "";
+    openFile(node, found.path, found.entries[0]);
+  } else Object.assign(files, {problem, opened: null, entries: [], leftOut: 0, path});
+  state.route.path = found?.path ?? path;
+  if (found && found.path !== path)
+    history.replaceState(null, "", filesPath(node, found.path));
+  orderFiles();
+}
+
+// Sort and filter the entries anew.
+function orderFiles() {
+  const words = $("files-find").value.toLowerCase().split(/\s+/);
+  const [, compare] = COLUMNS[files.sort];
+  const sign = files.isDown ? -1 : 1;
+  const isFile = ({kind}) => kind !== "directory";
+  const keeps = ({name}) => (showsHidden() || name[0] !== ".") &&
+    words.every(word => name.toLowerCase().includes(word));
+  files.shown = files.entries.filter(keeps).sort((a, b) => isFile(a) - isFile(b) ||
+    sign * compare(a, b) || COLUMNS.name[1](a, b));
+  touch("files");
+}
+
+class FileRow {
+  constructor() {
+    Object.assign(this, copyOf("file-row"));
+    on(this.save, "click", () => saveFile(this.path, this.entry));
+  }
+
+  update(entry) {
+    const node = routeNode();
+    const isDirectory = entry.kind === "directory";
+    this.entry = entry;
+    this.path = pathIn(files.path, entry.name);
+    this.root.classList.toggle("directory", isDirectory);
+    this.root.classList.toggle("active", entry.name === files.active);
+    this.root.id = entry.name === files.active ? "files-active" : "";
+    fillIfChanged(this.icon, isDirectory ? "directory" : "file", icon);
+    fillIfChanged(this.name, shownName(entry.name), visible);
+    this.name.title = shownName(entry.name);
+    const opens = isDirectory || entry.kind === "file";
+    if (opens) this.link.href = filesPath(node, this.path);
+    else this.link.removeAttribute("href");
+    this.link.tabIndex = -1;
+    fillIfChanged(this.target, entry.link == null
+      ? KIND_NOTES[entry.kind] || "" : `→ ${shownName(decodePath(entry.link))}`,
+    visible);
+    setText(this.size, isDirectory ? "" : formatBytes(entry.size));
+    setText(this.changed, formatTime(entry.changedAt));
+    this.changed.title = fullFormat.format(entry.changedAt);
+    setText(this.mode, permissions(entry.mode));
+    this.save.hidden = !opens;
+    this.save.tabIndex = entry.name === files.active ? 0 : -1;
+    const what = isDirectory ? "Download as .tar" : "Download";
+    this.save.title = what;
+    this.save.setAttribute("aria-label", `${what}: ${shownName(entry.name)}`);
+  }
+}
+
+const KIND_NOTES = {other: "neither a file nor a directory", link: "a link"};
+
+const fileRows = new Keyed($("files-rows"), entry => entry.name, () => new FileRow());
+
+// Draw the rows in view: a directory may have tens of thousands.
+function drawFileRows() {
+  const list = $("files-list"), rows = $("files-rows");
+  const height = parseFloat(getComputedStyle(rows).getPropertyValue("--row"));
+  const above = list.getBoundingClientRect().top - rows.getBoundingClientRect().top;
+  const first = Math.max(0, Math.floor(above / height) - ROWS_BEYOND);
+  const count = Math.ceil(list.clientHeight / height) + 2 * ROWS_BEYOND;
+  rows.style.height = `${files.shown.length * height}px`;
+  rows.setAttribute("aria-rowcount", files.shown.length);
+  const inView = files.shown.slice(first, first + count);
+  fileRows.show(inView);
+  inView.forEach(({name}, n) => {
+    const {root} = fileRows.views.get(name);
+    root.style.top = `${(first + n) * height}px`;
+    root.setAttribute("aria-rowindex", first + n + 1);
+  });
+  if (files.active) rows.setAttribute("aria-activedescendant", "files-active");
+  else rows.removeAttribute("aria-activedescendant");
+}
+
+function drawFiles() {
+  if (state.route.page !== "files" || !state.wasUp) return;
+  const node = routeNode();
+  const name = node?.displayName ?? state.route.ref;
+  setText($("files-title"), `Files on ${name}`);
+  $("files-back").href = node ? nodePath(node) : `${ROOT}/nodes`;
+  const unknown = !node && state.nodes.length > 0;
+  setText($("files-problem"),
+    unknown ? `There is no machine called ${state.route.ref}.` : files.problem);
+  const field = $("files-path");
+  if (document.activeElement !== field) field.value = state.route.path;
+  $("files-up").disabled = state.route.path === "/";
+  $("files-hidden").checked = showsHidden();
+  const isShown = Boolean(node) && !files.problem;
+  $("files-open").hidden = !files.opened || !isShown;
+  $("files-list").hidden = Boolean(files.opened) || !isShown;
+  $("files-tools").hidden = Boolean(files.opened);
+  fillIfChanged($("files-head"), [files.sort, files.isDown], ([sort, isDown]) =>
+    Object.entries(COLUMNS).map(([column, [label]]) =>
+      h("button", {type: "button", "aria-pressed": String(column === sort),
+        onclick: () => sortFiles(column)},
+      column === sort ? `${label} ${isDown ? "↓" : "↑"}` : label)));
+  const {entries, shown, leftOut} = files;
+  const unseen = entries.filter(entry => entry.name[0] === ".").length;
+  setText($("files-note"), files.loading && !entries.length ? "Loading…" : dotted(
+    entries.length ? plural(shown.length, "entry").replace("entrys", "entries")
+      : "This directory is empty.",
+    !showsHidden() && unseen > 0 && `${unseen.toLocaleString()} hidden`,
+    leftOut > 0 && `${leftOut.toLocaleString()} more are not listed`));
+  if (!$("files-list").hidden) drawFileRows();
+}
+
+function sortFiles(column) {
+  files.isDown = files.sort === column ? !files.isDown : column !== "name";
+  files.sort = column;
+  orderFiles();
+}
+
+// Move the active row by keys; Enter opens it.
+function fileKey(event) {
+  if (event.target !== $("files-rows") || event.ctrlKey || event.metaKey) return;
+  const names = files.shown.map(entry => entry.name);
+  const at = names.indexOf(files.active);
+  const goal = {ArrowDown: at + 1, ArrowUp: Math.max(0, at - 1), Home: 0,
+    End: names.length - 1, PageDown: at + 15, PageUp: Math.max(0, at - 15)}[event.key];
+  if (goal === undefined) {
+    if (event.key === "Enter" && at >= 0) activeRow()?.link.click();
+    return;
+  }
+  event.preventDefault();
+  const place = Math.min(goal, names.length - 1);
+  files.active = names[place] ?? "";
+  const rows = $("files-rows"), list = $("files-list");
+  const height = parseFloat(getComputedStyle(rows).getPropertyValue("--row"));
+  const head = $("files-head").offsetHeight;
+  const top = rows.offsetTop + place * height - head;
+  const most = top + height + head - list.clientHeight;
+  list.scrollTop = Math.max(most, Math.min(list.scrollTop, top));
+  drawFileRows();
+}
+
+const activeRow = () => fileRows.views.get(files.active);
+
+const tooLarge = limit =>
+  `It is too large to be shown here: ${formatBytes(limit)} are the limit.`;
+
+// Show a text or a raster image; what else it may be stays closed.
+async function openFile(node, path, entry) {
+  const opened = (files.opened = {path, entry});
+  const {size, kind} = entry;
+  const limit = PICTURE_NAME.test(path) ? MAX_PICTURE : MAX_SHOWN;
+  $("files-open").shown = undefined;
+  let content = null;
+  if (kind !== "file") opened.note = "This is neither a file nor a directory.";
+  else if (size > limit)
+    opened.note = tooLarge(limit);
+  else {
+    opened.note = "Loading…";
+    try {
+      const spec = {paths: [encodePath(path)]};
+      const {output} = await workOn(node, "file.read", spec);
+      content = contentOf(output);
+      opened.note = content ? "" : "It cannot be read: its owner does not allow it.";
+    } catch (error) {
+      opened.note = error.message;
+    }
+  }
+  if (content) Object.assign(opened, await shownContent(content));
+  if (files.opened !== opened) return;
+  fill($("files-open"), openedFile(opened));
+  touch("files");
+}
+
+// Return the text, the address of an image, or a note.
+async function shownContent(content) {
+  const head = String.fromCharCode(...content.subarray(0, 32));
+  const type = Object.keys(PICTURES).find(each => PICTURES[each].test(head));
+  if (type) {
+    const reader = new FileReader();
+    const read = new Promise(done => on(reader, "load", done));
+    reader.readAsDataURL(new Blob([content], {type}));
+    await read;
+    return {picture: reader.result};
+  }
+  const wide = {"\xff\xfe": "utf-16le", "\xfe\xff": "utf-16be"}[head.slice(0, 2)];
+  if (!wide && content.subarray(0, 65536).includes(0))
+    return {note: "It is neither a text nor an image that is shown here."};
+  if (content.length > MAX_SHOWN)
+    return {note: tooLarge(MAX_SHOWN)};
+  return {text: new TextDecoder(wide).decode(content)};
+}
+
+function openedFile({path, entry, text, picture, note}) {
+  const name = shownName(baseName(path));
+  const head = h("div", {class: "opened"}, h("h2", visible(name)),
+    h("span", {class: "detail"}, dotted(formatBytes(entry.size),
+      formatTime(entry.changedAt), permissions(entry.mode))),
+    text !== undefined && copyButton("Copy text", () => text),
+    h("button", {class: "button small", onclick: () => saveFile(path, entry)},
+      icon("save"), "Download"));
+  if (picture) return [head, h("img", {class: "picture", src: picture, alt: name})];
+  if (text === undefined) return [head, h("p", {class: "lead"}, note)];
+  const count = text.split("\n").length - text.endsWith("\n");
+  const numbers = Array.from({length: count}, (_, n) => n + 1).join("\n");
+  return [head, h("div", {class: "text"}, h("pre", {"aria-hidden": "true"}, numbers),
+    h("pre", {tabindex: "0", role: "region", "aria-label": name}, text))];
+}
+
+// Let the browser save a file, or a directory as a tar archive, while it comes.
+async function saveFile(path, {kind}) {
+  const {nodeId} = routeNode();
+  const body = JSON.stringify({nodeId, path: encodePath(path),
+    archive: kind === "directory"});
+  const headers = {"Content-Type": "application/json"};
+  const answer = await fetchOwn("api/downloads/", {method: "POST", headers, body})
+    .catch(() => null);
+  const said = await answer?.json().catch(() => null);
+  if (answer?.ok && said?.url) h("a", {href: BASE + said.url, download: ""}).click();
+  else showToast(said?.error?.message || "The gateway cannot be reached.");
+}
+
+// Completes the directory that is typed into the path.
+class PathField {
+  constructor() {
+    this.field = $("files-path");
+    this.list = $("files-matches");
+    this.matches = []; // paths
+    this.at = -1; // in matches
+    this.known = {}; // the last directory that was listed, and its entries
+    on(this.field, "input", () => this.suggest());
+    on(this.field, "keydown", event => this.key(event));
+    on(this.field, "blur", () => this.show([]));
+    on(this.list, "mousedown", event => event.preventDefault());
+    on(this.list, "click", event => {
+      const option = event.target.closest("[role=option]");
+      if (option) this.take(this.matches[Number(option.dataset.key)]);
+    });
+  }
+
+  async suggest() {
+    const typed = this.field.value;
+    const [, directory, begin] = /^(.*\/)?([^/]*)$/s.exec(typed);
+    if (!directory) return this.show([]);
+    if (this.known.directory !== directory) {
+      try {
+        const {entries} = await listFiles(routeNode(), directory);
+        this.known = {directory, entries};
+      } catch {
+        this.known = {};
+        return this.show([]);
+      }
+    }
+    if (this.field.value !== typed) return undefined;
+    const wanted = begin.toLowerCase();
+    const fits = ({name, kind}) => kind === "directory" &&
+      name.toLowerCase().startsWith(wanted) && (wanted[0] === "." || name[0] !== ".");
+    return this.show(this.known.entries.filter(fits).slice(0, 100)
+      .map(({name}) => directory + name));
+  }
+
+  show(matches, at = -1) {
+    Object.assign(this, {matches, at});
+    const isOpen = matches.length > 0 && document.activeElement === this.field;
+    this.list.hidden = !isOpen;
+    this.field.setAttribute("aria-expanded", String(isOpen));
+    patch(this.list, matches.map((path, n) =>
+      h("li", {id: `files-match-${n}`, role: "option", "data-key": String(n),
+        class: n === at && "active", "aria-selected": String(n === at)},
+      icon("directory"),
+      h("span", {class: "choice"}, visible(shownName(baseName(path)))))));
+    if (at < 0) this.field.removeAttribute("aria-activedescendant");
+    else this.field.setAttribute("aria-activedescendant", `files-match-${at}`);
+    this.list.querySelector(".active")?.scrollIntoView({block: "nearest"});
+  }
+
+  key(event) {
+    if (isComposing(event)) return;
+    const {matches, at} = this;
+    const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (step && matches.length)
+      this.show(matches, (at + step + matches.length) % matches.length);
+    else if (event.key === "Tab" && matches.length && !event.shiftKey)
+      this.take(matches[Math.max(0, at)]);
+    else if (event.key === "Enter" && at >= 0) this.take(matches[at]);
+    else if (event.key === "Escape" && matches.length) this.show([]);
+    else return;
+    event.preventDefault();
+  }
+
+  // Complete the text; what is below may be typed next.
+  take(path) {
+    this.field.value = `${path}/`;
+    this.suggest();
+  }
+}
+
+const pathField = new PathField();
+
+function goToFiles(path) {
+  const node = routeNode();
+  if (!node) return;
+  pathField.show([]);
+  if (path !== state.route.path) go(filesPath(node, path));
+  else loadFiles();
+}
+
+function goToTyped() {
+  const typed = $("files-path").value;
+  const isAbsolute = /^[/~]/.test(typed) || !files.path;
+  goToFiles(isAbsolute ? typed : pathIn(files.path, typed));
+  $("files-rows").focus();
 }
 
 // == view: Add a machine ==
@@ -27669,6 +28509,7 @@ const CLICKS = {
   "node-rename": renameNode,
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
+  "files-up": () => goToFiles(parentOf(state.route.path)),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -27699,6 +28540,7 @@ function start() {
   watch("nodes devices link", drawToken);
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
+  watch("route nodes files", drawFiles);
   watch("providers", drawProviders);
   watch("storage", drawStorage);
   watch("keys logins", drawAccess);
@@ -27729,6 +28571,7 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
+  onSubmit("files-form", goToTyped);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
   on($("token-ways"), "keydown", tabKey);
@@ -27737,6 +28580,14 @@ function start() {
   on($("text"), "input", keepDraft);
   // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(() => transcript.follow()).observe($("messages"));
+  on($("files-find"), "input", orderFiles);
+  on($("files-hidden"), "change", ({target}) => {
+    kept.set("hidden files", target.checked ? "yes" : "");
+    orderFiles();
+  });
+  on($("files-list"), "scroll", drawFileRows, {passive: true});
+  on($("files-rows"), "keydown", fileKey);
+  new ResizeObserver(() => touch("files")).observe($("files-list"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
     touch("sessions");
@@ -28603,7 +29454,7 @@ class RunningGateway:
             stack.callback(door.close)
             self._announce_door(door.port)
             stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
-            stack.callback(Ticker(STORE_TICK, self.store.tick).close)
+            stack.callback(Ticker(STORE_TICK, partial(self._tick, app)).close)
             self._stack = stack.pop_all()
 
     def _announce_door(self, port: int) -> None:
@@ -28637,6 +29488,10 @@ class RunningGateway:
     def one_time_link(self) -> str:
         """Return a link that signs in one browser, within ten minutes."""
         return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
+    def _tick(self, app: HttpApp) -> None:
+        self.store.tick()
+        app.tick()
 
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
