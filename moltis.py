@@ -6002,10 +6002,12 @@ class FilePlaces:
         self._below = tuple(os.path.realpath(path) for path in below)
 
     def absolute(self, path: str) -> str:
-        """Return an absolute path without `.` and `..`.
+        """Return an absolute path without `.` and `..`; of "", where to begin.
 
         Raises RpcError FORBIDDEN unless it is in an allowed directory.
         """
+        if not path and self._below and not self._root(os.path.normpath(self._base)):
+            return self._below[0]
         path = os.path.join(self._base, os.path.expanduser(path))
         if not self._below:
             return os.path.abspath(path)
@@ -18431,8 +18433,12 @@ def gathered_answer(gathering: Gathering) -> JsonObject:
     if record.state != JobState.DONE:
         code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
         raise RpcError(code, f"{name}: {record.reason or record.words()}")
-    output = b64encode(gathering.output())
-    return {"job": job_view(job), "result": job.result or {}, "output": output}
+    return {
+        "job": job_view(job),
+        "result": job.result or {},
+        "output": b64encode(gathering.output()),
+        "errors": b64encode(gathering.output(STDERR)),
+    }
 
 
 def caller_origin(caller: Caller) -> Origin:
@@ -22875,15 +22881,14 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <section id="files" class="settings" aria-labelledby="files-title" hidden>
 <header class="bar"><a id="files-back" class="bare" aria-label="The machine"
  title="The machine" data-icon="back"></a><h1 id="files-title"></h1></header>
-<form id="files-form" class="place"><button id="files-up" class="bare" type="button"
- data-icon="up" title="Directory above"></button>
+<div class="place"><button id="files-up" class="bare" data-icon="up" title="Directory above"></button>
 <div class="picker"><input id="files-path" aria-label="Path" role="combobox"
  aria-expanded="false" aria-controls="files-matches" autocomplete="off">
 <ul id="files-matches" class="choices" role="listbox" aria-label="Directories"
  hidden></ul></div>
 <span id="files-tools"><input id="files-find" type="search" placeholder="Filter"
  aria-label="Filter names" autocomplete="off">
-<label><input id="files-hidden" type="checkbox"> Hidden</label></span></form>
+<label><input id="files-hidden" type="checkbox"> Hidden</label></span></div>
 <p id="files-problem" class="bad lead" role="alert"></p>
 <div id="files-list" class="scroll">
 <div class="files-box">
@@ -23519,12 +23524,12 @@ details label input { flex: 0 1 420px; }
 .file .name > .detail:empty { display: none; }
 .file .icon { color: var(--soft); vertical-align: middle; }
 .file.directory a .icon { color: var(--accent); }
-.file .size { padding: 0; font-size: inherit; text-align: right; }
+.file .size { display: block; padding: 0; font-size: inherit; text-align: right; }
 .file :is(.size, .changed, .mode) { color: var(--soft); }
 .file .mode { font: 12.5px var(--mono); }
 .file .tools { opacity: 0; justify-content: flex-end; }
 .file:is(:hover, .active, :focus-within) .tools { opacity: 1; }
-.file-head { position: sticky; top: -20px; z-index: 1; height: 36px;
+.file-head { position: sticky; top: -10px; z-index: 1; height: 36px;
   background: var(--surface); }
 .file-head button { border: 0; background: none; padding: 0; font-size: 12.5px;
   color: var(--soft); text-align: left; }
@@ -23611,7 +23616,9 @@ details label input { flex: 0 1 420px; }
   #hint, .size { display: none; }
   .wider, .node-head { display: none; }
   .place { padding: 10px 12px 0; }
-  #files-tools { flex: 1; }
+  .place > .picker { flex-basis: calc(100% - 60px); }
+  #files-tools { flex: 1 1 100%; padding-left: 46px; }
+  #files-list, #files-open { padding-inline: 12px; }
   #files-find { flex: 1; width: auto; }
   #files-rows { --row: 56px; }
   .file-head { grid-template-columns: 1fr auto auto; }
@@ -23621,6 +23628,8 @@ details label input { flex: 0 1 420px; }
   .file .name { grid-area: name; }
   #files-rows .size { grid-area: size; display: block; padding-left: 27px; }
   .file .changed { grid-area: changed; }
+  #files-rows .size:empty { display: none; }
+  #files-rows .size:empty + .changed { grid-column: 1 / 3; padding-left: 27px; }
   .file :is(.size, .changed) { font-size: 12.5px; }
   .file .mode { display: none; }
   .file .tools { grid-area: tools; opacity: 1; }
@@ -27560,11 +27569,14 @@ const parentOf = path => path.replace(/\/[^/]*$/, "") || "/";
 
 const LISTING_TIME = 60_000; // ms
 
-// Do a short work on a machine; return its result and its output, one byte a character.
+// Do a short work on a machine; return its result, its output, one byte a character,
+// and sentences about files that it left out.
 async function workOn({nodeId}, work, spec) {
   const params = {nodeId, work, spec};
-  const {result, output} = await link.call("job.once", params, LISTING_TIME);
-  return {result, output: atob(output)};
+  const {result, output, errors} = await link.call("job.once", params, LISTING_TIME);
+  const said = new TextDecoder().decode(bytesOf(atob(errors))).split("\n");
+  const notes = said.filter(Boolean).map(line => JSON.parse(line).note).filter(Boolean);
+  return {result, output: atob(output), notes};
 }
 
 // Return the path, the entries if it is a directory, and the entry if it is a file.
@@ -27814,9 +27826,9 @@ async function openFile(node, path, entry) {
     opened.note = "Loading…";
     try {
       const spec = {paths: [encodePath(path)]};
-      const {output} = await workOn(node, "file.read", spec);
+      const {output, notes} = await workOn(node, "file.read", spec);
       content = contentOf(output);
-      opened.note = content ? "" : "It cannot be read: its owner does not allow it.";
+      opened.note = content ? "" : notes[0] ?? "It cannot be read.";
     } catch (error) {
       opened.note = error.message;
     }
@@ -27877,7 +27889,8 @@ async function saveFile(path, {kind}) {
 
 // Completes the directory that is typed into the path.
 class PathField {
-  constructor() {
+  constructor(goTo) {
+    this.goTo = goTo; // gets the path that was typed
     this.field = $("files-path");
     this.list = $("files-matches");
     this.matches = []; // paths
@@ -27938,6 +27951,10 @@ class PathField {
     else if (event.key === "Tab" && matches.length && !event.shiftKey)
       this.take(matches[Math.max(0, at)]);
     else if (event.key === "Enter" && at >= 0) this.take(matches[at]);
+    else if (event.key === "Enter") {
+      this.show([]);
+      this.goTo(this.field.value);
+    }
     else if (event.key === "Escape" && matches.length) this.show([]);
     else return;
     event.preventDefault();
@@ -27950,22 +27967,18 @@ class PathField {
   }
 }
 
-const pathField = new PathField();
-
 function goToFiles(path) {
   const node = routeNode();
   if (!node) return;
-  pathField.show([]);
+  $("files-rows").focus();
   if (path !== state.route.path) go(filesPath(node, path));
   else loadFiles();
 }
 
-function goToTyped() {
-  const typed = $("files-path").value;
-  const isAbsolute = /^[/~]/.test(typed) || !files.path;
-  goToFiles(isAbsolute ? typed : pathIn(files.path, typed));
-  $("files-rows").focus();
-}
+new PathField(typed => {
+  const isWhole = /^[/~]/.test(typed) || !files.path;
+  goToFiles(isWhole ? typed : pathIn(files.path, typed));
+});
 
 // == view: Add a machine ==
 
@@ -28571,7 +28584,6 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
-  onSubmit("files-form", goToTyped);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
   on($("token-ways"), "keydown", tabKey);

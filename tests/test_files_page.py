@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import http.client
 import io
 import json
 import os
+import re
 import tarfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser
@@ -62,12 +63,10 @@ def page(shared_page, world):
     assert [url for url in shared_page.urls if not url.startswith(allowed)] == []
 
 
-def show(page, world, path=""):
+def show(page, world, path="", node="far"):
     """Go to a directory or a file below the test's own, as a link leads there."""
     full = f"{world.scratch}/{path}".rstrip("/")
-    page.evaluate("void (globalThis.testWasHere = true)")
-    url = f"{world.direct_url}/nodes/far/files{moltis.quote(os.fsencode(full))}"
-    page.goto(url)
+    page.goto(f"{world.direct_url}/nodes/{node}/files{moltis.quote(os.fsencode(full))}")
     page.wait_for(READY)
 
 
@@ -76,9 +75,7 @@ def names(page):
 
 
 def wait_for_names(page, *expected):
-    page.wait_for(
-        f"JSON.stringify({NAMES}) === {json.dumps(json.dumps(expected, ensure_ascii=False, separators=(',', ':')))}"
-    )
+    wait_for(lambda: names(page) == list(expected), what=lambda: f"{names(page)}")
 
 
 def test_a_directory_is_listed_with_directories_first(page, world):
@@ -90,3 +87,287 @@ def test_a_directory_is_listed_with_directories_first(page, world):
     (world.scratch / "to zoo").symlink_to("zoo")
     show(page, world)
     wait_for_names(page, "to zoo", "zoo", "a9", "a10", "b.txt")
+    assert "→ zoo" in page.text("#files-rows")
+    assert page.text("#files-note") == "5 entries · 1 hidden"
+    page.click("#files-head button:nth-child(2)")  # the largest first
+    wait_for_names(page, "to zoo", "zoo", "b.txt", "a9", "a10")
+    page.click("#files-hidden")
+    wait_for(lambda: ".hidden" in names(page))
+    page.click("#files-hidden")
+    page.fill("#files-find", "A")
+    wait_for_names(page, "a9", "a10")
+
+
+def test_names_are_kept_byte_for_byte(page, world):
+    odd = [b"caf\xe9", b"a b%41?#&", "ünï€😀".encode(), b"\xed\xa0\x80", b"new\nline"]
+    for number, name in enumerate(odd):
+        path = os.path.join(os.fsencode(str(world.scratch)), name)
+        os.mkdir(path)
+        Path(os.fsdecode(path), f"inside-{number}").write_text(f"text {number}")
+    show(page, world)
+    wait_for(lambda: len(names(page)) == len(odd))
+    assert {r"caf\xe9", "ünï€😀", r"\xed\xa0\x80", r"new\nline"} < set(names(page))
+    for number in range(len(odd)):
+        shown = [r"caf\xe9", "a b%41?#&", "ünï€😀", r"\xed\xa0\x80", r"new\nline"][
+            number
+        ]
+        row = f"""[...document.querySelectorAll("#files-rows .file")].find(row =>
+          row.querySelector("[data-part=name]").textContent === {json.dumps(shown)})"""
+        page.evaluate(f"{row}.querySelector('a').click()")
+        wait_for_names(page, f"inside-{number}")
+        page.reload()  # its address leads there, too
+        page.wait_for(READY)
+        wait_for_names(page, f"inside-{number}")
+        page.click("#files-up")
+        wait_for(lambda: len(names(page)) == len(odd))
+
+
+def test_ten_thousand_entries_stay_usable(page, world):
+    for number in range(10_000):
+        (world.scratch / f"f{number}").touch()
+    show(page, world)
+    page.wait_for_text("10,000 entries")
+    assert names(page)[:3] == ["f0", "f1", "f2"]
+    assert page.evaluate("document.querySelectorAll('#files-rows .file').length") < 80
+    page.evaluate("document.querySelector('#files-rows').focus()")
+    page.press("End")
+    wait_for(lambda: names(page)[-1:] == ["f9999"])
+    page.wait_for_text("f9999")
+    page.fill("#files-find", "777")
+    page.wait_for("document.querySelector('#files-note').textContent.startsWith('19 ')")
+
+
+def test_keys_lead_through_a_directory(page, world):
+    (world.scratch / "one").mkdir()
+    (world.scratch / "two").write_text("the text of two")
+    show(page, world)
+    wait_for_names(page, "one", "two")
+    page.evaluate("document.querySelector('#files-rows').focus()")
+    page.press("ArrowDown")
+    page.press("ArrowDown")
+    page.press("Enter")
+    page.wait_for_text("the text of two")
+    assert page.evaluate("location.pathname.endsWith('/two')")
+
+
+def test_the_path_is_completed(page, world):
+    (world.scratch / "documents" / "letters").mkdir(parents=True)
+    (world.scratch / "downloads").mkdir()
+    show(page, world)
+    wait_for_names(page, "documents", "downloads")
+    page.fill("#files-path", f"{world.scratch}/do")
+    page.wait_for("document.querySelectorAll('#files-matches li').length === 2")
+    page.press("ArrowDown")
+    page.press("Enter")
+    page.wait_for("document.querySelector('#files-matches').innerText === 'letters'")
+    page.press("Tab")
+    page.press("Enter")
+    page.wait_for_text("This directory is empty.")
+    assert page.evaluate("location.pathname.endsWith('/documents/letters/')") is False
+
+
+def test_a_text_is_shown_with_line_numbers(page, world):
+    (world.scratch / "page.html").write_text(
+        "<h1>no\n<script>document.title='x'</script>\n"
+    )
+    show(page, world, "page.html")
+    page.wait_for_text("<h1>no")
+    assert page.text(".text pre:first-child") == "1\n2"
+    assert page.evaluate("document.title.includes('x')") is False
+    (world.scratch / "wide").write_bytes("grüße\r\n".encode("utf-16"))
+    show(page, world, "wide")
+    page.wait_for_text("grüße")
+
+
+def test_a_raster_image_is_shown_and_never_one_that_runs(page, world):
+    (world.scratch / "image.png").write_bytes(PNG)
+    show(page, world, "image.png")
+    page.wait_for("document.querySelector('.picture')?.naturalWidth === 1")
+    (world.scratch / "image.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg'/>"
+    )
+    show(page, world, "image.svg")
+    page.wait_for_text("<svg xmlns=")
+    assert page.evaluate("document.querySelector('.picture')") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("binary", "neither a text nor an image"),
+        ("large", "too large to be shown here: 1 MiB"),
+        ("pipe", "neither a file nor a directory"),
+        ("gone", "gone: No such file or directory"),
+    ],
+)
+def test_what_is_not_shown_is_said(page, world, name, words):
+    (world.scratch / "binary").write_bytes(b"\x7fELF\0\1\2")
+    (world.scratch / "large").write_bytes(b"a" * (1024 * 1024 + 1))
+    os.mkfifo(world.scratch / "pipe")
+    show(page, world, name)
+    page.wait_for_text(words)
+
+
+def test_a_click_downloads_a_file_and_a_directory(page, world):
+    (world.scratch / "d").mkdir()
+    (world.scratch / "d" / "f").write_text("below")
+    (world.scratch / 'naïve "file".txt').write_text("content")
+    target = world.scratch / "saved"
+    target.mkdir()
+    behaviour = {"behavior": "allow", "downloadPath": str(target)}
+    page.call("Page.setDownloadBehavior", **behaviour)
+    show(page, world)
+    wait_for(lambda: len(names(page)) == 3)
+    for number in (1, 3):
+        page.evaluate(
+            "document.querySelector(`#files-rows [aria-rowindex='"
+            f"{number}'] [data-part=save]`).click()"
+        )
+    saved = target / "d.tar", target / "naïve _file_.txt"
+    wait_for(
+        lambda: all(path.exists() for path in saved), what=lambda: os.listdir(target)
+    )
+    assert saved[1].read_text() == "content"
+    with tarfile.open(saved[0]) as tar:
+        assert tar.getnames() == ["d", "d/f"]
+
+
+# -- over HTTP -------------------------------------------------------------------
+
+
+def post(world, body, key=None, **headers):
+    """Prepare a download; return the status and the answer."""
+    headers = {"Authorization": f"Bearer {key or world.api_key}", **headers}
+    data = json.dumps(body).encode()
+    url = f"{world.direct_url}/api/downloads/"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data, headers), timeout=30
+        ) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            text = error.read().decode()
+            return error.code, json.loads(text) if text[0] == "{" else text
+
+
+def prepare(world, path, **options):
+    path = moltis.encode_path(path)
+    status, answer = post(world, {"nodeId": "far", "path": path, **options})
+    assert status == 200, answer
+    return f"{world.direct_url}/{answer['url']}"
+
+
+def fetch(url, method="GET"):
+    return urllib.request.urlopen(
+        urllib.request.Request(url, method=method), timeout=30
+    )
+
+
+def test_a_download_is_saved_and_never_run(world):
+    name = 'naïve\u202e".html'
+    (world.scratch / name).write_bytes(b"<script>" * 50_000)
+    url = prepare(world, f"{world.scratch}/{name}")
+    with fetch(url, "HEAD") as answer:
+        assert answer.headers["Content-Length"] == "400000"
+    with fetch(url) as answer:
+        headers = answer.headers
+        assert answer.read() == b"<script>" * 50_000
+    assert headers["Content-Length"] == "400000"
+    assert headers["Content-Type"] == "application/octet-stream"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "sandbox" in headers.get_all("Content-Security-Policy")
+    assert headers["Content-Disposition"] == (
+        "attachment; filename=\"na_ve__.html\"; filename*=UTF-8''na%C3%AFve__.html"
+    )
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        fetch(url)  # once
+
+
+def test_a_directory_is_downloaded_as_a_tar_archive(world):
+    (world.scratch / "d" / "sub").mkdir(parents=True)
+    (world.scratch / "d" / "sub" / "f").write_bytes(os.urandom(3_000_000))
+    (world.scratch / "d" / "none").touch()
+    with fetch(prepare(world, f"{world.scratch}/d", archive=True)) as answer:
+        assert answer.headers["Content-Disposition"] == 'attachment; filename="d.tar"'
+        assert answer.headers["Transfer-Encoding"] == "chunked"
+        data = answer.read()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == ["d", "d/none", "d/sub", "d/sub/f"]
+        found = tar.extractfile("d/sub/f").read()
+    assert found == (world.scratch / "d" / "sub" / "f").read_bytes()
+
+
+def test_an_empty_file_is_downloaded(world):
+    (world.scratch / "none").touch()
+    with fetch(prepare(world, f"{world.scratch}/none")) as answer:
+        assert (answer.read(), answer.headers["Content-Length"]) == (b"", "0")
+
+
+def test_a_file_that_shrinks_is_no_whole_download(world):
+    with (world.scratch / "f").open("wb") as file:
+        file.truncate(50_000_000)
+    with fetch(prepare(world, f"{world.scratch}/f")) as answer:
+        answer.read(1000)
+        os.truncate(world.scratch / "f", 0)
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+
+
+def test_a_download_that_is_broken_off_ends_its_job(world):
+    with (world.scratch / "f").open("wb") as file:
+        file.truncate(500_000_000)
+    fetch(prepare(world, f"{world.scratch}/f")).close()
+    wait_for(lambda: world.rpc("job.list", limit=1)[0]["state"] == "cancelled")
+
+
+def test_a_download_names_its_file_in_the_audit(world):
+    (world.scratch / "f").write_bytes(b"content")
+    with fetch(prepare(world, f"{world.scratch}/f")) as answer:
+        answer.read()
+    (job,) = world.rpc("job.list", limit=1)
+    assert (job["command"], job["state"]) == (f"read {world.scratch}/f", "done")
+    assert re.fullmatch("1 file, 7 bytes, SHA-256 [0-9a-f]{64}", job["reason"])
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("gone", "gone: No such file or directory"),
+        ("", "is a directory"),
+        ("pipe", "is neither a file nor a directory"),
+        ("a\0b", "a path holds a NUL character"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_one_sentence(world, path, words):
+    os.mkfifo(world.scratch / "pipe")
+    status, answer = post(world, {"nodeId": "far", "path": f"{world.scratch}/{path}"})
+    assert status in (400, 404, 503)
+    assert words in answer["error"]["message"]
+
+
+def test_a_key_that_only_reads_gets_no_file(world):
+    scopes = ["operator.read"]
+    key = world.rpc("keys.create", name="reader", scopes=scopes)["key"]
+    status, answer = post(world, {"nodeId": "far", "path": "/etc/hostname"}, key)
+    assert (status, answer["error"]["code"]) == (403, "FORBIDDEN")
+
+
+def test_a_foreign_page_cannot_prepare_a_download(world):
+    body = {"nodeId": "far", "path": "/etc/hostname"}
+    status, text = post(world, body, Origin="http://evil.example")
+    assert (status, "comes from a page at" in text) == (403, True)
+
+
+def test_downloads_that_nobody_fetches_are_dropped():
+    dropped = []
+    downloads = moltis.Downloads(dropped.append)
+    late, early = SimpleNamespace(), SimpleNamespace()
+    late.deadline, early.deadline = moltis.Deadline(0), moltis.Deadline(60)
+    ticket = downloads.add(early)
+    gone = downloads.add(late)
+    downloads.tick()
+    assert dropped == [late]
+    with pytest.raises(moltis.RpcError, match="waited too long"):
+        downloads.take(gone)
+    assert downloads.take(ticket) is early
