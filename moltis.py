@@ -115,6 +115,7 @@ if TYPE_CHECKING:
         Any,
         Callable,
         ClassVar,
+        Collection,
         Generator,
         Iterable,
         Iterator,
@@ -1685,6 +1686,7 @@ class NodeSettings(SettingsFile):
     auth: str = "scram"  # or "bearer", for Moltis gateways
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
+    terminals: bool | None = None  # None: unless `allow` restricts what may run
     files: bool = True  # files may be read and written, with `allow` only in these:
     allow_files: Sequence[str] = ()  # directories; none: all
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
@@ -1703,6 +1705,10 @@ class NodeSettings(SettingsFile):
             if not getattr(settings, name):
                 raise RpcError("INVALID_REQUEST", f"{name} is missing")
         return settings
+
+    @property
+    def opens_terminals(self) -> bool:
+        return not self.allow if self.terminals is None else self.terminals
 
 
 class GatewayFile(SettingsFile):
@@ -4038,6 +4044,7 @@ class ScramServer:
 
 CAP_SCRAM = "auth.scram"
 CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
+CAP_TERMINAL = "terminal"  # the machine opens terminals
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -4197,13 +4204,33 @@ FRAME_HEAD = struct.Struct(">BI")  # kind, length of the data
 ENDING = 0  # kinds of log frames; an Ending in JSON, always the last
 STDOUT = 1
 STDERR = 2
-MARK = 4  # of a terminal: milliseconds, size, modes (JSON)
+MARK = 4  # of a terminal: a Mark in JSON
 STREAMS: Mapping[int, str] = {STDOUT: "stdout", STDERR: "stderr"}
 MAX_FRAME_DATA = MAX_LOG_MESSAGE - FRAME_HEAD.size  # bytes
 
 MAX_OFFSET = 2**63  # exclusive
 MAX_REASON = 2000  # characters; a longer one is clipped
 MAX_DIRECTORY = 4096  # bytes of its name; a longer one is not reported
+
+MAX_SIDE = 1000  # rows and columns of a terminal
+
+# Modes of terminals that outlive the bytes that set them (xterm's ctlseqs): cursor
+# keys, origin, wrap, cursor, keypad, mouse, focus, alternate screen, bracketed paste.
+MODES_ON = frozenset(("7", "25"))  # at the start
+SOFT_MODES = frozenset(("1", "6", "7", "25", "66"))  # those that DECSTR resets
+KEYBOARD_OFF: Mapping[str, bytes] = {"kitty": b"\x1b[<99u", "modify": b"\x1b[>4m"}
+MODE_NAMES = frozenset(
+    (
+        *(MODES_ON | SOFT_MODES | KEYBOARD_OFF.keys()),
+        *("5", "9", "47", "1000", "1002", "1003", "1004", "1005", "1006", "1007"),
+        *("1015", "1016", "1047", "1049", "2004"),
+    )
+)
+MODE_SEQUENCE = re.compile(
+    rb"\x1b(?:\[\?([0-9;]{1,80})([hl])|\[([<>=][0-9;]{0,20}u|>4(?:;[0-9]*)?m)"
+    rb"|(\[!p|[=>c]))"
+)
+MODE_PREFIX = re.compile(rb"\x1b(\[(\?[0-9;]{0,80}|[<>=][0-9;]{0,20}|!)?)?")
 
 UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -4290,6 +4317,144 @@ def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
     return max((end for _, _, end in scan_frames(data)), default=0)
+
+
+class TerminalSize(Value):
+    """Rows and columns of a terminal."""
+
+    rows: int
+    cols: int
+
+    def check(self) -> TerminalSize:
+        """Return itself.  Raises RpcError INVALID_REQUEST for a size out of range."""
+        if not (0 < self.rows <= MAX_SIDE and 0 < self.cols <= MAX_SIDE):
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"a terminal has 1 to {MAX_SIDE} rows and columns, not {self.rows} "
+                f"rows of {self.cols} columns",
+            )
+        return self
+
+
+class Mark(Value):
+    """Time, size and modes of a terminal, between two pieces of its output."""
+
+    ms: int  # from its start, by a monotonic clock
+    rows: int
+    cols: int
+    modes: Mapping[str, bool] = NOTHING  # as TerminalModes.changed
+
+
+def decode_mark(data: bytes) -> Mark | None:
+    """Return a mark; None for one that is malformed, whose sender we do not trust."""
+    with contextlib.suppress(ValueError, RpcError):
+        mark = Mark.from_json(required({"mark": from_json(data)}, "mark", dict))
+        TerminalSize(mark.rows, mark.cols).check()
+        known = mark.modes.keys() <= MODE_NAMES
+        if (
+            0 <= mark.ms < MAX_OFFSET
+            and known
+            and set(map(type, mark.modes.values())) <= {bool}
+        ):
+            return mark
+    return None
+
+
+class TerminalModes:
+    """The modes of a terminal that differ from its start, read from its output.
+
+    Escape sequences may be cut anywhere between two calls of feed().
+    """
+
+    def __init__(self, changed: Mapping[str, bool] = NOTHING) -> None:
+        self.changed = dict(changed)  # by DEC's number, or a key of KEYBOARD_OFF
+        self._rest = b""  # the beginning of a sequence
+
+    def feed(self, data: bytes) -> None:
+        if not (self._rest or b"\x1b" in data):
+            return
+        data = self._rest + data
+        for found in MODE_SEQUENCE.finditer(data):
+            numbers, switch, keyboard, reset = found.groups()
+            if numbers is not None:
+                for number in numbers.decode("ascii").split(";"):
+                    self._set(number, switch == b"h")
+            elif keyboard is not None:
+                is_kitty = keyboard.endswith(b"u")
+                name = "kitty" if is_kitty else "modify"
+                self._set(name, keyboard[:1] != b"<" and keyboard != b">4m")
+            elif reset in (b"=", b">"):
+                self._set("66", reset == b"=")
+            else:
+                for number in SOFT_MODES if reset == b"[!p" else MODE_NAMES:
+                    self.changed.pop(number, None)
+        last = data[max(0, data.rfind(b"\x1b")) :]
+        self._rest = last if MODE_PREFIX.fullmatch(last) else b""
+
+    def _set(self, name: str, value: bool) -> None:
+        if name in MODE_NAMES:
+            self.changed[name] = value
+            if value == (name in MODES_ON):
+                del self.changed[name]
+
+    def restoring(self) -> bytes:
+        """Return what a terminal has to be sent to take over these modes."""
+        return b"".join(
+            b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+            for name, value in self.changed.items()
+            if name not in KEYBOARD_OFF
+        )
+
+    def undoing(self) -> bytes:
+        """Return what switches these modes off in a terminal that has them."""
+        return b"".join(
+            KEYBOARD_OFF.get(name)
+            or b"\x1b[?%b%b" % (name.encode("ascii"), b"l" if value else b"h")
+            for name, value in self.changed.items()
+        )
+
+
+class Recording:
+    """Turns a terminal's log into lines of asciicast v2: what it showed, and when."""
+
+    def __init__(self, title: str, started_at: int) -> None:  # ms
+        self._header = {"timestamp": started_at // 1000, "title": title}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._size: tuple[int, int] | None = None  # columns, rows
+        self._at = 0.0  # s
+
+    def lines(self, kind: int, data: bytes) -> Iterator[str]:
+        """Yield what one log frame adds."""
+        mark = decode_mark(data) if kind == MARK else None
+        if mark is not None:
+            self._at = max(self._at, mark.ms / 1000)
+            yield from self._resize(mark.cols, mark.rows)
+        elif kind in STREAMS:
+            if self._size is None:  # its beginning was cut
+                yield from self._resize(80, 24)
+            text = self._decoder.decode(data)
+            if text:
+                yield self._event("o", text)
+
+    def _resize(self, width: int, height: int) -> Iterator[str]:
+        size = (width, height)
+        before, self._size = self._size, size
+        if before is None:
+            yield to_json(
+                {"version": 2, "width": width, "height": height, **self._header}
+            )
+        elif before != size:
+            yield self._event("r", "{}x{}".format(*size))
+
+    def _event(self, kind: str, text: str) -> str:
+        return to_json([round(self._at, 3), kind, text])
+
+
+NO_RECORDING = "is no terminal: only terminals are recorded with their times"
+
+
+def recording_of(command: str, node: str, asked_at: int) -> Recording:
+    return Recording(f"{command} on {node}", asked_at)
 
 
 def gap_words(count: int) -> str:
@@ -4719,6 +4884,12 @@ USUAL_PLACES = (  # of programs, from the home directory on
     "/sbin",
 )
 
+IUTF8 = 0x4000  # of c_iflag: Linux and macOS; `termios` does not name it
+UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8")
+MARK_INTERVAL = 0.1  # s between two marks in a terminal's log
+MARK_BYTES = 64 * 1024  # of output between them, if that is sooner: see Screen
+REDRAW_PAUSE = 0.1  # s; programs compare the size before they draw anew
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 LOCALE_VARIABLE = (  # locale(7); setlocale() does not read others, as LC_TERMINAL
     r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
@@ -4798,12 +4969,16 @@ class CommandSpec(Value):
     timeout: float | None = None  # ms from its start; its time in line does not count
     stdin: bool = False  # fed by input(); otherwise /dev/null
     reports_directory: bool | None = None  # in its ending: where its shell ended
+    # A terminal of that size instead of pipes; with an empty command, a login shell.
+    tty: TerminalSize | None = None
 
     @classmethod
     def from_json(cls, value: JsonObject) -> CommandSpec:
         """Raises RpcError INVALID_REQUEST."""
         spec = super().from_json(value)
-        if not spec.command.strip():
+        if spec.tty is not None:
+            spec.tty.check()
+        elif not spec.command.strip():
             raise RpcError("INVALID_REQUEST", "command is empty")
         if "\0" in spec.command:
             raise RpcError("INVALID_REQUEST", "command holds a NUL character")
@@ -4874,7 +5049,7 @@ class JobLog:
             self._counts[kind] = self._counts.get(kind, 0) + len(data)
             if self._discards:
                 return
-            if self._grow(kind, data):
+            if kind != MARK and self._grow(kind, data):
                 return
             for start in range(0, len(data), MAX_FRAME_DATA):
                 self._add(kind, data[start : start + MAX_FRAME_DATA])
@@ -4997,9 +5172,10 @@ class JobLog:
 class InputWindow:
     """Bytes that arrived for a command's standard input, not yet consumed."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = LOG_WINDOW) -> None:
         self.consumed = 0  # offset of the first byte of _data
-        self._data = bytearray()  # ≤ LOG_WINDOW; more is refused
+        self._limit = limit
+        self._data = bytearray()  # ≤ limit; more is refused
         self._ended = False
 
     @property
@@ -5023,10 +5199,10 @@ class InputWindow:
         fresh = data[self.arrived - offset :]
         if fresh and self._ended:
             raise RpcError("INVALID_REQUEST", "input goes on after its end")
-        if len(self._data) + len(fresh) > LOG_WINDOW:
+        if len(self._data) + len(fresh) > self._limit:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"more than {LOG_WINDOW} bytes of input are not yet consumed",
+                f"more than {self._limit} bytes of input are not yet consumed",
             )
         self._data += fresh
         self._ended = self._ended or not data
@@ -5189,24 +5365,31 @@ POPEN_SETS_UMASK = sys.version_info >= (3, 10)
 SEALED_PIPES = hasattr(os, "pipe2")
 
 
-def _shell_words(command: bytes, inherited: Inherited | None) -> list[str | bytes]:
-    """Return the arguments that start the shell of a command as our parent would."""
+def _shell_words(
+    words: Sequence[str | bytes], inherited: Inherited | None, terminal: str | None
+) -> list[str | bytes]:
+    """Return the arguments that start a program as our parent would.
+
+    `terminal`: the path of what becomes its controlling terminal.
+    """
     import resource
 
-    words: list[str | bytes] = [SHELL, "-c", "--", command]
-    if inherited is None:
-        return words
     first = []
-    if not POPEN_SETS_UMASK:
-        first.append(f"umask {inherited.umask:04o}")
-    # Only exec() can do it: before it, the limit would be that of all our threads.
-    limit = inherited.open_files
-    if limit != resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
-        unlimited = limit == resource.RLIM_INFINITY
-        first.append(f"ulimit -S -n {'unlimited' if unlimited else limit}")
+    if terminal is not None:
+        # A session leader without a controlling terminal gets the one that it opens:
+        # Linux and macOS.  Nobody else can make it so, and Python would need a fork.
+        first.append(': <>"$0"')
+    if inherited is not None:
+        if not POPEN_SETS_UMASK:
+            first.append(f"umask {inherited.umask:04o}")
+        # Only exec() can do it: before it, the limit would be that of all our threads.
+        limit = inherited.open_files
+        if limit != resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            unlimited = limit == resource.RLIM_INFINITY
+            first.append(f"ulimit -S -n {'unlimited' if unlimited else limit}")
     if not first:
-        return words
-    return [SHELL, "-c", "; ".join([*first, 'exec "$@"']), SHELL, *words]
+        return list(words)
+    return [SHELL, "-c", "; ".join([*first, 'exec "$@"']), terminal or SHELL, *words]
 
 
 def _is_here(directory: bytes | None) -> bool:
@@ -5218,18 +5401,19 @@ def _is_here(directory: bytes | None) -> bool:
 
 
 def _start_shell(
-    command: bytes,
+    words: Sequence[str | bytes],
     cwd: bytes | None,
     env: Mapping[str, str],
     streams: Mapping[int, int],
     inherited: Inherited | None,
+    terminal: str | None,
 ) -> int:
     """Start a shell in a session of its own, with `streams` as its 0 to 2.
 
     All signals have their default.  Returns its pid; the caller reaps it.
     Raises OSError, ValueError.
     """
-    arguments = _shell_words(command, inherited)
+    arguments = _shell_words(words, inherited, terminal)
     stands_clear = min(streams.values()) > 2  # none takes the place of another
     if POPEN_FORKS and SEALED_PIPES and stands_clear and _is_here(cwd):
         with contextlib.suppress(NotImplementedError):  # setsid, on some systems
@@ -5308,8 +5492,8 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
             yield survivor, int(group), state[0]
 
 
-def _group_members(group_id: int) -> list[Survivor]:
-    """Return the live processes of a group; zombies have ended.
+def _group_members(group_ids: Collection[int]) -> list[Survivor]:
+    """Return the live processes of some groups; zombies have ended.
 
     In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
     and a signal to it succeeds.
@@ -5318,7 +5502,7 @@ def _group_members(group_id: int) -> list[Survivor]:
     return [
         survivor
         for survivor, group, state in every()
-        if group == group_id and state not in "ZX"
+        if group in group_ids and state not in "ZX"
     ]
 
 
@@ -5331,38 +5515,90 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
+class Terminal:
+    """A pseudo-terminal: our end of it, and the end for programs."""
+
+    def __init__(self, size: TerminalSize) -> None:
+        """Raises OSError where none is left."""
+        import termios
+
+        self.master, slave = os.openpty()
+        # It stays open until the shell has exited: a master without a slave reports its
+        # end (Linux), and macOS drops what was not read when the last one is closed.
+        self.slave: int | None = slave
+        self.path = os.ttyname(slave)
+        settings = termios.tcgetattr(slave)
+        settings[0] |= IUTF8  # Backspace deletes a character, not a byte
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
+        self.resize(size)
+
+    def resize(self, size: TerminalSize) -> None:
+        """Set the size; the foreground programs get SIGWINCH if it is another one."""
+        import fcntl
+        import termios
+
+        packed = struct.pack("HHHH", size.rows, size.cols, 0, 0)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, packed)
+
+    def foreground(self) -> int | None:
+        """Return the process group that reads from it, as far as that is known."""
+        try:
+            return os.tcgetpgrp(self.master)
+        except OSError:
+            return None
+
+    def close_slave(self) -> None:
+        slave, self.slave = self.slave, None
+        if slave is not None:
+            os.close(slave)
+
+
 class ProcessGroup:
-    """A shell and its descendants, in a process group of their own."""
+    """A shell and its descendants, in a process group of their own.
+
+    On a terminal, the shell puts programs into groups; one of them is in front.
+    """
 
     def __init__(
         self,
-        command: bytes,
+        words: Sequence[str | bytes],
         *,
         cwd: bytes | None,
         env: Mapping[str, str],
         stdin: bool,
         inherited: Inherited | None = None,
+        tty: TerminalSize | None = None,
     ) -> None:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
+        self.terminal: Terminal | None = None
         self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
-            for number, stream in ((1, STDOUT), (2, STDERR)):
-                ours, theirs[number] = os.pipe()
-                self.outputs[ours] = stream
-            if stdin:
-                theirs[0], self.input = os.pipe()
+            if tty is not None:
+                terminal = self.terminal = Terminal(tty)
+                self.outputs[terminal.master] = STDOUT
+                self.input = os.dup(terminal.master)
+                assert terminal.slave is not None
+                theirs = {number: os.dup(terminal.slave) for number in range(3)}
             else:
-                theirs[0] = os.open(os.devnull, os.O_RDONLY)
-            self._shell = _start_shell(command, cwd, env, theirs, inherited)
+                for number, stream in ((1, STDOUT), (2, STDERR)):
+                    ours, theirs[number] = os.pipe()
+                    self.outputs[ours] = stream
+                if stdin:
+                    theirs[0], self.input = os.pipe()
+                else:
+                    theirs[0] = os.open(os.devnull, os.O_RDONLY)
+            path = None if self.terminal is None else self.terminal.path
+            self._shell = _start_shell(words, cwd, env, theirs, inherited, path)
         except BaseException:
             self.close_pipes()
             raise
         finally:
             for end in theirs.values():
                 os.close(end)
+        self._groups = {self._shell}  # to signal
         # A command that reads /dev/stdout may take the bytes that poll() announced.
         for pipe in (*self.outputs, self.input):
             if pipe is not None:
@@ -5389,22 +5625,24 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Send SIGTERM; the shell must not have exited yet."""
+        """Send SIGTERM, on a terminal SIGHUP; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
-        self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
+        self._add_foreground()
+        self._signal(signal.SIGTERM if self.terminal is None else signal.SIGHUP)
+        self._signal(signal.SIGCONT)  # a stopped process gets them only then
 
     def ended(self) -> bool:
         """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
-        if exited and not (self._signal(0) and _group_members(self._shell)):
+        if exited and not (self._signal(0) and _group_members(self._groups)):
             return True
         if not self._patience.expired:
             return False
         if self._killed:
             # Another user's process, or one that hangs in the kernel.
-            self.survivors = _group_members(self._shell)
+            self.survivors = _group_members(self._groups)
             return True
+        self._add_foreground()
         self._signal(signal.SIGKILL)
         self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
@@ -5422,6 +5660,8 @@ class ProcessGroup:
         for descriptor in list(self.outputs):
             self.close_output(descriptor)
         self.close_input()
+        if self.terminal is not None:
+            self.terminal.close_slave()
 
     def close(self) -> None:
         """Release everything; kill the group if its shell still runs."""
@@ -5434,19 +5674,42 @@ class ProcessGroup:
         if self.pidfd is not None:
             os.close(self.pidfd)
 
+    def _add_foreground(self) -> None:
+        if self.terminal is not None and self.terminal.master in self.outputs:
+            group = self.terminal.foreground()
+            if group is not None and group > 0:
+                self._groups.add(group)
+
     def _signal(self, number: int) -> bool:
-        """Return whether the group still has members, zombies included."""
+        """Return whether the groups still have members, zombies included."""
         # The pid is not reused while the group of that id has members.
-        try:
-            os.killpg(self._shell, number)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # others' processes; on macOS zombies, too
-            return True
-        return True
+        left = False
+        for group in self._groups:
+            try:
+                os.killpg(group, number)
+            except ProcessLookupError:
+                continue
+            except PermissionError:  # others' processes; on macOS zombies, too
+                pass
+            left = True
+        return left
 
 
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+class SelectPoll:
+    """select() with the interface of poll(), which on macOS may not take terminals."""
+
+    def __init__(self) -> None:
+        self._wanted: tuple[list[int], list[int]] = ([], [])  # to read, to write
+
+    def register(self, descriptor: int, events: int) -> None:
+        self._wanted[events == select.POLLOUT].append(descriptor)
+
+    def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+        ready = select.select(*self._wanted, [], milliseconds / 1000)
+        return [(descriptor, 0) for descriptors in ready for descriptor in descriptors]
+
+
+def _poll(poll: select.poll | SelectPoll, seconds: float) -> list[tuple[int, int]]:
     if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
         time.sleep(seconds)
         seconds = 0.0
@@ -5526,6 +5789,42 @@ def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
     return f"cannot start {SHELL}: {error.strerror}"
 
 
+def login_shell() -> tuple[str, dict[str, str]]:
+    """Return this user's shell and the variables of a login, as the system has them."""
+    import pwd
+
+    variables = {"HOME": home_directory(), "SHELL": SHELL}
+    with contextlib.suppress(KeyError):  # a user without an entry, as in containers
+        entry = pwd.getpwuid(os.getuid())
+        variables = {"HOME": entry.pw_dir, "LOGNAME": entry.pw_name}
+        variables.update(USER=entry.pw_name, SHELL=entry.pw_shell or SHELL)
+    runtime = f"/run/user/{os.getuid()}"
+    if os.path.isdir(runtime) and os.stat(runtime).st_uid == os.getuid():
+        variables["XDG_RUNTIME_DIR"] = runtime
+    return variables["SHELL"], variables
+
+
+def _is_utf8(locale: str) -> bool:
+    return ".utf8" in _locale_key(locale)
+
+
+def terminal_environment(
+    environ: Mapping[str, str], forwarded: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment of programs on a terminal: as after a login, in UTF-8."""
+    env = {"TERM": "xterm-256color", **environ, **login_shell()[1], **forwarded}
+    for name in ("LINES", "COLUMNS"):  # the terminal knows better
+        env.pop(name, None)
+    chosen = env.get("LC_ALL") or env.get("LC_CTYPE") or env.get("LANG") or ""
+    if not _is_utf8(chosen):
+        env.pop("LC_ALL", None)
+        env.pop("LC_CTYPE", None)
+        installed = _installed_locales()
+        known = [name for name in UTF8_LOCALES if _locale_key(name) in installed]
+        env["LANG"] = known[0] if known else UTF8_LOCALES[0]
+    return env
+
+
 def _bytes_ready(descriptor: int) -> int:
     import fcntl
     import termios
@@ -5554,14 +5853,18 @@ class Command:
         """
         self.spec = spec
         self.log = log
-        limits = (max_timeout, None if spec.timeout is None else spec.timeout / 1000)
+        # The owner's limit is for commands: a terminal ends with whoever uses it.
+        limit = max_timeout if spec.tty is None else None
+        limits = (limit, None if spec.timeout is None else spec.timeout / 1000)
         self._timeout = min((t for t in limits if t is not None), default=None)
         self._environ = environ
         self._working_dir = working_dir
         self._inherited = inherited
         self._on_input = on_input
-        self._lock = threading.Lock()  # guards the next five
-        self._input = InputWindow()
+        self._lock = threading.Lock()  # guards the next six
+        # At a terminal several may type: each is a window ahead of the program.
+        self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
+        self._resizing: tuple[TerminalSize, bool] | None = None  # wanted; redraw anyway
         self._input_reported = 0  # offset
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
@@ -5580,27 +5883,49 @@ class Command:
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
+        self._size = spec.tty
+        self._redraw_at: float | None = (
+            None  # monotonic; the size is one off until then
+        )
+        self._modes = TerminalModes()
+        self._mark_at = -math.inf  # monotonic; of the last mark
+        self._since_mark = 0  # bytes of output
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the first input not consumed; None without input."""
+        """The offset where the sender of input goes on; None without input."""
+        if self.spec.tty is not None:
+            return self._input.arrived  # others may have typed what is not consumed
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
         """Feed the command; no data is the end of input.
 
         Repeated bytes are skipped.  Raises RpcError for a gap, for more than
-        LOG_WINDOW bytes that are not consumed, and without `spec.stdin`.
+        LOG_WINDOW bytes that are not consumed, and for a command that takes none.
         """
-        if not self.spec.stdin:
+        if not (self.spec.stdin or self.spec.tty):
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
                 return  # sent before the ending arrived
             self._input.add(offset, data)
+        self._wake()
+
+    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
+        """Change the terminal's size; `redraw`: have programs draw anew in any case.
+
+        Raises RpcError for a command without a terminal, and for an odd size.
+        """
+        size.check()
+        if self.spec.tty is None:
+            raise RpcError("INVALID_REQUEST", "the command has no terminal")
+        with self._lock:
+            before = self._resizing is not None and self._resizing[1]
+            self._resizing = (size, redraw or before)
         self._wake()
 
     def cancel(self, reason: str = "") -> None:
@@ -5618,7 +5943,9 @@ class Command:
         self._started, self._started_at = time.monotonic(), now_ms()
         cwd = _working_directory(self.spec.cwd, self._working_dir)
         prefix = b""
-        env = {**self._environ, **usable_here(self.spec.env)}
+        words: list[str | bytes]
+        forwarded = usable_here(self.spec.env)
+        env = {**self._environ, **forwarded}
         if self.spec.reports_directory:
             with contextlib.suppress(OSError):  # no room for the file: not reported
                 self._directory = DirectoryReport(cwd)
@@ -5626,12 +5953,18 @@ class Command:
             if cwd is not None:
                 env["PWD"] = os.fsdecode(cwd)  # so that `..` leads out of a symlink
         try:
+            words = [SHELL, "-c", "--", prefix + self.spec.command.encode("utf-8")]
+            if self.spec.tty is not None:
+                env = terminal_environment(self._environ, forwarded)
+                if not self.spec.command.strip():
+                    words = [login_shell()[0], "-l"]
             self._group = ProcessGroup(
-                prefix + self.spec.command.encode("utf-8"),
+                words,
                 cwd=cwd,
                 env=env,
                 stdin=self.spec.stdin,
                 inherited=self._inherited,
+                tty=self.spec.tty,
             )
         except (OSError, ValueError) as error:
             self._problem = _why_not_started(error, cwd)
@@ -5690,14 +6023,18 @@ class Command:
     def _loop(self, group: ProcessGroup) -> None:
         """Move bytes until the command is over."""
         deadline = Deadline(self._timeout)
+        on_mac = group.terminal is not None and sys.platform == "darwin"
+        if group.terminal is not None:
+            self._mark()
         with self._waking() as wake:
             while not self._advance(group, deadline):
-                poll = select.poll()  # a new one: the usable pipes change every time
+                # A new one: the usable pipes change every time.
+                poll = SelectPoll() if on_mac else select.poll()
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
                 self._register_pipes(group, poll)
-                appended = False
+                appended = group.terminal is not None and self._resize(group.terminal)
                 for descriptor, _ in _poll(poll, self._pause(group, deadline)):
                     if descriptor == wake:
                         os.read(wake, 4096)
@@ -5707,6 +6044,43 @@ class Command:
                         appended = self._read(group, descriptor) or appended
                 if appended:
                     self.log.ready()
+
+    def _mark(self) -> None:
+        """Add a mark to the log: the time, the size and the modes at this point."""
+        assert self._size is not None
+        if not self.log.room:
+            self._mark_at = -math.inf  # before the next output
+            return
+        self._mark_at, self._since_mark = time.monotonic(), 0
+        mark = Mark(
+            round((self._mark_at - self._started) * 1000),
+            *(self._size.rows, self._size.cols, self._modes.changed),
+        )
+        self.log.append(MARK, to_json(mark).encode("ascii"))
+
+    def _resize(self, terminal: Terminal) -> bool:
+        """Give the terminal the size that was asked for; return whether it is another.
+
+        For a redraw it is one column off for REDRAW_PAUSE.
+        """
+        with self._lock:
+            wanted, self._resizing = self._resizing, None
+        assert self._size is not None
+        if terminal.master not in (self._group.outputs if self._group else ()):
+            return False  # it is closed
+        changed = wanted is not None and wanted[0] != self._size
+        if wanted is not None and changed:
+            self._size, self._redraw_at = wanted[0], None
+            terminal.resize(self._size)
+            self._mark()
+        elif wanted is not None and wanted[1]:
+            cols = self._size.cols - 1 or 2
+            terminal.resize(TerminalSize(self._size.rows, cols))
+            self._redraw_at = time.monotonic() + REDRAW_PAUSE
+        elif self._redraw_at is not None and time.monotonic() >= self._redraw_at:
+            self._redraw_at = None
+            terminal.resize(self._size)
+        return changed
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
         """Take the next step toward the end; return whether it is reached."""
@@ -5726,6 +6100,8 @@ class Command:
                 return True
         elif running:
             return False
+        if group.terminal is not None and not any(n > 0 for n in self._owed.values()):
+            group.terminal.close_slave()  # now the master has an end, too
         # Bytes that were in a pipe at the shell's exit are read, even if the window is
         # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
@@ -5747,6 +6123,8 @@ class Command:
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
         """Return the seconds until the next check."""
         waits: list[float | None] = [LONGEST_POLL]
+        if self._redraw_at is not None:
+            waits.append(max(0.0, self._redraw_at - time.monotonic()))
         if group.ending:
             waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
@@ -5767,7 +6145,9 @@ class Command:
         self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
         return self._exit_pause_now
 
-    def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
+    def _register_pipes(
+        self, group: ProcessGroup, poll: select.poll | SelectPoll
+    ) -> None:
         """Register the pipes that can be used now."""
         with self._lock:
             pending = self._input.arrived > self._input.consumed
@@ -5792,9 +6172,21 @@ class Command:
             data = os.read(descriptor, min(room, READ_PAGES))
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno != errno.EIO:  # the end of a terminal, on Linux
+                raise
+            data = b""
         if not data:
             group.close_output(descriptor)
             return False
+        if group.terminal is not None:
+            self._since_mark += len(data)
+            if (
+                self._since_mark > MARK_BYTES
+                or time.monotonic() - self._mark_at >= MARK_INTERVAL
+            ):
+                self._mark()
+            self._modes.feed(data)
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
         if len(data) < LINE_CHUNK:
@@ -5811,7 +6203,9 @@ class Command:
             self._consume(os.write(descriptor, data))
         except BlockingIOError:
             return
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             group.close_input()
 
     def _consume(self, count: int) -> None:
@@ -9254,6 +9648,8 @@ class TelemetrySource:
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
+TERMINAL = "terminal"  # the work of a command with a terminal, in rows and limits
+
 SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
@@ -9267,6 +9663,8 @@ MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
 MAX_LINE = 1000  # commands in line for one of these places; more are refused
+MAX_TERMINALS = 64  # side by side; more are refused
+TERMINAL_WINDOW = 256 * 1024  # bytes: an interrupt is seen behind at most so many
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_COPIES = 4  # transfers of files each way side by side
 INPUT_PATIENCE = 900.0  # s without a byte; then a transfer to this machine is given up
@@ -9280,6 +9678,7 @@ WORKER_LINGER = 10.0  # s that a thread waits for another job
 PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
+NO_TERMINALS = "this machine's owner allows no terminals"
 NODE_STOPPED = "its node stopped"
 NODE_STOPPING = "this node is stopping"
 RAN_BEFORE = "it ran before, and its log was dropped"
@@ -9404,6 +9803,7 @@ class MachineOptions(Value):
     inherited: Inherited | None = None  # for commands; None: as this process has it
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
+    terminals: bool = True  # it opens terminals
     files: FilePlaces | None = None  # None: none are read or written
 
 
@@ -9420,7 +9820,7 @@ class Task(Protocol):
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that was consumed; None where it takes none."""
+        """The offset where the sender of input goes on; None where it takes none."""
 
     def begin(self) -> None:
         """Start early, in the calling thread; run() continues in another."""
@@ -9428,6 +9828,9 @@ class Task(Protocol):
     def run(self) -> Ending: ...
 
     def input(self, offset: int, data: bytes) -> None:
+        """Raises RpcError."""
+
+    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
         """Raises RpcError."""
 
     def cancel(self, reason: str = "") -> None: ...
@@ -9481,6 +9884,10 @@ class Errand:
     def input(self, _offset: int, _data: bytes) -> None:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
+
+    def resize(self, _size: TerminalSize, *, redraw: bool) -> None:  # noqa: ARG002
+        """Raises RpcError."""
+        raise RpcError("INVALID_REQUEST", "this work has no terminal")
 
     def cancel(self, reason: str = "") -> None:
         self._reason = reason
@@ -9578,7 +9985,10 @@ def _run(
     on_input: Callable[[int], None],
     spec: CommandSpec,
 ) -> Task:
-    if options.allowed is not None:
+    if spec.tty is not None:
+        if not options.terminals:
+            raise RpcError("FORBIDDEN", NO_TERMINALS)
+    elif options.allowed is not None:
         options.allowed.check(spec)
         spec = spec.replace(reports_directory=None)  # no other may be used there
     return Command(
@@ -9713,6 +10123,15 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_RUNNING,
         line=MAX_LINE,
     ),
+    # A `run` with `tty` in its spec: see work_of().
+    TERMINAL: Work(
+        CommandSpec.from_json,
+        _run,
+        recorded=True,
+        takes_input=True,
+        side_by_side=MAX_TERMINALS,
+        window=TERMINAL_WINDOW,
+    ),
     "which": Work(WhichSpec.from_json, partial(Errand, _which), line=MAX_LINE),
     "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
     "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
@@ -9748,6 +10167,14 @@ def find_work(name: str) -> Work:
     return work
 
 
+def work_of(work: str, spec: JsonObject) -> str:
+    """Return the work as rows and machines name it: a `run` with `tty` has its own.
+
+    It is no command that waits in line, and a row keeps it when its spec is gone.
+    """
+    return TERMINAL if work == "run" and spec.get("tty") is not None else work
+
+
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
     """Return the spec to send to a node: checked, the environment filtered.
 
@@ -9767,7 +10194,7 @@ def work_title(work: str, spec: JsonObject) -> str:
         return f"list {shown_path(decode_path(spec['path']))}"
     if work == "file.write":
         return f"write {shown_path(decode_path(spec['path']))}"
-    return spec.get("command") or work
+    return spec.get("command") or ("login shell" if work == TERMINAL else work)
 
 
 class MachineJob:
@@ -9819,7 +10246,8 @@ class Machine:
         lends = self._options.catalog is not None and (
             allowed is None or allowed.allows_work("chat")
         )
-        return (*MACHINE_CAPABILITIES, *((CAP_LLM,) if lends else ()))
+        opens = (CAP_TERMINAL,) if self._options.terminals else ()
+        return (*MACHINE_CAPABILITIES, *opens, *((CAP_LLM,) if lends else ()))
 
     def attach(self, peer: MachinePeer | None) -> None:
         """Report to `peer` from now on; None while there is no connection."""
@@ -9833,6 +10261,7 @@ class Machine:
         A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
+        work = work_of(work, spec)
         row = WORKS.get(work)
         log = JobLog(job_id, self._log_ready, window=row.window if row else LOG_WINDOW)
         task = refusal = None
@@ -9893,11 +10322,11 @@ class Machine:
         if job is not None and job.task is not None:
             job.task.input(offset, data)
 
-    def resize(self, job_id: str, rows: int, cols: int) -> None:
-        """Raises RpcError: there are no terminals yet."""
-        raise RpcError(
-            "INVALID_REQUEST", f"{job_id} has no terminal to make {cols} x {rows}"
-        )
+    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
+        """Change a terminal's size.  Raises RpcError for a job without one."""
+        job = self._get(job_id)
+        if job is not None and job.task is not None:
+            job.task.resize(size, redraw=redraw)
 
     def held(self) -> dict[str, int]:
         """Return the first offset held of each log, by id, the oldest first."""
@@ -9950,7 +10379,8 @@ class Machine:
     def _task(self, work: str, log: JobLog, spec: JsonObject) -> Task:
         row, allowed = find_work(work), self._options.allowed
         shared = self._options.files is not None and work in FILE_WORKS
-        named = work == "run" or shared  # these two look at the options themselves
+        # These look at the options themselves.
+        named = work in ("run", TERMINAL) or shared
         if allowed is not None and not named and not allowed.allows_work(work):
             raise RpcError(
                 "FORBIDDEN", f"this machine's owner does not allow the work {work!r}"
@@ -10302,8 +10732,8 @@ class GatewayLink:
     def _on_resize(self, payload: JsonObject) -> None:
         self._machine.resize(
             required(payload, "id", str),
-            required(payload, "rows", int),
-            required(payload, "cols", int),
+            TerminalSize.from_json(payload),
+            redraw=optional(payload, "redraw", bool) or False,
         )
 
 
@@ -10407,7 +10837,7 @@ class MoltisGatewayLink(GatewayLink):
             if job_id in self._answers:
                 return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
-        self._machine.start(job_id, work, {**args, "stdin": False})
+        self._machine.start(job_id, work, {**args, "stdin": False, "tty": None})
 
     def _answer(self, job_id: str, ending: Ending) -> None:
         with self._lock:
@@ -11580,6 +12010,10 @@ class AuditEvent:
     CHAT_DELETED = "chat.deleted"
     MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
+    TERMINAL_OPENED = "terminal.opened"
+    TERMINAL_JOINED = "terminal.joined"
+    TERMINAL_LEFT = "terminal.left"
+    TERMINAL_CLOSED = "terminal.closed"
 
     # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
@@ -13521,7 +13955,9 @@ class NodeLink(Protocol):
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
-    def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+    def resize(
+        self, job_id: str, size: TerminalSize, *, redraw: bool = False
+    ) -> None: ...
 
     def answers(self, timeout: float) -> bool:
         """Return whether the connection is alive, after `timeout` s at most."""
@@ -13962,6 +14398,8 @@ HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
 MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
 MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
+IDLE_TERMINAL = 24 * 3600.0  # s that a terminal goes on with nobody in it
+SCREEN = 256 * 1024  # bytes of a terminal's log that fill a screen, and their history
 
 # The fields of an Ending that are columns of a row.
 ENDING_COLUMNS = tuple(
@@ -14296,6 +14734,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that is not valid.
     """
+    work = work_of(work, spec)
     spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
@@ -14325,6 +14764,8 @@ class Follower(Protocol):
 
     holds: bool
     position: int  # the offset before which all is read; of a holder
+    person: str  # its name; "" for one who waits for an answer only
+    lost_at: int  # the offset of input where another holder took over
 
     def wake(self, job: Job) -> None:
         """Notice that the job has changed.  Neither blocks nor raises."""
@@ -14350,10 +14791,17 @@ class Job:
         self.directory: str | None = None  # of its Ending
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        # Held while input is forwarded, and while another takes over a terminal: what
+        # both type arrives in the order of its offsets.  Taken before `lock`.
+        self.typing = threading.Lock()
         self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
+        self.input_end = 0  # those that were sent to it; of a terminal
+        self.sized_by: Follower | None = None  # of a terminal
+        self.size: TerminalSize | None = None  # wanted since it was started
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
+        self.empty_since: float | None = time.monotonic()  # nobody follows it
         # Monotonic; an unkept job has waited for its holder since then.
         self.alone_since: float | None = None if record.kept else time.monotonic()
 
@@ -14375,6 +14823,32 @@ class Job:
     def end(self) -> int:
         """The log's end; of a job that has ended, the final one."""
         return max(self.log.end, self.log_end or 0)
+
+    @property
+    def window(self) -> int:
+        """The bytes of its log that its node keeps unacknowledged."""
+        return WORKS[self.record.work].window
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.record.work == TERMINAL
+
+    def people(self) -> list[JsonObject]:
+        """Return who is in a terminal, who types, and whose size it has."""
+        return [
+            {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+            for f in self.followers
+            if f.person and self.is_terminal
+        ]
+
+    def screen(self) -> int:
+        """Return where somebody who comes late starts to read a terminal: a mark."""
+        offset = self.log.tail(SCREEN)
+        start, data = self.log.read(offset, SCREEN)
+        for kind, at, _ in scan_frames(data):
+            if kind == MARK:
+                return start + at - FRAME_HEAD.size
+        return start
 
     @property
     def is_recorded(self) -> bool:
@@ -14426,6 +14900,9 @@ def job_view(job: Job | JobRecord) -> JsonObject:
         if job.away_ms is not None:
             view["awayMs"] = job.away_ms
             words = f"waiting for {record.node_name} to come back"
+        people = job.people()
+        if people:
+            view["people"] = people
     return {**view, "words": words, "failed": record.failed}
 
 
@@ -14440,6 +14917,8 @@ class Gathering:
     """The holder of an unkept job that gathers all its output, for a future."""
 
     holds = True
+    person = ""
+    lost_at = 0
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.future: Future[Gathering] = Future()
@@ -14493,6 +14972,8 @@ class Wait:
 
     holds = False
     position = 0
+    person = ""
+    lost_at = 0
 
     def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
         """News are bytes after `offset` and changes of state; None: only the ending."""
@@ -14548,8 +15029,10 @@ class Jobs:
         fleet: Fleet,
         directory: Path,
         keep_output: int = KEEP_OUTPUT,
+        idle_terminal: float = IDLE_TERMINAL,  # s
     ) -> None:
         """Load the jobs of an earlier life of the gateway.  Raises StoreError."""
+        self._idle_terminal = idle_terminal
         self._table = table
         self._fleet = fleet
         self._directory = directory
@@ -14561,6 +15044,9 @@ class Jobs:
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
+        # Called when somebody opens a terminal, comes, leaves, and when it has ended:
+        # with the job, an AuditEvent, and the Caller or None.
+        self.on_people: Callable[[Job, str, Any], None] = lambda *_: None
         # Called when a recorded job has begun or its state has changed; never blocks.
         self.on_change: Callable[[Job], None] | None = None
         self._next_sweep = 0.0  # monotonic
@@ -14651,21 +15137,30 @@ class Jobs:
 
     def follow(self, job: Job, follower: Follower) -> None:
         """Wake `follower` at each change; one that holds replaces the holder."""
-        with job.lock:
+        with job.typing if follower.holds else contextlib.nullcontext(), job.lock:
             job.followers = (*job.followers, follower)
             if follower.holds:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
+                    previous.lost_at = job.input_end
+            job.empty_since = None
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
-        follower.wake(job)
+        if follower.person and job.is_terminal:
+            self._wake(job)  # the others see who came
+        else:
+            follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
         """Remove `follower`; a holder that `leaves` cancels an unkept job."""
         with job.lock:
             job.followers = tuple(f for f in job.followers if f is not follower)
             held = job.holder is follower
+            if job.sized_by is follower:
+                job.sized_by = None
+            if not any(f.person for f in job.followers):
+                job.empty_since = time.monotonic()
             if held:
                 job.holder = None
                 if not (job.record.kept or leaves):
@@ -14673,6 +15168,8 @@ class Jobs:
             cancels = held and leaves and not job.record.kept and job.record.is_open
         if cancels:
             self.cancel(job)
+        if follower.person and job.is_terminal:
+            self._wake(job)  # the others see who left
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
@@ -14684,7 +15181,7 @@ class Jobs:
             if over and (job.record.is_final or not job.followers):
                 self._remove(job)
             if job.settled or (
-                not over and offset - job.acknowledged < LOG_WINDOW // 4
+                not over and offset - job.acknowledged < job.window // 4
             ):
                 return
             job.acknowledged, job.settled = offset, over
@@ -14791,12 +15288,39 @@ class Jobs:
 
         Raises RpcError FORBIDDEN unless `follower` holds the job.
         """
-        if job.holder is not follower:
-            raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
-        self._notify(job, lambda link: link.input(job.id, offset, data))
+        with job.typing:
+            if job.holder is not follower:
+                raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
+            if job.is_terminal:
+                if offset > job.input_end:
+                    return  # sent before it was asked to go on elsewhere
+                job.input_end = max(job.input_end, offset + len(data))
+            # No follower and no other lock is reached from here.
+            self._notify(job, lambda link: link.input(job.id, offset, data))
 
-    def resize(self, job: Job, rows: int, cols: int) -> None:
-        self._notify(job, lambda link: link.resize(job.id, rows, cols))
+    def resize(self, job: Job, size: TerminalSize, by: Follower | None) -> None:
+        """Give a terminal this size; from now on it is that of `by`.
+
+        Raises RpcError for a job without a terminal, and for an odd size.
+        """
+        size.check()
+        if not job.is_terminal:
+            raise RpcError("INVALID_REQUEST", f"{job.id} has no terminal")
+        with job.lock:
+            job.size, job.sized_by = size, by
+        self._notify(job, lambda link: link.resize(job.id, size))
+        self._wake(job)
+
+    def redraw(self, job: Job) -> None:
+        """Have the programs of a terminal draw it anew, for one who comes late."""
+        size = self.size_of(job)
+        if size is not None:
+            self._notify(job, lambda link: link.resize(job.id, size, redraw=True))
+
+    def size_of(self, job: Job) -> TerminalSize | None:
+        """Return the size of a terminal that has not ended."""
+        given = (job.record.spec or {}).get("tty")
+        return job.size or (TerminalSize.from_json(given) if given else None)
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -14856,6 +15380,9 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is not None:
             job.input_at = offset
+            if resume:
+                with job.typing:
+                    job.input_end = offset
             job.input_resumes += resume
             self._wake(job)
 
@@ -14899,9 +15426,12 @@ class Jobs:
                     self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
                 self._send(job)
-            elif known and job.record.is_open and job.record.cancelled_at is not None:
+            elif known and job.record.is_open:
                 with contextlib.suppress(ConnectionClosed):
-                    link.cancel(job.id)
+                    if job.record.cancelled_at is not None:
+                        link.cancel(job.id)
+                    if job.size is not None:
+                        link.resize(job.id, job.size)
             self._wake(job)
             self.acknowledge(job)
 
@@ -14960,6 +15490,7 @@ class Jobs:
             elif not job.stored:
                 self._save(job)
                 changed = job.stored
+            empty_since = job.empty_since
             if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
                 job.alone_since = None  # from now on its output is dropped
                 if record.is_final:
@@ -14969,6 +15500,10 @@ class Jobs:
             job.log.flush()
         if record.is_open and job.sent_over is None:
             self._send(job)
+        is_idle = empty_since is not None and now - empty_since > self._idle_terminal
+        if is_idle and job.is_terminal and record.is_open:
+            hours = self._idle_terminal / 3600
+            self.cancel(job, f"the gateway: nobody was in it for {hours:g} h")
         if changed:
             self._wake(job)
         self.acknowledge(job)
@@ -15091,6 +15626,8 @@ class Jobs:
                 ends, job.ends_anew = job.ends_anew, False
             if ends:
                 self.on_end(job)
+                if job.is_terminal:
+                    self.on_people(job, AuditEvent.TERMINAL_CLOSED, None)
         for follower in job.followers:
             follower.wake(job)
         if self.on_change is not None:
@@ -15215,7 +15752,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -15845,7 +16382,12 @@ def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject
 
 
 def job_for_model(view: JsonObject) -> JsonObject:
-    """Return the state of a job, or its ending, as a model sees it."""
+    """Return the state of a job, or its ending, as a model sees it.
+
+    Raises RpcError for a terminal: what people type and see there is theirs.
+    """
+    if view.get("work") == TERMINAL:
+        raise RpcError("FORBIDDEN", "that is the terminal of a person, not a command")
     seen = {"node": view["nodeName"], "state": view["state"]}
     if view["state"] in JobState.OPEN:
         if view.get("awayMs") is not None:
@@ -16060,6 +16602,7 @@ class Toolbox:
         self, job_id: str, offset: int, wait: float, *, cancels: bool
     ) -> JsonObject:
         if cancels:
+            job_for_model(self._machines.wait(job_id, 0, self._cancel))
             self._machines.stop(job_id)
         # First the state: an end that is seen has all output before it.
         view = self._wait(job_id, wait)
@@ -16283,6 +16826,8 @@ class HeldJob:
     """An unrecorded job on a node that lends its models, and its holder."""
 
     holds = True
+    person = ""
+    lost_at = 0
 
     def __init__(
         self, jobs: Jobs, node: tuple[str, str], work: str, spec: JsonObject
@@ -17790,10 +18335,10 @@ def answer_request(
 
 def _takes_input(record: JobRecord) -> bool:
     spec = record.spec or {}
-    return WORKS[record.work].takes_input or bool(spec.get("stdin") or spec.get("tty"))
+    return WORKS[record.work].takes_input or bool(spec.get("stdin"))
 
 
-STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end", "people")
 ENDING_FIELDS = (
     *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
     *("startedAt", "duration"),
@@ -17820,6 +18365,7 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        person: str = "",
         newest: int | None = None,
     ) -> None:
         """`on_done` is called once the client has everything there will be.
@@ -17830,6 +18376,9 @@ class ClientFollower:
         self.job = job
         self.position = offset  # everything before it is read by the client
         self.holds = holds
+        self.person = person
+        self.lost_at = 0
+        self._held = holds  # as the client knows
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
@@ -17846,7 +18395,8 @@ class ClientFollower:
 
     def wake(self, job: Job) -> None:
         if self._is_open:
-            self._outlet.wake(self._next, 0 if job.record.work == "run" else 1)
+            urgent = job.record.work in ("run", TERMINAL)
+            self._outlet.wake(self._next, 0 if urgent else 1)
 
     def acknowledge(self, offset: int) -> None:
         """Raises RpcError for bytes that were not sent."""
@@ -17866,17 +18416,26 @@ class ClientFollower:
         """Return the next message; only one thread at a time calls it."""
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
+        if self._held and not self.holds:
+            self._held = False
+            return encode_envelope(
+                Event(JOB_INPUT, {"id": job.id, "offset": self.lost_at, "held": False})
+            )
         if consumed != self._input and self.holds and _takes_input(record):
             payload: JsonObject = {"id": job.id, "offset": consumed[0]}
             if self._input is None or consumed[1] != self._input[1]:
                 payload["resume"] = True
+                if job.is_terminal:
+                    payload["offset"] = job.input_end  # others may have typed
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
         # Read before the log: an ending follows all bytes.
-        state = (record.state, job.place, job.away_since is not None)
-        newest = self._newest
+        people = job.people()
+        state = (record.state, job.place, job.away_since is not None, people)
+        newest = None if self.holds else self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
-            self._sent = job.log.tail(newest)
+            # Whoever reads a terminal too slowly skips to a screen.
+            self._sent = job.screen() if job.is_terminal else job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -17925,7 +18484,7 @@ class OperatorPeer:
             with self._lock:
                 followers = list(self._followers.values())
             for follower in followers:
-                self._jobs.unfollow(follower.job, follower, leaves=False)
+                self._drop(follower)
 
     def notify(self, text: str) -> None:
         """Send an event, if the connection lives."""
@@ -17942,22 +18501,50 @@ class OperatorPeer:
             )
 
     def follow(
-        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+        self,
+        job: Job,
+        offset: int,
+        *,
+        holds: bool,
+        newest: int | None = None,
+        opens: bool = False,  # or joins what was opened before
     ) -> int:
         """Send the job's log from `offset` on, or from the first byte kept after it.
 
         Returns that offset.
         """
-        self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
         follower = ClientFollower(
-            job, self._outlet, start, self._drop, holds=holds, newest=newest
+            job,
+            self._outlet,
+            start,
+            self._drop,
+            holds=holds,
+            person=self.caller.name,
+            newest=newest,
         )
         with self._lock:
+            before = self._followers.get(job.id)
             self._followers[job.id] = follower
+        if before is not None:
+            before.person = ""  # not twice in the list of who is there
         self._unopened.append(follower)
         self._jobs.follow(job, follower)
+        if before is not None:  # the same client, from another offset
+            if job.sized_by is before:
+                job.sized_by = follower
+            self._jobs.unfollow(job, before, leaves=False)
+        elif not opens:
+            self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
+
+    def follower_of(self, job: Job) -> ClientFollower | None:
+        return self._follower(job.id)
+
+    def _note(self, job: Job, event: str) -> None:
+        """Record in the audit who comes into a terminal, or leaves it."""
+        if job.is_terminal and job.record.is_open:
+            self._jobs.on_people(job, event, self.caller)
 
     def unfollow(self, job_id: str, *, leaves: bool) -> None:
         follower = self._follower(job_id)
@@ -17979,9 +18566,12 @@ class OperatorPeer:
 
     def _drop(self, follower: ClientFollower, *, leaves: bool = False) -> None:
         with self._lock:
-            if self._followers.get(follower.job.id) is follower:
+            known = self._followers.get(follower.job.id) is follower
+            if known:
                 del self._followers[follower.job.id]
         self._jobs.unfollow(follower.job, follower, leaves=leaves)
+        if known:
+            self._note(follower.job, AuditEvent.TERMINAL_LEFT)
 
     def _answer(self, text: str) -> None:
         try:
@@ -18477,6 +19067,8 @@ class JobMethods:
         if peer is not None:
             peer.check_room(len(jobs))
         kept = not hold if keep is None else keep
+        if work_of(work, spec) == TERMINAL:
+            kept = True  # it is recorded, and outlives whoever holds it
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
         records = [
@@ -18491,13 +19083,19 @@ class JobMethods:
             )
             for item in jobs
         ]
-        return {"jobs": [self._start(record, peer) for record in records]}
+        caller = call.caller
+        return {"jobs": [self._start(record, caller, peer) for record in records]}
 
-    def _start(self, record: JobRecord, peer: OperatorPeer | None) -> JsonObject:
+    def _start(
+        self, record: JobRecord, caller: Caller, peer: OperatorPeer | None
+    ) -> JsonObject:
         try:
             job = self._jobs.start(record)
+            if job.is_terminal and job.record.asked_at == record.asked_at:
+                self._jobs.on_people(job, AuditEvent.TERMINAL_OPENED, caller)
             if peer is not None:
-                peer.follow(job, 0, holds=True)
+                newest = SCREEN if job.is_terminal else None
+                peer.follow(job, 0, holds=True, newest=newest, opens=True)
         except RpcError as error:
             problem = encode_error(error)
             return {"id": record.id, "node": record.node_name, "error": problem}
@@ -18519,19 +19117,25 @@ class JobMethods:
         tail: int | None,
         skip: bool,
         hold: bool,
+        screen: bool,
     ) -> JsonObject:
         """Send the log from `offset` on; of what is there, at most the last `tail`.
 
         `skip`: also later, if the client falls behind by several times as much.
+        `screen`: of a terminal, what a screen needs; its programs draw it anew.
         """
         if hold:
             peer.caller.require(Scope.WRITE)
         check_reader(job, peer.caller)
         peer.check_room(1)
+        newest = (tail or (SCREEN if job.is_terminal else None)) if skip else None
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        newest = tail if skip and not hold else None
+        if screen and job.is_terminal:
+            offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
+        if screen:
+            self._jobs.redraw(job)
         return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
@@ -18575,8 +19179,13 @@ class JobMethods:
         self._jobs.cancel(job, by.name)
         return job_view(job)
 
-    def resize(self, job: Job, rows: int, cols: int) -> None:
-        self._jobs.resize(job, rows, cols)
+    def resize(
+        self, call: RpcCall, job: Job, rows: int, cols: int, redraw: bool
+    ) -> None:
+        by = None if call.peer is None else call.peer.follower_of(job)
+        self._jobs.resize(job, TerminalSize(rows, cols), by)
+        if redraw:
+            self._jobs.redraw(job)
 
     def page(self, node_id: str, **filters: Any) -> list[JsonObject]:
         """Answer with jobs, the newest first."""
@@ -18594,7 +19203,7 @@ class JobMethods:
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
         """Start a job and answer with its result: Moltis' one call, one answer."""
-        if args.get("stdin"):
+        if args.get("stdin") or args.get("tty"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
         work = INVOKED_WORKS[command]
@@ -18677,6 +19286,15 @@ class ChatMethods:
             key_id=by.id,
             always=decision == "always",
         )
+
+
+def record_people(door: Doorkeeper, job: Job, event: str, by: Caller | None) -> None:
+    """Record in the audit who uses a terminal; a full disk does not end it."""
+    record = job.record
+    ended = "" if record.is_open else f": {record.words()}"
+    subject = f"{record.command} on {record.node_name} ({record.id[:8]}){ended}"
+    with contextlib.suppress(StoreError):
+        door.record(event, clip(subject, 200), by)
 
 
 APPROVAL_WORDS: Mapping[str, str] = {"ask": "Ask first", "all": "Run everything"}
@@ -18908,6 +19526,7 @@ class Rpc:
                 tail=Optional(required_offset),
                 skip=flag,
                 hold=flag,
+                screen=flag,
             ),
             "job.unfollow": Method(
                 jobs.unfollow, read, peer=OperatorPeer, jobId=required_id, leave=flag
@@ -18941,7 +19560,14 @@ class Rpc:
                 limit=count,
             ),
             "job.cancel": Method(jobs.cancel, write, job=jobs.job, by=Caller),
-            "job.resize": Method(jobs.resize, write, job=jobs.job, rows=int, cols=int),
+            "job.resize": Method(
+                *(jobs.resize, write),
+                call=RpcCall,
+                job=jobs.job,
+                rows=int,
+                cols=int,
+                redraw=flag,
+            ),
             "sessions.list": Method(chats.all, read),
             "sessions.resolve": Method(sessions.resolve, read, key=str),
             "sessions.create": Method(
@@ -19121,9 +19747,18 @@ class NodePeer:
         self._fleet = fleet
         self._jobs = jobs
         self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
+        self._name = params.display_name or params.client_id
+        self._opens_terminals = CAP_TERMINAL in params.capabilities
 
-    def check(self, work: str, spec: JsonObject) -> None:
+    def check(self, work: str, spec: JsonObject) -> None:  # noqa: ARG002  as MoltisPeer
         """Raises RpcError for work that this node cannot do."""
+        if work == TERMINAL and not self._opens_terminals:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"{self._name} opens no terminals: its owner has switched them off "
+                "(`node add --no-terminal`, or --allow without --allow-terminal), or "
+                "its moltis.py is too old",
+            )
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         self._notify(JOB_START, {"id": job_id, "work": work, "spec": spec})
@@ -19137,8 +19772,9 @@ class NodePeer:
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
 
-    def resize(self, job_id: str, rows: int, cols: int) -> None:
-        self._notify(JOB_RESIZE, {"id": job_id, "rows": rows, "cols": cols})
+    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
+        flag = {"redraw": True} if redraw else {}
+        self._notify(JOB_RESIZE, {"id": job_id, **size.to_json(), **flag})
 
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
@@ -19257,7 +19893,6 @@ class MoltisPeer(NodePeer):
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
         self.instance = new_id()  # its jobs are lost with the connection
-        self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
         self._asked: dict[str, tuple[str, int]] = {}  # by id: work, when (ms)
@@ -19266,12 +19901,12 @@ class MoltisPeer(NodePeer):
 
     def check(self, work: str, spec: JsonObject) -> None:
         problem = ""
-        if work not in MOLTIS_COMMANDS:
+        if work == TERMINAL:
+            problem = f"has no terminals: {MOLTIS_KIND}"
+        elif work not in MOLTIS_COMMANDS:
             problem = f"cannot do that: {MOLTIS_KIND}"
         elif spec.get("stdin"):
             problem = f"passes no input to commands: {MOLTIS_KIND}"
-        elif spec.get("tty"):
-            problem = f"has no terminals: {MOLTIS_KIND}"
         elif len(self._line) >= MAX_LINE:
             problem = f"has {MAX_LINE} commands in line already"
         if problem:
@@ -19311,7 +19946,9 @@ class MoltisPeer(NodePeer):
             self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
-    def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+    def resize(
+        self, job_id: str, size: TerminalSize, *, redraw: bool = False
+    ) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
@@ -21052,6 +21689,21 @@ def job_output(job: Job) -> Generator[bytes, None, None]:
         position = start + len(data)
 
 
+def job_recording(job: Job) -> Generator[bytes, None, None]:
+    """Yield a terminal's recording so far, as asciicast v2."""
+    record, position = job.record, 0
+    recording = recording_of(record.command, record.node_name, record.asked_at)
+    while position < job.log.end:
+        start, data = job.log.read(position)
+        if not data:
+            return
+        lines = itertools.chain.from_iterable(
+            recording.lines(*frame) for frame in log_frames(data)
+        )
+        yield "".join(f"{line}\n" for line in lines).encode("utf-8")
+        position = start + len(data)
+
+
 class OperatorCalls:
     """The methods of this gateway for the operator of one request: GatewayCalls."""
 
@@ -21210,6 +21862,8 @@ class JobReader:
     """Reads what a transfer of files writes, as the holder of its job."""
 
     holds = True
+    person = ""
+    lost_at = 0
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.job = job
@@ -21708,12 +22362,17 @@ class HttpApp:
 
     def _job_output(self, request: HttpRequest) -> Reply:
         job_id, _, what = request.path[len(JOBS_PATH) :].partition("/")
-        if what != "output":
+        if what not in ("output", "recording"):
             return self._not_found(request)
         caller = self.caller(request)
         caller.require(Scope.READ)
         job = self._jobs.get(job_id)
         check_reader(job, caller)
+        if what == "recording":
+            if not job.is_terminal:
+                raise RpcError("NOT_FOUND", f"{job.id} {NO_RECORDING}")
+            name, kind = f"terminal-{job.id[:8]}.cast", "application/x-asciicast"
+            return download_reply(name, job_recording(job), kind)
         name = f"output-{job.id[:8]}.txt"
         return download_reply(name, job_output(job), "text/plain; charset=utf-8")
 
@@ -22881,7 +23540,8 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <section id="files" class="settings" aria-labelledby="files-title" hidden>
 <header class="bar"><a id="files-back" class="bare" aria-label="The machine"
  title="The machine" data-icon="back"></a><h1 id="files-title"></h1></header>
-<div class="place"><button id="files-up" class="bare" data-icon="up" title="Directory above"></button>
+<div class="place"><button id="files-up" class="bare" data-icon="up"
+ title="Directory above"></button>
 <div class="picker"><input id="files-path" aria-label="Path" role="combobox"
  aria-expanded="false" aria-controls="files-matches" autocomplete="off">
 <ul id="files-matches" class="choices" role="listbox" aria-label="Directories"
@@ -28645,6 +29305,7 @@ CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
 RECONNECT_AFTER = 0.5  # s after a connection broke; then twice as long, and so on
 RECONNECT_LIMIT = 5.0  # s
 ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
+ACK_TERMINAL_AFTER = TERMINAL_WINDOW // 4
 
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
@@ -28879,6 +29540,8 @@ class FollowedJob:
         self.node = node
         self.holds = holds  # or watches
         self.known = False  # to the gateway: it need not be started again
+        self.is_terminal = False
+        self.old_until = 0  # of a terminal: what is before it was shown to others
         self.position = 0  # in its log: everything before it is written
         self.received = 0
         self.seen = 0  # bytes of output received, or known to be cut
@@ -28985,6 +29648,54 @@ class JobInput:
             self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
+AWAY_KEYS = 4096  # bytes typed while a link is away; more are refused
+
+
+class TypedInput(JobInput):
+    """What is typed at a terminal, of which others may hold the input meanwhile."""
+
+    def type(self, data: bytes, away: Callable[[], bool]) -> bool:
+        """Send `data`; return False, without it, if too much waits for a lost link."""
+        with self._changed:
+            while True:
+                limit = AWAY_KEYS if away() else LOG_WINDOW
+                if len(self._kept) + len(data) <= limit:
+                    self._kept += data
+                    self._send_rest()
+                    return True
+                if away():
+                    return False
+                self._changed.wait(1.0)  # for consumed(); away() changes by itself
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is typed that nobody was sent."""
+        with self._changed:
+            return bool(self._kept) and not self._flows
+
+    def go_on(self, offset: int) -> None:
+        """Send what is kept from `offset` on: what is before it has arrived."""
+        with self._changed:
+            gone = offset - self._consumed
+            if 0 <= gone <= self._sent - self._consumed:
+                del self._kept[:gone]
+            # Otherwise others have typed, and ours follows: it was not sent yet.
+            self._consumed = offset
+        self.resume()
+
+    def lose(self, offset: int) -> None:
+        """Keep what was not forwarded when another took over, at `offset`."""
+        self.consumed(offset)
+        with self._changed:
+            self._flows = False
+            self._sent = self._consumed
+
+    def pause(self) -> None:
+        """Keep what is typed until go_on(): the connection broke."""
+        with self._changed:
+            self._flows = False
+
+
 class JobFeed:
     """Jobs and their logs as one stream of news, which outlives its connection."""
 
@@ -29034,6 +29745,33 @@ class JobFeed:
         self._follow(job)
         return job
 
+    def open_terminal(self, node: str, spec: JsonObject) -> FollowedJob:
+        """Start a terminal and hold it."""
+        [job] = self.start({node: node}, {"work": "run", "spec": spec})
+        job.is_terminal = True
+        self._input = TypedInput(job.id, self._send)
+        return job
+
+    def join_terminal(self, job_id: str, name: str, *, holds: bool) -> FollowedJob:
+        """Follow a terminal from its last screen on."""
+        job = self.open[job_id] = FollowedJob(job_id, name, holds=holds)
+        job.is_terminal = True
+        self._input = TypedInput(job_id, self._send)
+        self._follow(job, screen=True)
+        return job
+
+    def type(self, job: FollowedJob, data: bytes, away: Callable[[], bool]) -> bool:
+        """Send what was typed, taking the hold; False: it is refused, see TypedInput.
+
+        May be called from any thread.
+        """
+        assert isinstance(self._input, TypedInput)
+        taken = self._input.type(data, away)
+        if not job.holds:
+            job.holds = True
+            self._follow(job)
+        return taken
+
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
             self.client.notify("job.unfollow", {"id": job.id})
@@ -29054,6 +29792,10 @@ class JobFeed:
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
         self.interrupted = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have news() yield None; may be called from a signal handler."""
         self._news.put((None, None))
 
     def news(self, tick: float | None = None) -> Iterator[News | None]:
@@ -29097,10 +29839,23 @@ class JobFeed:
             self._news.put((client, news))
 
     def _take_input_state(self, payload: JsonObject) -> None:
-        if self._input is not None and payload["id"] == self._input.job_id:
-            self._input.consumed(required_offset(payload))
+        typed = self._input
+        if typed is None or payload["id"] != typed.job_id:
+            return
+        offset = required_offset(payload)
+        if isinstance(typed, TypedInput) and payload.get("resume"):
+            typed.go_on(offset)
+        elif isinstance(typed, TypedInput) and payload.get("held") is False:
+            typed.lose(offset)
+            job = self.open.get(typed.job_id)
+            if job is not None:
+                job.holds = typed.waits
+                if job.holds:
+                    self._follow(job)
+        else:
+            typed.consumed(offset)
             if payload.get("resume"):
-                self._input.resume()
+                typed.resume()
 
     def _take_log(self, message: bytes) -> Iterator[JobOutput]:
         with self._changed:
@@ -29118,7 +29873,8 @@ class JobFeed:
         job.seen += max(0, cut) + sum(len(d) for kind, d in frames if kind in STREAMS)
         yield JobOutput(job, max(0, cut), frames)
         job.position = job.received
-        if job.holds and job.position - job.acknowledged >= ACK_AFTER:
+        due = ACK_TERMINAL_AFTER if job.is_terminal else ACK_AFTER
+        if job.holds and job.position - job.acknowledged >= due:
             self._acknowledge(job, job.position)
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
@@ -29144,10 +29900,13 @@ class JobFeed:
                 yield from self._fail([job], failed)
                 continue
             job.known = True
+            if job.is_terminal and not job.received and "offset" in result:
+                job.position = job.received = result["offset"]
+                job.old_until = view["end"]
             if not job.state:  # an event may have been faster
                 job.state = view
                 yield JobChange(job)
-        if self._input is not None:
+        if self._input is not None and not isinstance(self._input, TypedInput):
             self._input.resume()
 
     def _take_event(self, event: Event) -> Iterator[News]:
@@ -29162,7 +29921,7 @@ class JobFeed:
         if "ending" in state:
             ending = job.ending = Ending.from_json(state["ending"])
             missing = ending.stdout_bytes + ending.stderr_bytes - job.seen
-            if missing > 0:
+            if missing > 0 and not job.is_terminal:
                 yield JobOutput(job, missing, ())
                 if job.holds:  # whoever asked for all of it does not get all of it
                     job.error = Unreachable(
@@ -29186,6 +29945,8 @@ class JobFeed:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
         self.client.drop()
+        if isinstance(self._input, TypedInput):
+            self._input.pause()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -29217,9 +29978,11 @@ class JobFeed:
         if self.interrupted:
             self.cancel()
 
-    def _follow(self, job: FollowedJob) -> None:
+    def _follow(self, job: FollowedJob, *, screen: bool = False) -> None:
         job.known, job.state = True, {}
         params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        if job.is_terminal:
+            params.update(skip=True, screen=screen)
         self._ask([job], "job.follow", params)
 
     def _ask(
@@ -29315,6 +30078,7 @@ class GatewayOptions(Value):
     keep_audit: float = 90.0  # days
     keep_chats: float | None = None  # days; None: for ever
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
+    idle_terminal: float = IDLE_TERMINAL  # s
     inherited: Inherited | None = None  # for commands on Local
     command: str = "moltis gateway"  # that started it
 
@@ -29428,7 +30192,10 @@ class RunningGateway:
             local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
-            jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
+            jobs = self.jobs = Jobs(
+                store.jobs, fleet, logs, options.keep_output, options.idle_terminal
+            )
+            jobs.on_people = partial(record_people, access.door)
             jobs.on_change = stack.enter_context(closing(JobNews(audience))).add
             stack.callback(jobs.close)
             local.start(fleet, jobs)
@@ -29596,6 +30363,7 @@ class RunningNode:
                 inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
+                terminals=settings.opens_terminals,
                 files=shared_files(settings),
             )
         )
@@ -29653,8 +30421,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
-#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
-#       Assembly
+#       Machine, Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client,
+#       MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -30172,6 +30940,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         raise UsageError(f"--keep-chats takes days, not {args.keep_chats:g}")
     if not 0 < args.keep_output <= 1_000_000:
         raise UsageError(f"--keep-output takes GiB, not {args.keep_output:g}")
+    if not 0 < args.idle_terminal <= 1_000_000:
+        raise UsageError(f"--idle-terminal takes hours, not {args.idle_terminal:g}")
     if args.proxy_cert and not args.trusted_proxy:
         raise UsageError("--proxy-cert needs --trusted-proxy")
     binding = read_channel_binding(Path(args.proxy_cert)) if args.proxy_cert else None
@@ -30185,6 +30955,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_chats=args.keep_chats,
         keep_output=round(args.keep_output * 1024**3),
+        idle_terminal=args.idle_terminal * 3600,
         inherited=context.inherited,
         command=shlex.join([*program_words(), *sys.argv[1:]]),
     )
@@ -30306,6 +31077,13 @@ def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
 # -- the node's own subcommands ------------------------------------------------
 
 
+def chosen_terminals(args: argparse.Namespace) -> bool | None:
+    """Raises UsageError."""
+    if args.no_terminal and args.allow_terminal:
+        raise UsageError("say --no-terminal or --allow-terminal, not both")
+    return args.allow_terminal or (False if args.no_terminal else None)
+
+
 def node_settings(
     args: argparse.Namespace, offer: JsonObject, context: Context
 ) -> NodeSettings:
@@ -30350,6 +31128,7 @@ def node_settings(
         auth=args.auth or "scram",
         llm=not args.no_llm,
         allow=args.allow or (),
+        terminals=chosen_terminals(args),
         files=not args.no_files,
         allow_files=[os.path.abspath(path) for path in args.allow_files or ()],
         ca=trust.ca,
@@ -31097,6 +31876,23 @@ def exit_status(ending: Ending) -> int:
     return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
 
 
+def ended_status(
+    job: FollowedJob, output: Output, *, was_cancelled: bool = False
+) -> int:
+    """Return the exit status for a job; say what the status alone does not.
+
+    Raises the error that it has instead of an ending.
+    """
+    if job.error is not None:
+        raise job.error
+    ending = job.ending
+    assert ending is not None
+    ours = ending.state == JobState.CANCELLED and was_cancelled
+    if ending.state != JobState.DONE and not ours:
+        output.complain(f"{job.name}: {ending.words()}")
+    return exit_status(ending)
+
+
 def recap_words(job: FollowedJob) -> tuple[str, str]:
     """Return the group of a recap for an ended job, and why it is in it."""
     if job.error is not None:
@@ -31203,14 +31999,14 @@ class JobTerminal:
         if len(self._ended) < len(self._jobs):
             self._waiting.explain_leaving()
             return INTERRUPTED
-        return self._recap() if len(self._jobs) > 1 else self._status(self._ended[0])
+        return self._recap() if len(self._jobs) > 1 else self._status()
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
-        return self._status(self._ended[0])
+        return self._status()
 
     def _result(self, job: FollowedJob) -> JsonObject:
         """Return how a job went, and its output, for JSON."""
@@ -31292,19 +32088,10 @@ class JobTerminal:
                 self._printers[job.id, kind].finish()
             self._ended.append(job)
 
-    def _status(self, job: FollowedJob) -> int:
-        """Return the exit status for one job; say what the status alone does not.
-
-        Raises the error that it has instead of an ending.
-        """
-        if job.error is not None:
-            raise job.error
-        ending = job.ending
-        assert ending is not None
-        ours = ending.state == JobState.CANCELLED and self._cancelled
-        if ending.state != JobState.DONE and not ours:
-            self._output.complain(f"{job.name}: {ending.words()}")
-        return exit_status(ending)
+    def _status(self) -> int:
+        """Return the exit status for the one job.  Raises its error."""
+        job = self._ended[0]
+        return ended_status(job, self._output, was_cancelled=self._cancelled)
 
     def _recap(self) -> int:
         """Say how each job went; return 0 only if all went well."""
@@ -31380,10 +32167,18 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
+def people_words(row: JsonObject) -> str:
+    """Return who is in a terminal; "nobody" for an open one without people."""
+    if row["work"] != TERMINAL or row["state"] not in JobState.OPEN:
+        return ""
+    return ", ".join(person["name"] for person in row.get("people", ())) or "nobody"
+
+
 JOB_COLUMNS: Mapping[str, Column] = {
     ID: "id",
     "NODE": "nodeName",
     "STATE": lambda row: one_line(row["words"], 40),
+    "IN IT": lambda row: one_line(people_words(row), 40) or "-",
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
@@ -31418,11 +32213,426 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+# -- terminals: moltis node shell, attach --------------------------------------
+
+NOTICE_SHOWN = 3.0  # s that a notice on the last line stays
+ESCAPE_HELP = """\
+~.  end the terminal, or leave it if others are in it
+~d  leave it running; `moltis node attach {id}` goes back in
+~?  show this
+~~  type ~
+(each after Enter; the terminal is recorded; in it: {people})
+"""
+
+# What asks a terminal for an answer, which would be typed into the program: device
+# attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).
+TERMINAL_QUERY = re.compile(
+    rb"\x05|\x1bZ|\x1b\[[>=]?[0-9;]*c|\x1b\[\??[0-9;]*n|\x1b\[\??[0-9;]+\$p"
+    rb"|\x1b\[[01]?x|\x1b\[>[0-9]*q|\x1b\[(?:1[1-9]|2[01])[0-9;]*t|\x1b\[\?u"
+    rb"|\x1b\[\?[0-9;]+S|\x1b\][0-9]+;[^\x07\x1b]{0,300}\?(?:\x07|\x1b\\)"
+    rb"|\x1bP[$+]q[^\x07\x1b]{0,300}(?:\x07|\x1b\\)"
+)
+PART_OF_QUERY = re.compile(
+    rb"\x1b(?:\[[>=?]?[0-9;]{0,40}\$?|[\]P][^\x07\x1b]{0,300}\x1b?)?\Z"
+)
+
+
+class QueryFilter:
+    """Removes queries from a terminal's output, wherever it is cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # what may be the beginning of a query
+
+    def feed(self, data: bytes) -> bytes:
+        data = TERMINAL_QUERY.sub(b"", self._rest + data)
+        part = PART_OF_QUERY.search(data)
+        at = len(data) if part is None else part.start()
+        self._rest = data[at:]
+        return data[:at]
+
+    def flush(self) -> bytes:
+        """Return what was kept back."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+
+class EscapeKeys:
+    """Finds `~.` and the like at the beginning of a line in what is typed."""
+
+    ACTIONS = b".d?"
+
+    def __init__(self) -> None:
+        self._at_start = True
+        self._tilde = False  # typed, and not sent yet
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, str]]:
+        """Yield what to send, each with the action that follows it, "" for none."""
+        send = bytearray()
+        for byte in data:
+            key = bytes((byte,))
+            if self._tilde:
+                self._tilde = self._at_start = False
+                if key in self.ACTIONS:
+                    self._at_start = True
+                    yield bytes(send), key.decode("ascii")
+                    send.clear()
+                    continue
+                if key != b"~":
+                    send += b"~"
+            elif self._at_start and key == b"~":
+                self._tilde = True
+                continue
+            send += key
+            self._at_start = key in b"\r\n"
+        yield bytes(send), ""
+
+
+def terminal_size(descriptor: int) -> TerminalSize:
+    """Return the size of our terminal, 24 x 80 where it has none."""
+    try:
+        cols, rows = os.get_terminal_size(descriptor)
+    except OSError:
+        rows = cols = 0
+    return TerminalSize(min(rows or 24, MAX_SIDE), min(cols or 80, MAX_SIDE))
+
+
+@contextlib.contextmanager
+def raw_terminal(descriptor: int) -> Iterator[None]:
+    """Pass keys on as they are typed; restore the settings on every way out."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(descriptor)
+    tty.setraw(descriptor, termios.TCSADRAIN)
+    try:
+        yield
+    finally:
+        # Not stopped by it, where a shell has put us into the background.
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+class LeaveTerminal(Exception):
+    """The person leaves: `how` is an action of EscapeKeys."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+
+class TerminalSession:
+    """A terminal on a node, shown on ours."""
+
+    def __init__(
+        self, feed: JobFeed, job: FollowedJob, output: Output, *, may_type: bool
+    ) -> None:
+        self._feed = feed
+        self._job = job
+        self._output = output
+        self._may_type = may_type
+        self._keys = sys.stdin.fileno()
+        self._screen = sys.stdout.fileno()
+        self._actions: SimpleQueue[str] = SimpleQueue()
+        self._resized = True  # our size has to be sent
+        self._away: dict[str, float] = {}  # monotonic, by name: since when
+        self._notice = ""  # on the last line
+        self._notice_until = 0.0  # monotonic
+        self._people: list[str] = []
+        self._modes = TerminalModes()  # of our terminal
+        self._filter = QueryFilter()
+        self._is_fresh = job.position == 0 and not job.holds  # draw from nothing
+
+    def run(self, *, joins: bool) -> int:
+        """Return the exit status.  Raises UserError when the terminal is lost.
+
+        `joins`: it was there before; else it is ours, with our size.
+        """
+        self._resized = joins
+        self._is_fresh = joins
+        previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP)
+        }
+        how = ""
+        try:
+            with raw_terminal(self._keys):
+                try:
+                    self._start_reading()
+                    self._follow()
+                except LeaveTerminal as leaving:
+                    how = leaving.how
+                finally:
+                    self._restore_screen()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self._left(how) if how else self._ended()
+
+    def show_ended(self) -> int:
+        """Show the last screen of a terminal that has ended; return its status."""
+        self._is_fresh = True
+        try:
+            self._follow()
+        finally:
+            self._restore_screen()
+        return self._ended()
+
+    # In a thread of its own
+
+    def _start_reading(self) -> None:
+        threading.Thread(
+            target=self._read_keys,
+            name="moltis-keys",
+            daemon=True,  # nothing ends a read from a terminal
+        ).start()
+
+    def _read_keys(self) -> None:
+        escapes = EscapeKeys()
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self._keys, MAX_LOG_MESSAGE)
+                if not data:
+                    break
+                for keys, action in escapes.feed(data):
+                    if keys:
+                        self._type(keys)
+                    if action:
+                        self._act(action)
+        self._act(".")  # our terminal was closed
+
+    def _type(self, keys: bytes) -> None:
+        typed = self._may_type and self._feed.type(
+            self._job, keys, lambda: bool(self._away)
+        )
+        if not typed:
+            with contextlib.suppress(LeaveTerminal):
+                self._write(b"\a")
+
+    def _act(self, action: str) -> None:
+        self._actions.put(action)
+        self._feed.wake()
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGWINCH:
+            self._resized = True
+            self._feed.wake()
+        else:
+            self._act(".")
+
+    # In the main thread
+
+    def _follow(self) -> None:
+        """Show the terminal until it ends.  Raises LeaveTerminal."""
+        for news in self._feed.news(tick=1.0):
+            if isinstance(news, JobOutput):
+                self._show(news)
+            elif isinstance(news, JobChange):
+                self._take_state(news.job.state)
+            elif isinstance(news, GatewayChange):
+                self._set_away("the gateway", away=not news.reachable)
+                self._resized = self._resized or news.reachable
+            self._run_due()
+            if not self._feed.open:
+                return
+
+    def _run_due(self) -> None:
+        while not self._actions.empty():
+            action = self._actions.get()
+            if action != "?":
+                raise LeaveTerminal(action)
+            people = ", ".join(self._people) or "you"
+            text = ESCAPE_HELP.format(id=self._job.id[:8], people=visible(people))
+            self._write(b"\r\n" + text.replace("\n", "\r\n").encode())
+        if self._resized and self._may_type and not self._away and self._job.known:
+            self._resized = False
+            self._send_size()
+        if self._away:
+            name, since = next(iter(self._away.items()))
+            waited = time.monotonic() - since
+            self._say(f"waiting for {name} to come back ({waited:.0f} s); ~? for help")
+        elif self._notice and time.monotonic() >= self._notice_until:
+            self._clear_notice()
+
+    def _send_size(self, *, redraw: bool = False) -> None:
+        size = terminal_size(self._screen)
+        flag = {"redraw": True} if redraw else {}
+        params = {"id": self._job.id, **size.to_json(), **flag}
+        self._feed.client.notify(JOB_RESIZE, params)
+
+    def _show(self, news: JobOutput) -> None:
+        if news.cut:  # from here on it is another screen
+            self._is_fresh = True
+        is_old = news.job.received <= news.job.old_until
+        for kind, data in news.frames:
+            mark = decode_mark(data) if kind == MARK else None
+            if self._is_fresh and kind in (MARK, STDOUT):
+                self._begin_screen(mark)
+            if kind not in STREAMS:
+                continue
+            self._clear_notice()
+            # Only one of those who look answers, and nobody what is over.
+            answers = news.job.holds and not is_old
+            shown = self._filter.flush() + data if answers else self._filter.feed(data)
+            self._modes.feed(shown)
+            self._write(shown)
+
+    def _begin_screen(self, mark: Mark | None) -> None:
+        self._is_fresh = False
+        self._write(self._modes.undoing() + b"\x1b[!p\x1b[m\x1b[H\x1b[2J")
+        self._filter = QueryFilter()
+        self._modes = TerminalModes(mark.modes if mark is not None else NOTHING)
+        self._write(self._modes.restoring())
+
+    def _take_state(self, state: JsonObject) -> None:
+        self._set_away(
+            self._job.name,
+            away=state.get("awayMs") is not None,
+            before=state.get("awayMs") or 0,
+        )
+        people = state.get("people")
+        if people is None:
+            return
+        names = [printable(str(person.get("name")), 40) for person in people]
+        came, left = ([*names], [*self._people])
+        for name in self._people:
+            if name in came:
+                came.remove(name)
+                left.remove(name)
+        if self._people:
+            said = [*(f"{n} came in" for n in came), *(f"{n} left" for n in left)]
+            if said and not self._away:
+                self._say("; ".join(said))
+        self._people = names
+
+    def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
+        """Note a link that was lost `before` ms ago, or that is back."""
+        if away:
+            self._away.setdefault(name, time.monotonic() - before / 1000)
+        elif self._away.pop(name, None) is not None and not self._away:
+            self._clear_notice()
+
+    def _say(self, text: str) -> None:
+        """Show `text` on the last line, for a while."""
+        self._notice, self._notice_until = text, time.monotonic() + NOTICE_SHOWN
+        size = terminal_size(self._screen)
+        shown = f"moltis: {text}"[: size.cols - 1]
+        encoded = shown.encode(sys.stdout.encoding or "utf-8", ESCAPE)
+        self._write(b"\x1b7\x1b[%d;1H\x1b[7m%b\x1b[K\x1b[m\x1b8" % (size.rows, encoded))
+
+    def _clear_notice(self) -> None:
+        if self._notice:
+            self._notice = ""
+            rows = terminal_size(self._screen).rows
+            self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % rows)
+            if self._may_type:
+                self._send_size(redraw=True)
+
+    def _write(self, data: bytes) -> None:
+        """Raises LeaveTerminal where our terminal was closed."""
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except OSError:
+            raise LeaveTerminal(".") from None
+
+    def _restore_screen(self) -> None:
+        """Give our terminal its modes, its primary screen and its colours back."""
+        with contextlib.suppress(LeaveTerminal):
+            if self._notice:
+                self._may_type = False  # nothing is to be drawn for us
+                self._clear_notice()
+            self._write(self._filter.flush() + self._modes.undoing() + b"\x1b[m")
+
+    def _left(self, how: str) -> int:
+        """End the terminal, or leave it running; return the exit status."""
+        ends = how == "." and self._may_type and len(self._people) <= 1
+        sys.stdout.write("\n")
+        if ends:
+            try:
+                asked = {"id": self._job.id}
+                self._feed.client.call(JOB_CANCEL, asked, LEAVE_AFTER)
+            except UserError:
+                ends = False
+        goes_on = f"`moltis node attach {self._job.id[:8]}` goes back in"
+        self._output.say("moltis: ended" if ends else f"moltis: it goes on; {goes_on}")
+        return INTERRUPTED if how == "." else EXIT_OK
+
+    def _ended(self) -> int:
+        return ended_status(self._job, self._output)
+
+
+def may_write(client: OperatorClient) -> bool:
+    return not {Scope.WRITE, Scope.ADMIN}.isdisjoint(client.scopes)
+
+
+def has_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def cmd_node_shell(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    if not has_terminal():
+        raise UsageError(
+            "a terminal needs one here, too: stdin and stdout are not both terminals; "
+            "without one, use `moltis node exec`"
+        )
+    command = args.command
+    spec: JsonObject = {
+        "command": command[0] if len(command) == 1 else shlex.join(command),
+        "env": filter_environment(context.environ),
+        "tty": terminal_size(sys.stdout.fileno()).to_json(),
+    }
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        job = feed.open_terminal(args.node, spec)
+        session = TerminalSession(feed, job, context.output, may_type=True)
+        return session.run(joins=False)
+
+
+def attach_terminal(feed: JobFeed, view: JsonObject, context: Context) -> int:
+    """Go into a terminal, or show the last screen of one that has ended."""
+    may_type = may_write(feed.client)
+    is_open = view["state"] in JobState.OPEN
+    holds = may_type and is_open
+    job = feed.join_terminal(view["id"], view["nodeName"], holds=holds)
+    session = TerminalSession(feed, job, context.output, may_type=may_type)
+    if not is_open:
+        return session.show_ended()
+    if not may_type:
+        context.output.say("moltis: you can only watch: your key lacks operator.write")
+    return session.run(joins=True)
+
+
+def cmd_node_recording(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError for a job without a recording."""
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if view["work"] != TERMINAL:
+            raise UserError(f"{job_id} {NO_RECORDING}")
+        recording = recording_of(view["command"], view["nodeName"], view["askedAt"])
+        job = feed.follow(job_id, view["nodeName"])
+        for news in feed.news():
+            if isinstance(news, JobOutput):
+                for kind, data in news.frames:
+                    for line in recording.lines(kind, data):
+                        sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
+            if job.error is not None:
+                raise job.error
+            if job.received >= view["end"] or not feed.open:
+                break
+    sys.stdout.buffer.flush()
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
         job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
         view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if view["work"] == TERMINAL and has_terminal():
+            return attach_terminal(feed, view, context)
         if not view["kept"]:
             context.output.say(
                 "moltis: the output of this command is not stored; only new output "
@@ -32404,6 +33614,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 default=KEEP_OUTPUT / 1024**3,
             ),
             arg(
+                "--idle-terminal HOURS",
+                "how long a terminal goes on with nobody in it (default: 24)",
+                type=float,
+                default=IDLE_TERMINAL / 3600,
+            ),
+            arg(
                 "--allowed-host NAME",
                 "another name under which browsers may reach it",
                 action="append",
@@ -32542,6 +33758,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 "run only commands like this; may be given more than once",
                 action="append",
             ),
+            arg("--no-terminal", "open no terminals; --allow implies it"),
+            arg("--allow-terminal", "open terminals all the same with --allow"),
             arg("--no-files", "do not let files be read and written; so does --allow"),
             arg(
                 "--allow-files DIR",
@@ -32592,6 +33810,23 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         ),
         usage="moltis node exec NODE [NODE ...] [--all] [options] -- COMMAND",
     ),
+    "node shell": Subcommand(
+        cmd_node_shell,
+        "open a terminal on a node: its user's shell, or a command",
+        "moltis node shell pi",
+        (
+            NODE,
+            arg("--cwd DIR", "where to start, on the node"),
+            *GATEWAY,
+        ),
+        usage="moltis node shell NODE [options] [-- COMMAND]",
+    ),
+    "node recording": Subcommand(
+        cmd_node_recording,
+        "write a terminal's recording to stdout, as asciicast v2",
+        "moltis node recording 5f0c",
+        (arg("job ID", "from `node jobs`, or its beginning"), *GATEWAY),
+    ),
     "node jobs": Subcommand(
         cmd_node_jobs,
         "show what runs, and what was left running in the background",
@@ -32605,7 +33840,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     ),
     "node attach": Subcommand(
         cmd_node_attach,
-        "print a job's output from its beginning, until it ends",
+        "print a job's output from its beginning, or go into a terminal",
         "moltis node attach 5f0c",
         (arg("job ID", "from `node jobs`, or its beginning"), *GATEWAY),
     ),

@@ -760,7 +760,7 @@ os.wait()
 def test_a_group_of_zombies_is_over(monkeypatch):
     """PID 1 of many containers reaps nobody: zombies take every signal."""
     monkeypatch.setattr(moltis.ProcessGroup, "_signal", lambda *_: True)
-    group = moltis.ProcessGroup(b"true", cwd=None, env={}, stdin=False)
+    group = moltis.ProcessGroup(["true"], cwd=None, env={}, stdin=False)
     wait_for(lambda: group.exit_code is not None)
     group.end()
     assert wait_for(group.ended, 1, "the end")

@@ -1233,7 +1233,7 @@ def test_an_old_node_of_ours_is_served_and_said_to_be_outdated(gateway, caplog):
 
 def jobs_connect(token, node_id="ours", jobs=None, instance="life 1"):
     moltis_extension = {
-        "caps": ["auth.scram", "jobs"],
+        "caps": ["auth.scram", "jobs", "terminal"],
         "commands": ["system.run"],
         "instance": instance,
         "jobs": jobs or {},
@@ -1282,9 +1282,9 @@ def test_a_job_travels_to_our_node_and_its_log_comes_back(client, ours):
 
 
 def test_our_node_hears_of_cancel_resize_and_input(client, ours):
-    spec = {"stdin": True}
+    spec = {"tty": {"rows": 25, "cols": 81}}
     job_id = client.start("ours", "cat", hold=True, spec=spec)
-    next_event(ours, "job.start")
+    assert next_event(ours, "job.start")["spec"]["tty"] == spec["tty"]
     client.send_input(job_id, 0, b"abc")
     message = ours.receive_until(lambda m: isinstance(m, bytes))
     sent = (moltis.INPUT_DATA, job_id, 0, b"abc")

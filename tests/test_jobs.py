@@ -146,6 +146,8 @@ class OneNodeFleet:
 class Reader:
     """A follower behind a connection: it reads at once, and acknowledges on demand."""
 
+    person, lost_at = "", 0
+
     def __init__(self, jobs, job, position=0, *, holds=True, reads=True):
         self.jobs, self.holds, self.position, self.reads = jobs, holds, position, reads
         self.at = position

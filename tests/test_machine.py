@@ -573,9 +573,10 @@ def test_a_list_of_models_that_no_frame_can_hold_is_cut(machines):
     assert 100 < len(ending.result["models"]) < 2000
 
 
-def test_commands_and_copies_are_recorded():
+def test_commands_terminals_and_copies_are_recorded():
     assert [name for name, work in moltis.WORKS.items() if work.recorded] == [
         "run",
+        "terminal",
         "file.read",
         "file.write",
     ]
