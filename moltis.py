@@ -21455,8 +21455,8 @@ class McpLines:
 # ==============================================================================
 # HTTP
 # Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
-#       WebSocket connections, TLS, Wire protocol, Files, Store, Access, Jobs, Gateway,
-#       MCP
+#       WebSocket connections, TLS, Wire protocol, Files, Machine, Store, Access, Jobs,
+#       Gateway, MCP
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
