@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -34,6 +35,26 @@ def wait_for(condition, timeout=30.0, what="the condition"):
             text = what() if callable(what) else what
             raise AssertionError(f"waited {timeout:g} s in vain for {text}")
         time.sleep(0.01)
+
+
+def at_once(action, count=8):
+    """Call `action` in several threads at once; return results and errors."""
+    barrier, ended = threading.Barrier(count), []
+
+    def run():
+        barrier.wait(10)
+        try:
+            ended.append(action())
+        except Exception as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=run, name="test-race") for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(ended) == count
+    return ended
 
 
 def wait_in_shell(path, condition="[ -e '{}' ]"):
@@ -197,6 +218,54 @@ class Program:
 
     def __exit__(self, *_):
         self.end()
+
+
+class Terminal:
+    """A moltis on a terminal of its own, typed into by the test."""
+
+    def __init__(self, *arguments, home):
+        parent, child = pty.openpty()
+        self.descriptor = parent
+        self.text = ""
+        environ = clean_environment(home, TERM="dumb")
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *arguments],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=environ,
+            cwd=str(home),
+            start_new_session=True,
+        )
+        os.close(child)
+        self._reader = threading.Thread(target=self._read, name="test-terminal")
+        self._reader.start()
+
+    def _read(self):
+        while True:
+            try:
+                data = os.read(self.descriptor, 65536)
+            except OSError:  # Linux says so when the other end is closed
+                return
+            if not data:
+                return
+            self.text += data.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def wait_for(self, text):
+        wait_for(lambda: text in self.text, what=lambda: f"{text!r}: {self.text!r}")
+
+    def type(self, text):
+        os.write(self.descriptor, text.encode())
+
+    def close(self):
+        try:
+            return self.process.wait(20)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self._reader.join()
+            os.close(self.descriptor)
 
 
 def open_new_chat(page):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import pytest
+from support import at_once
 
 import moltis
 from moltis import (
@@ -226,6 +228,51 @@ def test_a_join_code_dies_when_the_token_beside_it_is_used(access, store, clock)
         access.join_codes.redeem_join_code(code, THERE)
     assert code_of(caught) == "NOT_FOUND"
     assert access.devices.device_by_token(token).id == device.id
+
+
+def test_of_several_machines_with_one_join_code_one_gets_a_token(access):
+    for name in ("a", "b", "c"):
+        redeem = access.join_codes.redeem_join_code
+        ended = at_once(partial(redeem, join_code(access, name), f"192.0.2.{name}"), 4)
+        tokens = [e[1] for e in ended if isinstance(e, tuple)]
+        assert len(tokens) == 1
+        assert access.devices.device_by_token(tokens[0]).display_name == name
+
+
+def test_a_link_does_not_take_the_token_that_a_machine_has_just_come_with(
+    access, store, clock, monkeypatch
+):
+    """Its device would be deleted ten minutes later, as one that never came."""
+    made, shown = access.devices.create_device("Pi")
+    code, rotate = (
+        access.join_codes.create_join_code(made),
+        access.devices.rotate_device,
+    )
+
+    def connect_first(*args, **options):
+        assert store.devices.connect(made.id, NODE, THERE, clock.ms())
+        return rotate(*args, **options)
+
+    monkeypatch.setattr(access.devices, "rotate_device", connect_first)
+    with pytest.raises(RpcError) as caught:
+        access.join_codes.redeem_join_code(code, THERE)
+    assert code_of(caught) == "NOT_FOUND"
+    clock.sleep(700)
+    access.purge()
+    assert access.devices.device_by_token(shown).id == made.id
+
+
+def test_of_several_browsers_with_one_link_one_is_signed_in(access):
+    code = access.sign_ins.one_time_key(access.operators.ensure_operator_key(None))
+    ended = at_once(partial(access.sign_ins.sign_in, code, HERE, ""))
+    assert [isinstance(e, str) for e in ended].count(True) == 1
+
+
+def test_of_several_keys_with_one_name_one_is_made(access):
+    create = partial(access.operators.create_key, "ci", ["operator.read"])
+    ended = at_once(create)
+    assert [isinstance(e, tuple) for e in ended].count(True) == 1
+    assert len(access.operators.keys()) == 1
 
 
 def test_a_join_code_has_128_random_bits(access):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 
 import pytest
 from machines import Machines
-from support import wait_for, wait_in_shell
+from support import at_once, wait_for, wait_in_shell
 
 import moltis
 from moltis import (
@@ -183,10 +184,10 @@ def test_an_answer_without_tools_is_the_end(chat):
         "final", "", "stop", 100, 10
     )
     assert chat.talk.steps == [("begin_answer", 1), ("say", "Hello!")]
-    assert chat.talk.stored == [
-        ChatMessage("user", "hi"),
-        ChatMessage("assistant", "Hello!"),
-    ]
+    question, note, answer = chat.talk.stored
+    assert question == ChatMessage("user", "hi")
+    assert note.role == "system"
+    assert answer == ChatMessage("assistant", "Hello!")
 
 
 def test_the_model_lists_describes_selects_and_runs(chat):
@@ -523,13 +524,19 @@ def test_without_nodes_no_node_is_offered(machines):
     assert not any("node" in tool.parameters["properties"] for tool in tools)
 
 
-def test_the_prompt_names_the_machines_anew_in_every_turn(chat):
-    model = Scripted(calls(("nodes_select", {"node": "pi"})), says("ok"))
+def test_each_request_begins_with_the_whole_of_the_one_before(chat):
+    """What a server has read it need not read again: the state comes at the end."""
+    model = Scripted(calls(("nodes_select", {"node": "pi"})), says("ok"), says("yes"))
     chat.run(model)
-    prompts = [messages[0].text for messages, _ in model.asked]
-    assert "exec runs by default: Local (local)" in prompts[0]
-    assert "exec runs by default: Pi (pi-id)" in prompts[1]
-    assert "- GPU box (gpu-id): linux" in prompts[0]
+    chat.run(model, "and now?")
+    first, second, third = (messages for messages, _ in model.asked)
+    assert [m.role for m in first] == ["system", "user", "system"]
+    assert second[: len(first)] == first
+    assert third[: len(second)] == second
+    assert first[0].text == moltis.INSTRUCTIONS
+    assert "exec runs by default: Local (local)" in first[-1].text
+    assert "- GPU box (gpu-id): linux" in first[-1].text
+    assert "exec runs by default: Pi (pi-id)" in third[-1].text
 
 
 def test_of_many_machines_the_prompt_names_fifty_and_the_list_has_a_filter(machines):
@@ -542,7 +549,7 @@ def test_of_many_machines_the_prompt_names_fifty_and_the_list_has_a_filter(machi
         calls(("nodes_list", {"filter": "BOX 29"}), ("nodes_list", {})), says("ok")
     )
     chat.run(model)
-    prompt = model.asked[0][0][0].text
+    prompt = model.asked[0][0][-1].text
     assert "exec runs by default: box 299 (id-299): linux, offline" in prompt
     assert "\n- zoo (zoo-id)\n" in prompt, "connected ones come first"
     assert "\n- box 000 (id-0): offline\n" in prompt
@@ -774,6 +781,23 @@ def test_a_question_is_answered_once():
     chat.on_ask = answer_twice
     planned = PlannedCommand("i", "local", "Local", "true")
     assert approvals.ask(chat, planned, Cancellation()) == Verdict(True, "anna")
+
+
+def test_of_several_answers_at_once_one_counts():
+    approvals, chat, answers = Approvals(), Conversation(), itertools.count()
+
+    def answer_by_many(planned):
+        def answer():
+            number = next(answers)
+            approvals.answer(planned.job_id, allowed=number % 2 == 0, by=str(number))
+            return Verdict(number % 2 == 0, str(number))
+
+        chat.counted = [e for e in at_once(answer) if isinstance(e, Verdict)]
+
+    chat.on_ask = answer_by_many
+    planned = PlannedCommand("i", "local", "Local", "true")
+    verdict = approvals.ask(chat, planned, Cancellation())
+    assert chat.counted == [verdict]
 
 
 def test_open_questions_are_listed_with_their_command_and_their_end():

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import threading
+import types
 import urllib.error
 import urllib.request
 
@@ -252,6 +253,22 @@ def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
     chat.until(lambda: chat.of("user")[1]["state"] == "aborted")
     wait_for(lambda: not gateway.call("sessions.list")[0]["replying"])
     assert not gateway.call("chat.abort", sessionKey="main")["aborted"]
+
+
+def test_a_turn_that_is_stopped_before_it_begins_is_not_the_session_s_last():
+    """A thread that found nothing left to do died, and no other one began."""
+    taken = []
+    queue = moltis.TurnQueue("main", lambda turn, _: taken.append(turn), lambda: None)
+    person = types.SimpleNamespace(id="key")
+    turns = [types.SimpleNamespace(asked_by=person) for _ in range(2)]
+    run = queue._run
+    queue._run = lambda: (queue.abort(), run())  # Stop is faster
+    queue.add(turns[0])
+    wait_for(lambda: queue._thread is None, 5, what="its thread to end")
+    queue._run = run
+    queue.add(turns[1])
+    wait_for(lambda: taken == turns[1:], 5, what="the next turn")
+    queue.close()
 
 
 def test_stopping_one_card_is_enough(gateway, chat):
@@ -697,6 +714,53 @@ def test_a_model_that_fails_is_said_in_the_chat(tmp_path):
         notice = chat.of("notice")[-1]  # before it: that it is tried again
         assert notice["state"] == "error"
         assert "cannot be reached" in notice["text"]
+
+
+def test_after_an_error_the_model_goes_on_and_what_was_answered_is_shown(tmp_path):
+    """Nothing is asked twice, and the part of an answer that came does not go back."""
+    failed = {"content": "half", "thinking": "hm"}
+    with with_model(tmp_path, failed, {"content": "whole"}) as (gateway, chat, model):
+        gateway.call("sessions.patch", key="main", effort="low")
+        stream, model._stream = (
+            model._stream,
+            lambda message: iter(
+                [
+                    line({"message": {"role": "assistant", **message}, "done": False}),
+                    line({"error": "out of memory, key mk_" + "x" * 43}),
+                ]
+            ),
+        )
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        notice = chat.of("notice")[-1]
+        assert "out of memory" in notice["answered"]
+        assert "x" * 43 not in json.dumps(history(gateway))
+        assert [row["text"] for row in chat.of("thinking")] == ["hm"]
+        model._stream = stream
+        gateway.call("chat.retry")
+        chat.until(lambda: chat.saw("final"))
+        assert chat.of("assistant")[-1]["text"] == "whole"
+        first, second = model.asked
+        assert first["messages"] == second["messages"]
+        assert first["think"] == "low"
+        with pytest.raises(moltis.MoltisError, match="nothing to try again"):
+            gateway.call("chat.retry")
+
+
+def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path):
+    def fail(_model):
+        raise ConnectionError
+
+    answers = fail, fail, fail, calling("echo hi"), {"content": "whole"}
+    with with_model(tmp_path, *answers) as (gateway, chat, _), gateway.node("far"):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        gateway.call("sessions.patch", key="main", node_id="far")
+        gateway.call("chat.retry")
+        chat.until(lambda: chat.saw("final"))
+        (card,) = chat.of("command")
+        assert card["command"]["node"] == "Local"
 
 
 # -- in the background -----------------------------------------------------------

@@ -31,9 +31,11 @@ from support import (
     PROGRAM,
     Program,
     ScriptedServer,
+    Terminal,
     clean_environment,
     run_moltis,
     wait_for,
+    wait_in_shell,
 )
 
 import moltis
@@ -1089,24 +1091,40 @@ def test_attaching_to_no_job_says_where_to_look(gateway, home):
     assert "moltis node jobs" in done.stderr
 
 
-def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
-    """Its node is a process of its own, which outlives the gateway."""
-    data = home / ".moltis"
-    with InProcessGateway(data) as first:
-        port, token = first.running.port, first.token("far")
-        (tmp_path / "node").mkdir()
-        host = f"ws://127.0.0.1:{port}/ws"
+@pytest.fixture
+def lasting_node(tmp_path):
+    """A function that starts a node which outlives gateways."""
+    (tmp_path / "node").mkdir()
+    nodes = []
+
+    def start(gateway):
+        host = f"ws://127.0.0.1:{gateway.running.port}/ws"
         words = ("node", "add", "--foreground", "--node-id", "far-id", "--host", host)
-        node = Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token)
-        wait_for(lambda: first.is_connected("far-id"), what="the node")
-        job = start(first, "for i in 1 2 3 4; do echo $i; sleep 0.7; done", "far-id")
+        token = gateway.token("far")
+        nodes.append(Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token))
+        wait_for(lambda: gateway.is_connected("far-id"), what="the node")
+
+    yield start
+    for node in nodes:
+        node.end()
+
+
+def test_a_job_is_attached_to_through_a_restart_of_the_gateway(
+    tmp_path, home, lasting_node
+):
+    data, go = home / ".moltis", tmp_path / "go"
+    with InProcessGateway(data) as first:
+        port = first.running.port
+        lasting_node(first)
+        job = start(first, f"echo 1; {wait_in_shell(go)}; echo 2", "far-id")
         attached = Program("node", "attach", job, home=home)
         attached.wait_for_output("1\n")
-    with node, attached, InProcessGateway(data, port=port):
+    with attached, InProcessGateway(data, port=port):
+        go.touch()
         assert attached.process.wait(60) == 0
-        attached.wait_for_output("4\n")
-    assert attached.stdout == "1\n2\n3\n4\n"
-    assert "waiting for the gateway to come back" in attached.stderr
+        attached.wait_for_output("2\n")
+    assert attached.stdout == "1\n2\n"
+    assert "waiting for the gateway to come back (away since " in attached.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another uid")
@@ -1598,3 +1616,158 @@ def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, wor
     status, out, err = said(capsys, "completion", "fish", "--", *line.split(" "))
     assert (status, err) == (0, "")
     assert [found.partition("\t")[0] for found in out.splitlines()] == words
+
+
+# -- chat ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(gateway, home):
+    """A chat of its own, at its prompt."""
+    chat = Terminal("chat", "--session", "here", home=home)
+    try:
+        chat.wait_for("Local · Shell › ")
+        yield chat
+    finally:
+        chat.type("/exit\n")
+        assert chat.close() == 0
+
+
+def sessions(gateway):
+    return {s["label"]: s for s in gateway.call("sessions.list")}
+
+
+def texts(gateway, label):
+    """Return what was said in a chat, in its order."""
+    history = gateway.call("chat.history", sessionKey=sessions(gateway)[label]["key"])
+    return [m["text"] for m in history if m["role"] == "user"]
+
+
+def test_the_prompt_of_a_chat_says_where_a_message_goes(gateway, terminal):
+    with gateway.node("far"):
+        terminal.type("mkdir -p deep && cd deep\n")
+        terminal.wait_for("Local ~/deep · Shell › ")
+        terminal.type("/node far\n")
+        terminal.wait_for("far · Shell › ")
+        terminal.type("/node nowhere\n")
+        terminal.wait_for("nowhere")
+        terminal.type("/nodes\n")
+        terminal.wait_for("did you mean /node?")
+        terminal.type("/node\n")
+        terminal.wait_for("Local  connected")
+        terminal.type("/model\n")
+        terminal.wait_for("/model\nshell\n")
+        terminal.type("/help\n")
+        terminal.wait_for("/exit   leave, as Ctrl+D does")
+        terminal.type("/new work\n")
+        wait_for(lambda: "work" in sessions(gateway))
+        assert sessions(gateway)["work"]["node_id"] == "id-of-far"
+        terminal.type("echo $((6 * 7))\n")
+        terminal.wait_for("42\nfar ")
+    assert texts(gateway, "here") == ["mkdir -p deep && cd deep"]
+    assert texts(gateway, "work") == ["echo $((6 * 7))"]
+
+
+def test_a_message_goes_to_the_machine_and_directory_of_its_prompt(gateway, terminal):
+    """FAULTS E1: chosen elsewhere while it was typed."""
+    terminal.type("cd /\n")
+    terminal.wait_for("Local / · Shell › ")
+    key = sessions(gateway)["here"]["key"]
+    with gateway.node("far"):
+        gateway.call("sessions.patch", key=key, node_id="far")
+        terminal.type("echo here: $PWD\n")
+        terminal.wait_for("here: /\nfar · Shell › ")
+
+
+def test_exit_ends_a_chat(gateway, home):
+    chat = Terminal("chat", home=home)
+    chat.wait_for("Local · Shell › ")
+    chat.type("/exit\n")
+    assert chat.close() == 0
+
+
+def test_a_line_that_is_not_utf_8_gets_one_sentence(terminal):
+    os.write(terminal.descriptor, b"echo \xff\n")
+    terminal.wait_for("is not UTF-8, and ")
+    terminal.type("echo $((40 + 2))\n")
+    terminal.wait_for("\n42\n")
+    assert "Traceback" not in terminal.text
+
+
+def test_the_model_of_a_chat_is_kept(gateway, home):
+    """FAULTS E3: the next line went to /bin/sh."""
+    words = ("chat", "--session", "kept", "--model", "openai/x")
+    refused = run_moltis(*words, "hi", home=home)
+    assert "openai" in refused.stderr
+    assert sessions(gateway)["kept"]["model"] == "shell"
+    with ScriptedServer(lambda _handler: None) as server:
+        own = {"provider": "own", "baseUrl": server.url, "protocol": "openai"}
+        gateway.call("models.configure", **own)
+        run_moltis("chat", "--session", "kept", "--model", "own/x", "hi", home=home)
+    assert sessions(gateway)["kept"]["model"] == "own/x"
+    assert run_moltis("chat", "--session", "kept", "hi", home=home).returncode == 1
+
+
+def test_a_chat_goes_on_after_a_restart_of_the_gateway(tmp_path, home, lasting_node):
+    """A command under way, then a message that was typed while the gateway was away."""
+    data, go = home / ".moltis", tmp_path / "go"
+    with InProcessGateway(data) as first:
+        port = first.running.port
+        lasting_node(first)
+        chat = Terminal("chat", "--session", "here", "--node", "far", home=home)
+        chat.wait_for("far · Shell › ")
+        chat.type(f"echo one; {wait_in_shell(go)}; echo two\n")
+        chat.wait_for("\none\n")
+    chat.wait_for("waiting for the gateway to come back (away since ")
+    try:
+        with InProcessGateway(data, port=port) as second:
+            chat.wait_for("the gateway is back after")
+            wait_for(lambda: second.is_connected("far-id"), what="the node")
+            go.touch()
+            chat.wait_for("\ntwo\nfar ")
+            chat.type("/node local\n")
+            chat.wait_for("Local · Shell › ")
+        chat.type("echo $((6 * 7))\n")
+        wait_for(lambda: chat.text.count("(away since") == 2)
+        with InProcessGateway(data, port=port) as third:
+            chat.wait_for("\n42\nLocal ")
+            assert texts(third, "here")[1:] == ["echo $((6 * 7))"]
+    finally:
+        chat.type("/exit\n")
+        assert chat.close() == 0
+
+
+def test_what_is_typed_while_the_gateway_is_away_can_be_given_up(tmp_path, home):
+    with InProcessGateway(home / ".moltis"):
+        chat = Terminal("chat", home=home)
+        chat.wait_for("Local · Shell › ")
+    chat.type("echo never\n")
+    chat.wait_for("waiting for the gateway")
+    chat.process.send_signal(signal.SIGINT)
+    chat.wait_for("given up")
+    wait_for(lambda: chat.text.count("Local · Shell › ") == 2)
+    chat.type("/exit\n")
+    assert chat.close() == 0
+
+
+def test_a_message_whose_answer_was_lost_runs_once(gateway, capsys):
+    """The connection breaks after the gateway has the message."""
+    feed = moltis.JobFeed(gateway.operator)
+    session = gateway.call("sessions.list")[0]
+    with feed:
+        output = moltis.Output({})
+        chat = moltis.ChatTerminal(feed, session, output, lambda _card: "deny")
+        client = feed.client
+
+        def loses_the_answer(method, params):
+            answer = moltis.OperatorClient.call(client, method, params)
+            if method == "chat.send":
+                client.drop()
+                raise moltis.Unreachable("the gateway hung up")
+            return answer
+
+        client.call = loses_the_answer
+        assert chat.turn("echo $((6 * 7))") == moltis.EXIT_OK
+    assert capsys.readouterr().out == "42\n"
+    history = gateway.call("chat.history", sessionKey=session["key"])
+    assert [m["role"] for m in history] == ["user", "command"]

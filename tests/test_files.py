@@ -371,6 +371,42 @@ def test_only_allowed_directories_are_read_and_written(source, target):
     assert (target / "file").read_bytes() == b"old"
 
 
+def test_an_allowed_directory_is_read_whole_by_its_own_name(source):
+    below = (str(source),)
+    whole = b"".join(pieces_of(source, ".", below=below))
+    assert b"hello" in whole
+    assert b"hello" in b"".join(pieces_of(source, str(source), below=below))
+
+
+def test_no_name_or_size_behind_a_link_out_of_an_allowed_directory_is_told(
+    source, target
+):
+    inside = target / "dir"
+    (inside / "out").symlink_to(source)
+    (inside / "own").mkdir()
+    (inside / "own" / "f").write_bytes(b"mine")
+    places, notes = moltis.FilePlaces(str(inside), (str(inside),)), []
+    for pattern in ("out/*", "out/d/b*", "*/d/b*", "o*/d"):
+        with pytest.raises(RpcError) as caught:
+            list(pieces_of(inside, pattern, patterns=True, below=[str(inside)]))
+        assert caught.value.message.startswith(f"{inside}/{pattern}: ")
+    wanted = moltis.FileRead(("*/f",), patterns=True)
+    assert moltis.FileSource(wanted, places, notes.append).measure() == 4
+    everything = moltis.FileRead((".", "out"), recursive=True)
+    assert moltis.FileSource(everything, places, notes.append).measure() < 10_000
+    assert notes == []
+
+
+def test_patterns_look_behind_links_where_all_may_be_read(source, target):
+    (target / "dir" / "out").symlink_to(source)
+    (target / "dir" / ".hidden").write_bytes(b"hidden")
+    write(target, "dir", pieces_of(target / "dir", "o*/[!d]", patterns=True))
+    assert (target / "dir" / "f").read_bytes() == b"hello\n"
+    found = b"".join(pieces_of(target / "dir", "*", patterns=True))
+    assert b"hidden" not in found
+    assert b"hidden" in b"".join(pieces_of(target / "dir", ".h*", patterns=True))
+
+
 NAMES = st.binary(min_size=1, max_size=40).filter(
     lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b"..")
 )

@@ -387,8 +387,27 @@ def test_a_revoked_id_is_never_that_of_another_token(world, node):
     """FAULTS D8: chats that selected it would reach another machine."""
     world.fleet.release(node)
     world.store.devices.revoke(node.device_id, 1)
-    with pytest.raises(moltis.RpcError, match="that id had a token that was revoked"):
-        world.connect("thief", node_id="id-far")
+    for node_id in ("id-far", "ID-FAR", "id-f", "id-far-2"):
+        with pytest.raises(moltis.RpcError, match="id-far was the id of another"):
+            world.connect(f"thief of {node_id}", node_id=node_id)
+    with pytest.raises(moltis.RpcError, match="id-far was the id of another"):
+        moltis.free_name(world.store.devices, "ID-far")
+
+
+def test_an_id_that_a_device_had_before_is_never_that_of_another(world, node):
+    """FAULTS, a sibling of D8: a machine that was set up anew has another id."""
+    world.fleet.release(node)
+    world.fleet.release(world.connect("far", node_id="second-id"))
+    for node_id in ("id-far", "id-f", "id-far-2"):
+        with pytest.raises(moltis.RpcError, match="id-far was the id of another"):
+            world.connect(f"thief of {node_id}", node_id=node_id)
+    params = moltis.ConnectParams("node", client_id="id-x", display_name="id-far")
+    other = world.devices["thief of id-f"]
+    assert moltis.own_name(world.store.devices, other, params) == "id-far id-x"
+    with pytest.raises(moltis.RpcError, match="there is no node 'id-far'"):
+        world.fleet.resolve("id-far")
+    world.connect("far")  # its own
+    assert world.fleet.resolve("id-far") == ("id-far", "far")
 
 
 def test_ids_and_names_by_the_thousand_leave_one_row_and_one_reading(world):
@@ -407,6 +426,7 @@ def test_ids_and_names_by_the_thousand_leave_one_row_and_one_reading(world):
         world.fleet.release(node)
     assert [view["nodeId"] for view in world.fleet.views()] == ["local", "id 999"]
     assert world.fleet.history("id 999")
+    assert len(world.store.devices.gone_ids(but="")) == 16
     for kept in (world.fleet._telemetry, world.fleet._histories):
         assert len(kept) <= 2  # one more than the machines, but for Local
     with pytest.raises(moltis.RpcError, match="there is no node 'name 1'"):

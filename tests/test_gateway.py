@@ -11,7 +11,7 @@ import types
 import uuid
 
 import pytest
-from peers import InProcessGateway, rust_connect
+from peers import InProcessGateway, rust_connect, silent_node
 from support import wait_for, wait_in_shell
 
 import moltis
@@ -443,6 +443,16 @@ def test_revoking_drops_the_connection_and_refuses_the_next(gateway):
             assert answer["error"]["code"] == "UNAUTHORIZED"
 
 
+def test_a_platform_is_a_short_text_whoever_names_it(gateway):
+    """FAULTS, a sibling of D13: a key for tokens names it as well."""
+    named = {"displayName": "long", "platform": "\x1b]0;x\x07" + "p" * 500_000}
+    with gateway.operator() as client:
+        client.call("device.token.create", named)
+        (pair,) = client.call("device.pair.list", {})
+    assert pair["platform"].startswith("]0;xppp")
+    assert len(pair["platform"]) <= 200
+
+
 def test_a_rotated_token_replaces_the_old_one(gateway):
     with gateway.operator() as client:
         made = client.call("device.token.create", {"displayName": "turn"})
@@ -728,6 +738,7 @@ class Client:
         auth = {"api_key": key or gateway.api_key}
         answer = self.peer.request("connect", {"role": "operator", "auth": auth})
         assert answer["ok"], answer
+        self.hello = answer["payload"]
         self.logs, self.starts = {}, {}  # bytes, and the first offset, by job
         self.events = []  # names and payloads
         self.order = []  # "answer", "log", and names of events, as they came
@@ -1545,3 +1556,79 @@ def test_an_administrator_s_command_runs_beside_those_who_take_all_they_can(
         assert audience.backlog(made["keyId"]) <= moltis.MAX_KEY_OUTBOX
         for running in (job_id, sleep_id):
             admin.call("job.cancel", id=running)
+
+
+# -- a node that turned --------------------------------------------------------
+
+
+def test_a_node_reports_on_its_own_jobs_alone(gateway, client):
+    """Whatever ids it names: it has seen none of the others', and guessed them."""
+    with silent_node(gateway, "honest") as honest, gateway.peer() as hostile:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token("turned"), "turned", extensions=extensions)
+        job_id = client.start("honest", "id", keep=True)
+        params["extensions"]["moltis"].update(instance="i", jobs={job_id: 0})
+        hello = hostile.request("connect", params)["payload"]
+        assert hello["extensions"]["moltis"]["jobs"] == {}
+        ending = moltis.Ending("done", 0)
+        forged = moltis.encode_log_frame(1, b"forged") + moltis.encode_log_frame(
+            moltis.ENDING, moltis.to_json(ending).encode()
+        )
+        hostile.send(moltis.encode_job_data(moltis.LOG_DATA, job_id, 0, forged))
+        for name, field in (("job.place", "place"), ("job.input", "offset")):
+            event = {"id": job_id, field: 7, "resume": True}
+            hostile.send({"type": "event", "event": name, "payload": event})
+        result = {"invokeId": job_id, "result": {"stdout": "forged", "exitCode": 0}}
+        hostile.request("node.invoke.result", result)  # all before it is read
+        job = gateway.running.jobs.get(job_id)
+        assert (job.record.state, job.log.end, job.input_at) == ("running", 0, 0)
+        assert job.place != 7
+        honest.send(moltis.encode_job_data(moltis.LOG_DATA, job_id, 0, forged))
+        assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
+# -- what each scope may call --------------------------------------------------
+
+METHODS_OF = {
+    "operator.read": """
+        node.list node.describe telemetry.history job.follow job.unfollow job.ack
+        job.read job.wait job.list sessions.list sessions.resolve sessions.storage
+        chat.history exec.approval.list models.list models.providers
+        subscribe unsubscribe
+        """,
+    "operator.write": """
+        node.rename node.invoke job.start job.once job.cancel job.resize sessions.create
+        sessions.patch sessions.reset sessions.delete nodes.set_session chat.send
+        chat.retry chat.abort
+        """,
+    "operator.approvals": "exec.approval.resolve",
+    "operator.pairing": """
+        device.token.create device.token.rotate device.token.revoke device.pair.list
+        """,
+    "operator.admin": """
+        models.configure models.remove keys.list keys.create keys.revoke logins.list
+        logins.revoke audit.list audit.export
+        """,
+}
+INCLUDED = {  # what a scope may call besides its own methods
+    "operator.write": ("operator.read",),
+    "operator.admin": tuple(METHODS_OF),
+}
+
+
+@pytest.mark.parametrize("scope", METHODS_OF)
+def test_a_key_calls_the_methods_of_its_scope_and_no_other(gateway, scope):
+    """FAULTS, siblings of D9. Of every method that there is."""
+    key = gateway.call("keys.create", name=scope, scopes=[scope])["key"]
+    allowed = set()
+    for own in (scope, *INCLUDED.get(scope, ())):
+        allowed |= set(METHODS_OF[own].split())
+    with Client(gateway, key) as client:
+        methods = set(client.hello["features"]["methods"]) - {"auth.scram", "jobs"}
+        assert methods == set(" ".join(METHODS_OF.values()).split())
+        answers = {
+            method: client.peer.request(method, {"id": "x"})
+            for method in sorted(methods)
+        }
+    codes = {m: a.get("error", {}).get("code") for m, a in answers.items()}
+    assert {m for m, code in codes.items() if code != "FORBIDDEN"} == allowed

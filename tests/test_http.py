@@ -408,6 +408,27 @@ def test_downloads_need_a_credential(gateway, path, status):
     assert ask(gateway, "GET", path).status in (401, 404)
 
 
+ROUTES = [  # and the scopes that may use them; for anything else, 401 or 403
+    ("GET", "/api/jobs/x/output", 404, "operator.read operator.write operator.admin"),
+    ("GET", "/api/audit.csv", 200, "operator.admin"),
+    ("POST", "/api/rpc", 400, " ".join(moltis.SCOPES)),
+    ("POST", "/mcp", 400, " ".join(moltis.SCOPES)),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status", "scopes"), ROUTES)
+def test_a_route_is_open_to_its_scopes_alone(gateway, method, path, status, scopes):
+    for scope in moltis.SCOPES:
+        name = f"{scope} {moltis.new_id()[:8]}"
+        key = gateway.call("keys.create", name=name, scopes=[scope])["key"]
+        answer = ask(gateway, method, path, Authorization=f"Bearer {key}")
+        assert answer.status == (status if scope in scopes.split() else 403)
+    for refused in (gateway.token(), "mk_x", ""):
+        answer = ask(gateway, method, path, Authorization=f"Bearer {refused}")
+        assert answer.status == 401
+    assert ask(gateway, method, path).status == 401
+
+
 # -- bad input -----------------------------------------------------------------
 
 

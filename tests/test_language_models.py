@@ -243,7 +243,7 @@ class Responses:
 
     def check(self, headers, body):
         assert headers["Authorization"] == "Bearer k-secret"
-        allowed = {"model", "input", "stream", "store", "include", "tools"}
+        allowed = {"model", "input", "stream", "store", "include", "reasoning", "tools"}
         assert set(body) <= allowed
         assert (body["stream"], body["store"]) == (True, False)
         for item in body["input"]:
@@ -425,6 +425,98 @@ def text_of(events):
 
 def notices(events):
     return [e.text for e in events if isinstance(e, Delta) and e.kind == "notice"]
+
+
+def body_of(vendor, messages=HELLO, effort="", spec=None):
+    provider = vendor.make(spec or vendor.spec, "http://x", "k-secret")
+    return provider._body(ChatRequest("m", tuple(messages), (), effort))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "effort", "fields"),
+    [
+        (Ollama(), "off", {"think": False}),
+        (Ollama(), "high", {"think": "high"}),
+        (OpenAi(), "off", {"reasoning_effort": "none"}),
+        (OpenAi(), "low", {"reasoning_effort": "low"}),
+        (Responses(), "off", {"reasoning": {"summary": "auto", "effort": "none"}}),
+        (Responses(), "high", {"reasoning": {"summary": "auto", "effort": "high"}}),
+        (Anthropic(), "off", {"thinking": {"type": "disabled"}}),
+        (Anthropic(), "medium", {"output_config": {"effort": "medium"}}),
+    ],
+)
+def test_the_effort_of_reasoning_is_said_as_each_vendor_has_it(vendor, effort, fields):
+    plain, chosen = body_of(vendor), body_of(vendor, effort=effort)
+    assert fields.items() <= chosen.items()
+    assert not set(plain) & (set(fields) - {"reasoning"})
+
+
+@pytest.mark.parametrize(
+    ("vendor", "effort", "refusal", "then"),
+    [
+        (Ollama(), "low", '"m" does not support thinking', {}),
+        (
+            *(Ollama(), "low", 'think value "low" is not supported for this model'),
+            {"think": True},
+        ),
+        (OpenAi(), "high", "Unsupported parameter: 'reasoning_effort'", {}),
+        (
+            *(OpenAi(), "off"),
+            "'reasoning_effort' cannot be 'none'; supported values are: 'low', 'high'",
+            {"reasoning_effort": "low"},
+        ),
+        (
+            *(OpenAi(), "high"),
+            "`reasoning_effort` must be one of `none` or `default`",
+            {},
+        ),
+        (
+            *(Responses(), "low", "Unsupported parameter: 'reasoning.effort'"),
+            {"reasoning": {"summary": "auto"}},
+        ),
+        (
+            *(Responses(), "", "must be verified to generate reasoning summaries"),
+            {"reasoning": {}},
+        ),
+        (
+            *(Anthropic(), "high", "adaptive thinking is not supported on this model"),
+            {"thinking": {"type": "enabled", "budget_tokens": 8192}},
+        ),
+    ],
+)
+def test_an_effort_that_is_refused_is_amended_once(vendor, effort, refusal, then):
+    body = body_of(vendor, effort=effort)
+    provider = vendor.make(vendor.spec, "http://x", "k-secret")
+    assert provider._amend(body, ModelError("no", refusal)) == ""
+    fields = ("think", "reasoning", "reasoning_effort", "thinking", "output_config")
+    assert {name: body[name] for name in fields if name in body} == then
+
+
+def test_anthropic_keeps_the_prompt_and_the_last_two_turns_of_the_user():
+    call = ToolCall("a", "exec", {})
+    messages = (
+        ChatMessage("system", "be good"),
+        ChatMessage("user", "hello"),
+        ChatMessage("system", "the machines now"),
+        ChatMessage("assistant", "", (call,)),
+        ChatMessage("tool", "done", (), "a", "exec"),
+    )
+    body = body_of(Anthropic(), messages)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    assert body["system"] == [{"type": "text", "text": "be good", **mark}]
+    first, _, last = (turn["content"] for turn in body["messages"])
+    assert [b["text"] for b in first] == ["hello", "the machines now"]
+    assert mark.items() <= first[-1].items()
+    assert mark.items() <= last[-1].items()
+    assert str(body).count("ephemeral") == 3
+
+
+def test_a_later_system_text_ends_the_users_message():
+    messages = (*HELLO, ChatMessage("system", "the machines now"))
+    for vendor, field in ((OpenAi(), "messages"), (Responses(), "input")):
+        assert body_of(vendor, messages)[field] == [
+            {"role": "user", "content": "hello\n\nthe machines now"}
+        ]
 
 
 # --- What every provider does ---

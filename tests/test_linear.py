@@ -164,6 +164,10 @@ def program_to_install(text):
     moltis.check_program(text.encode(), "a server")
 
 
+def tar_attributes(text):
+    moltis._pax_fields(text.encode())
+
+
 def program_name(text):
     moltis.find_binary(text, {"PATH": "/usr/bin"})
 
@@ -248,6 +252,15 @@ TEXTS = [
         ("if __name__ == \n",),
     ),
     *shapes(program_name, ("a",), ("/",)),
+    *shapes(
+        tar_attributes,
+        ("4 =\n",),
+        ("2 ",),
+        ("5 a=\n",),
+        ("\0", "4 =\n"),
+        ("9",),
+        (" ",),
+    ),
     *shapes(pattern("boot_time", moltis._BOOT_TIME), ("kern.boottime\n",), ("sec = ",)),
     *shapes(pattern("vm_stat", moltis._VM_STAT_PAGE), ("page size of ",), ("1",)),
     *shapes(

@@ -113,6 +113,7 @@ def test_models_of_nodes_are_listed_after_shell_with_the_name_of_their_node(
             "provider": "Ollama",
             "displayName": "llama3.2 · GPU box",
             "supportsTools": False,
+            "reasoning": False,
             "nodeId": "id-of-GPU box",
         }
     ]

@@ -1201,6 +1201,67 @@ def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp
     assert b"uid=" not in refused[0][1]
 
 
+@pytest.mark.parametrize("method", ["job.start", "chat.send"])
+def test_what_a_key_asks_for_while_it_is_revoked_ends_with_it(
+    plain, tmp_path, monkeypatch, method
+):
+    """FAULTS, a sibling of D10: the call was admitted, and not recorded yet."""
+    made = plain.call("keys.create", name=f"{method} key", scopes=["operator.write"])
+    line = f"echo >>{tmp_path}/runs; {wait_in_shell(tmp_path / 'go')}"
+    jobs, chats = plain.running.jobs, plain.running._chats
+    acted = threading.Event()
+
+    def after_the_key(act):
+        def late(*args, **options):
+            monkeypatch.undo()
+            plain.call("keys.revoke", keyId=made["keyId"])
+            try:
+                return act(*args, **options)
+            finally:
+                acted.set()
+
+        return late
+
+    with moltis.OperatorClient(plain.url, made["key"], plain.trust) as client:
+        if method == "job.start":
+            monkeypatch.setattr(jobs, "start", after_the_key(jobs.start))
+            params = {"jobs": [{"node": "local"}], "work": "run", "keep": True}
+            params["spec"] = {"command": line}
+        else:
+            monkeypatch.setattr(chats, "send", after_the_key(chats.send))
+            params = {"text": f"!{line}"}
+        with contextlib.suppress(moltis.MoltisError):  # it was hung up on
+            client.call(method, params)
+
+    assert acted.wait(30)
+    wait_for(lambda: not jobs.open_of(made["keyId"]), what="its commands to end")
+    wait_for(
+        lambda: (
+            not {m["state"] for m in plain.call("chat.history")} & {"queued", "running"}
+        ),
+        what="its turn to end",
+    )
+    for job in plain.call("job.list", limit=10):
+        assert line not in job["command"] or job["state"] == "cancelled"
+
+
+def test_a_key_that_is_revoked_as_it_is_checked_begins_nothing(plain, monkeypatch):
+    made = plain.call("keys.create", name="checked", scopes=["operator.write"])
+    operators = plain.running._access.operators
+    admit = operators.admit_operator
+
+    def revoke_after(*args):
+        caller = admit(*args)
+        monkeypatch.undo()
+        plain.call("keys.revoke", keyId=made["keyId"])
+        return caller
+
+    monkeypatch.setattr(operators, "admit_operator", revoke_after)
+    with pytest.raises(OSError, match="401"):
+        bearer = {"Authorization": f"Bearer {made['key']}"}
+        post(plain, "/api/rpc", {"method": "sessions.create"}, **bearer)
+
+
 def test_a_look_at_a_join_link_does_not_use_it_up(plain):
     """RFC 9110 §9.3.2: `curl -I`, and what previews links, ask with HEAD."""
     import urllib.request
