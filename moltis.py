@@ -6372,6 +6372,15 @@ class FileList(Value):
     path: str  # of encode_path(); relative to the working directory
 
 
+class FileChange(Value):
+    """The spec of work `file.change`: what to make, to rename or to delete."""
+
+    action: str  # "mkdir", "rename" or "delete"
+    path: str  # of encode_path(); relative to the working directory
+    to: str = ""  # the same, of a rename
+    recursive: bool = False  # delete a directory with all that is in it
+
+
 def descend(descriptor: int, names: Iterable[str]) -> int:
     """Return the directory `names` below `descriptor`, which is closed.
 
@@ -6537,6 +6546,117 @@ class FileListing:
                     yield _file_entry(self._descriptor, name, follow=self._follow)
         finally:
             os.close(self._descriptor)
+
+
+# -- changing ------------------------------------------------------------------
+
+
+def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
+    """Delete a directory with all below it, and follow no link.
+
+    Calls `pause` before each name.  Raises OSError, what `pause` raises.
+    """
+    waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
+    try:
+        while True:
+            directory, names = waiting[-1]
+            if names:
+                pause()
+                facts = os.stat(names[-1], dir_fd=directory, follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    below = descend(os.dup(directory), names[-1:])
+                    waiting.append((below, os.listdir(below)))
+                else:
+                    os.unlink(names.pop(), dir_fd=directory)
+                continue
+            os.close(waiting.pop()[0])
+            directory, names = waiting[-1]
+            os.rmdir(names[-1], dir_fd=directory)
+            names.pop()
+            if len(waiting) == 1:
+                return
+    except OSError as error:
+        where = "/".join(names[-1] for _, names in waiting[1:] if names)
+        problem = f"{where}: {error.strerror}" if where else error.strerror
+        raise OSError(error.errno, problem) from error
+    finally:
+        for directory, _ in waiting:
+            os.close(directory)
+
+
+class FileChanger:
+    """Makes, renames and deletes; replaces nothing."""
+
+    def __init__(
+        self, places: FilePlaces, umask: int, pause: Callable[[], None] = lambda: None
+    ) -> None:
+        """`pause` is called before each name that is deleted."""
+        self._places = places
+        self._umask = umask
+        self._pause = pause
+
+    def change(self, spec: FileChange) -> JsonObject:
+        """Return the path of what was changed.  Raises RpcError."""
+        actions = {"mkdir": self._make, "rename": self._rename, "delete": self._delete}
+        if spec.action not in actions:
+            known = ", ".join(actions)
+            problem = f"action must be one of {known}, not {spec.action[:40]!r}"
+            raise RpcError("INVALID_REQUEST", problem)
+        path = self._places.absolute(decode_path(spec.path))
+        try:
+            parent, name = self._open(path)
+            try:
+                actions[spec.action](spec, parent, name)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
+            raise RpcError(code, file_problem(path, error)) from error
+        return {"path": encode_path(path)}
+
+    def _open(self, path: str) -> tuple[int, str]:
+        """Return a descriptor of a directory, and the name of `path` in it.
+
+        Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
+        """
+        parent, name = self._places.open_parent(path)
+        if name == ".":
+            os.close(parent)
+            problem = file_problem(path, "stays as it is: all files here are below it")
+            raise RpcError("FORBIDDEN", problem)
+        return parent, name
+
+    def _make(self, _spec: FileChange, parent: int, name: str) -> None:
+        os.mkdir(name, 0o700, dir_fd=parent)
+        made = descend(os.dup(parent), [name])
+        try:
+            os.fchmod(made, 0o777 & ~self._umask)  # not our own umask
+        finally:
+            os.close(made)
+
+    def _rename(self, spec: FileChange, parent: int, name: str) -> None:
+        target = self._places.absolute(decode_path(spec.to))
+        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        goal, new = self._open(target)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(new, dir_fd=goal, follow_symlinks=False)
+                # Where case does not count, a new spelling finds the file itself.
+                respelled = os.path.samestat(there, facts) and new != name
+                if not (respelled and new.casefold() == name.casefold()):
+                    raise RpcError("CONFLICT", file_problem(target, "is there already"))
+            os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
+        finally:
+            os.close(goal)
+
+    def _delete(self, spec: FileChange, parent: int, name: str) -> None:
+        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISDIR(facts.st_mode):
+            os.unlink(name, dir_fd=parent)
+        elif spec.recursive:
+            remove_tree(parent, name, self._pause)
+        else:
+            os.rmdir(name, dir_fd=parent)
 
 
 # -- reading -------------------------------------------------------------------
@@ -10249,6 +10369,14 @@ def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> Json
     }
 
 
+def _change_file(
+    options: MachineOptions, spec: FileChange, errand: Errand
+) -> JsonObject:
+    umask = 0o022 if options.inherited is None else options.inherited.umask
+    pause = partial(errand.cancellation.pause, 0)
+    return FileChanger(file_places(options), umask, pause).change(spec)
+
+
 class Notes:
     """What a transfer says of single files: JSON lines on its standard error."""
 
@@ -10340,8 +10468,14 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_COPIES,
         line=MAX_LINE,
     ),
+    "file.change": Work(
+        FileChange.from_json,
+        partial(Errand, _change_file),
+        recorded=True,
+        line=MAX_LINE,
+    ),
 }
-FILE_WORKS = ("file.list", "file.read", "file.write")
+FILE_WORKS = ("file.list", "file.read", "file.write", "file.change")
 
 
 def find_work(name: str) -> Work:
@@ -10382,6 +10516,10 @@ def work_title(work: str, spec: JsonObject) -> str:
         return f"list {shown_path(decode_path(spec['path']))}"
     if work == "file.write":
         return f"write {shown_path(decode_path(spec['path']))}"
+    if work == "file.change":
+        to = f" to {shown_path(decode_path(spec['to']))}" if spec.get("to") else ""
+        rest = " with all in it" if spec.get("recursive") else ""
+        return f"{spec['action']} {shown_path(decode_path(spec['path']))}{to}{rest}"
     return spec.get("command") or ("login shell" if work == TERMINAL else work)
 
 
@@ -23736,7 +23874,9 @@ WEB_HTML = r"""<!doctype html>
 <span class="size" role="gridcell" data-part="size"></span>
 <span class="changed" role="gridcell" data-part="changed"></span>
 <span class="mode" role="gridcell" data-part="mode"></span>
-<span class="tools" role="gridcell"><button class="bare" data-part="save"
+<span class="tools" role="gridcell"><button class="bare" data-part="rename"
+ data-icon="pen" title="Rename"></button><button class="bare" data-part="remove"
+ data-icon="bin" title="Delete"></button><button class="bare" data-part="save"
  data-icon="save" title="Download"></button></span>
 </div></template>
 
@@ -23906,7 +24046,9 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 
 <section id="files" class="settings" aria-labelledby="files-title" hidden>
 <header class="bar"><a id="files-back" class="bare" aria-label="The machine"
- title="The machine" data-icon="back"></a><h1 id="files-title"></h1></header>
+ title="The machine" data-icon="back"></a><h1 id="files-title"></h1>
+<button id="files-make" class="button" data-icon="plus">New<span class="wider">
+ directory</span></button></header>
 <div class="place"><button id="files-up" class="bare" data-icon="up"
  title="Directory above"></button>
 <div class="picker"><input id="files-path" aria-label="Path" role="combobox"
@@ -24011,6 +24153,16 @@ dials out.</p>
 <div class="actions"><button id="again-cancel" class="button"
  type="button">Cancel</button>
 <button class="button main" type="submit">Run</button></div>
+</form>
+</dialog>
+
+<dialog id="file-name" aria-labelledby="file-name-title">
+<form method="dialog">
+<h2 id="file-name-title"></h2>
+<label for="file-name-text">Name</label>
+<input id="file-name-text" required autocomplete="off" autofocus>
+<div class="actions"><button class="button" formnovalidate>Cancel</button>
+<button id="file-name-yes" class="button main" value="yes"></button></div>
 </form>
 </dialog>
 
@@ -24154,7 +24306,7 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 #token { width: min(660px, calc(100vw - 24px)); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
-#token-form, #again-form { display: grid; gap: 8px; }
+#token-form, #again-form, #file-name form { display: grid; gap: 8px; }
 #again pre { max-height: 40vh; overflow: auto; padding: 10px 13px; border-radius: 10px;
   background: var(--sunken); white-space: pre-wrap; overflow-wrap: anywhere; }
 #token-warnings { margin: 10px 0; }
@@ -28774,6 +28926,8 @@ class FileRow {
   constructor() {
     Object.assign(this, copyOf("file-row"));
     on(this.save, "click", () => saveFile(this.path, this.entry));
+    on(this.rename, "click", () => renameFile(this.path, this.entry));
+    on(this.remove, "click", () => deleteFile(this.path, this.entry));
   }
 
   update(entry) {
@@ -28799,10 +28953,13 @@ class FileRow {
     this.changed.title = fullFormat.format(entry.changedAt);
     setText(this.mode, permissions(entry.mode));
     this.save.hidden = !opens;
-    this.save.tabIndex = entry.name === files.active ? 0 : -1;
-    const what = isDirectory ? "Download as .tar" : "Download";
-    this.save.title = what;
-    this.save.setAttribute("aria-label", `${what}: ${shownName(entry.name)}`);
+    const labels = {save: isDirectory ? "Download as .tar" : "Download",
+      rename: "Rename", remove: "Delete"};
+    for (const [part, label] of Object.entries(labels)) {
+      this[part].tabIndex = entry.name === files.active ? 0 : -1;
+      this[part].title = label;
+      this[part].setAttribute("aria-label", `${label}: ${shownName(entry.name)}`);
+    }
   }
 }
 
@@ -28847,6 +29004,7 @@ function drawFiles() {
   $("files-open").hidden = !files.opened || !isShown;
   $("files-list").hidden = Boolean(files.opened) || !isShown;
   $("files-tools").hidden = Boolean(files.opened);
+  $("files-make").hidden = Boolean(files.opened) || !isShown;
   fillIfChanged($("files-head"), [files.sort, files.isDown], ([sort, isDown]) =>
     Object.entries(COLUMNS).map(([column, [label]]) =>
       h("button", {type: "button", "aria-pressed": String(column === sort),
@@ -28876,7 +29034,8 @@ function fileKey(event) {
   const goal = {ArrowDown: at + 1, ArrowUp: Math.max(0, at - 1), Home: 0,
     End: names.length - 1, PageDown: at + 15, PageUp: Math.max(0, at - 15)}[event.key];
   if (goal === undefined) {
-    if (event.key === "Enter" && at >= 0) activeRow()?.link.click();
+    const part = {Enter: "link", F2: "rename", Delete: "remove"}[event.key];
+    if (part && at >= 0) fileRows.views.get(files.active)?.[part].click();
     return;
   }
   event.preventDefault();
@@ -28890,8 +29049,6 @@ function fileKey(event) {
   list.scrollTop = Math.max(most, Math.min(list.scrollTop, top));
   drawFileRows();
 }
-
-const activeRow = () => fileRows.views.get(files.active);
 
 const tooLarge = limit =>
   `It is too large to be shown here: ${formatBytes(limit)} are the limit.`;
@@ -28969,6 +29126,68 @@ async function saveFile(path, {kind}) {
   const said = await answer?.json().catch(() => null);
   if (answer?.ok && said?.url) h("a", {href: BASE + said.url, download: ""}).click();
   else showToast(said?.error?.message || "The gateway cannot be reached.");
+}
+
+// Ask for a name; resolves to "" if the question is closed.
+function askedName(title, action, name = "") {
+  const dialog = $("file-name"), field = $("file-name-text");
+  setText($("file-name-title"), title);
+  setText($("file-name-yes"), action);
+  dialog.returnValue = "";
+  dialog.showModal();
+  field.value = name;
+  field.setSelectionRange(0, /^.+(?=\.)|.*/s.exec(name)[0].length);
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue === "yes" ? field.value : "");
+  });
+}
+
+async function changeFile(spec) {
+  try {
+    await workOn(routeNode(), "file.change", spec);
+  } catch (error) {
+    showError(error);
+  }
+  await loadFiles();
+}
+
+async function makeDirectory() {
+  const name = await askedName("New directory", "Make it");
+  const path = encodePath(pathIn(files.path, name));
+  if (name) await changeFile({action: "mkdir", path});
+}
+
+async function renameFile(path, entry) {
+  const known = shownName(entry.name);
+  const name = await askedName(`Rename ${known}`, "Rename", known);
+  if (!name || name === known) return;
+  const to = encodePath(name[0] === "/" ? name : pathIn(files.path, name));
+  await changeFile({action: "rename", path: encodePath(path), to});
+}
+
+async function deleteFile(path, {name, kind, link, size}) {
+  const node = routeNode();
+  const isTree = kind === "directory" && link == null;
+  let text = link == null ? `It has ${formatBytes(size)}, which are lost.`
+    : "Only the link is deleted; what it leads to stays.";
+  let count = 0;
+  if (isTree) {
+    try {
+      const {entries, leftOut} = await listFiles(node, path);
+      count = entries.length + leftOut;
+      const some = entries.slice(0, 3).map(entry => shownName(entry.name)).join(", ");
+      text = !count ? "The directory is empty."
+        : `It is not empty: ${some}${count > 3 ? ` and ${count - 3} more` : ""} are ` +
+          "deleted with it, and everything below.";
+    } catch (error) {
+      showError(error);
+      return;
+    }
+  }
+  const question = `Delete ${shownName(name)} on ${node.displayName}?`;
+  if (!(await confirmed(question, text, "Delete"))) return;
+  const spec = {action: "delete", path: encodePath(path), recursive: count > 0};
+  await changeFile(spec);
 }
 
 // Completes the directory that is typed into the path.
@@ -29606,6 +29825,7 @@ const CLICKS = {
   "node-rename": renameNode,
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
+  "files-make": makeDirectory,
   "files-up": () => goToFiles(parentOf(state.route.path)),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),

@@ -232,6 +232,61 @@ def test_a_click_downloads_a_file_and_a_directory(page, world):
         assert tar.getnames() == ["d", "d/f"]
 
 
+def row(name, part):
+    """Return the selector of a button in the row of a file."""
+    label = {"rename": "Rename", "remove": "Delete", "save": "Download"}[part]
+    return f"#files-rows [aria-label={json.dumps(f'{label}: {name}')}]"
+
+
+def press(page, name, part):
+    page.wait_for(f"document.querySelector({json.dumps(row(name, part))}) !== null")
+    page.evaluate(f"document.querySelector({json.dumps(row(name, part))}).click()")
+
+
+def test_a_directory_is_made_and_a_file_renamed(page, world):
+    (world.scratch / "old.txt").write_text("content")
+    (world.scratch / "other").touch()
+    show(page, world)
+    page.click("#files-make")
+    page.fill("#file-name-text", "new directory")
+    page.press("Enter")
+    wait_for_names(page, "new directory", "old.txt", "other")
+    press(page, "old.txt", "rename")
+    page.type("new")  # the ending is not selected
+    page.press("Enter")
+    wait_for_names(page, "new directory", "new.txt", "other")
+    assert (world.scratch / "new.txt").read_text() == "content"
+    press(page, "new.txt", "rename")
+    page.fill("#file-name-text", "other")
+    page.press("Enter")
+    page.wait_for_text("other: is there already")
+    assert (world.scratch / "new.txt").read_text() == "content"
+
+
+def test_what_is_deleted_was_named_in_the_question(page, world):
+    (world.scratch / "d" / "sub").mkdir(parents=True)
+    (world.scratch / "d" / "sub" / "deep").touch()
+    (world.scratch / "d" / "f").touch()
+    (world.scratch / "kept").mkdir()
+    (world.scratch / "kept" / "f").touch()
+    (world.scratch / "link").symlink_to("kept")
+    show(page, world)
+    press(page, "link", "remove")
+    page.wait_for_text("Delete link on far?")
+    page.wait_for_text("Only the link is deleted")
+    page.click("#confirm-yes")
+    wait_for_names(page, "d", "kept")
+    press(page, "d", "remove")
+    page.wait_for_text("Delete d on far?")
+    page.wait_for_text("It is not empty: f, sub are deleted with it")
+    page.click("#confirm button")  # Cancel
+    press(page, "d", "remove")
+    page.wait_for_text("Delete d on far?")
+    page.click("#confirm-yes")
+    wait_for_names(page, "kept")
+    assert os.listdir(world.scratch / "kept") == ["f"]
+
+
 # -- over HTTP -------------------------------------------------------------------
 
 
