@@ -22102,11 +22102,12 @@ class Reply(Value):
     """The answer to an HttpRequest."""
 
     status: int
-    # A Stream goes on up to the connection's end.
+    # Anything but bytes goes on up to the connection's end, unless more is said below.
     body: bytes | Generator[bytes, None, None] | Stream = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
     length: int | None = None  # bytes of a generator's body, where it is known
+    chunked: bool = False  # else: whoever reads it notices where it breaks off
 
 
 def json_reply(
@@ -22159,7 +22160,7 @@ def download_reply(
     name: str,
     pieces: Generator[bytes, None, None],
     kind: str,
-    length: int | None = None,
+    **framing: Any,
 ) -> Reply:
     """Return a file that a browser saves, does not cache and never runs."""
     return Reply(
@@ -22171,7 +22172,7 @@ def download_reply(
             ("Content-Security-Policy", "sandbox"),  # next to the one of all replies
             ("Cache-Control", "no-store"),
         ],
-        length,
+        **framing,
     )
 
 
@@ -22449,7 +22450,9 @@ class Download:
 
     def reply(self, is_abandoned: Callable[[], bool]) -> Reply:
         kind = "application/x-tar" if self.size is None else "application/octet-stream"
-        return download_reply(self.name, self._pieces(is_abandoned), kind, self.size)
+        pieces = self._pieces(is_abandoned)
+        framing = {"length": self.size, "chunked": self.size is None}
+        return download_reply(self.name, pieces, kind, **framing)
 
     def _pieces(self, is_abandoned: Callable[[], bool]) -> Generator[bytes, None, None]:
         """Yield all of it.  Raises OSError: what was sent is not whole."""
@@ -23446,9 +23449,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             body, length = reply.body, reply.length
-            # Whoever reads it notices where it breaks off.
-            chunked = not isinstance(body, bytes) and not callable(body)
-            chunked = chunked and length is None and self.request_version != "HTTP/1.0"
+            chunked = reply.chunked and self.request_version != "HTTP/1.0"
             if isinstance(body, bytes):
                 length = len(body)
             if length is not None:
