@@ -194,6 +194,7 @@ BEARER_VARIABLES: Mapping[str, str] = {  # of keys for `Authorization`; they com
 SECRET_VARIABLES = (
     "MOLTIS_API_KEY",
     "MOLTIS_DEVICE_TOKEN",
+    "MOLTIS_MODEL_KEY",
     *API_KEY_VARIABLES.values(),
     *BEARER_VARIABLES.values(),
 )
@@ -3688,7 +3689,8 @@ def http_exchange(
     except (UsageError, BadConfiguration) as error:
         raise Unreachable(str(error)) from error
     except (OSError, UnicodeError) as error:
-        raise Unreachable(f"{name} cannot be reached: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise Unreachable(f"{name} cannot be reached: {reason}") from error
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
@@ -17584,6 +17586,7 @@ class ModelDirectory:
                 "id": f"{node_id}:{model.id}",
                 "displayName": f"{model.display_name} · {node_name}",
                 "nodeId": node_id,
+                "nodeName": node_name,
             }
             for model in models
         ]
@@ -31076,8 +31079,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
-#       Machine, Node service, Store, Access, Fleet, Jobs, Agent, Chat, HTTP,
-#       Operator client, MCP, Assembly
+#       Language models, Machine, Node service, Store, Access, Fleet, Jobs, Agent,
+#       Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -32252,6 +32255,115 @@ def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
         keys = client.call("keys.list", {})
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{one_line(args.key, 200)} is revoked")
+    return EXIT_OK
+
+
+MAX_TYPED_KEY = 64 * 1024  # bytes on standard input; more is no key
+
+
+def model_key(args: argparse.Namespace, context: Context) -> str | None:
+    """Return the key for a model's server, None if none is given.
+
+    Never from the command line, which other users can see.  Raises UserError.
+    """
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    if args.api_key_stdin and not is_typed:
+        key = sys.stdin.buffer.read(MAX_TYPED_KEY) if sys.stdin is not None else b""
+        text = key.decode("utf-8", "replace").strip()
+        if not text:
+            raise UsageError("there is no key on standard input")
+    elif context.environ.get("MOLTIS_MODEL_KEY"):
+        text = context.environ["MOLTIS_MODEL_KEY"].strip()
+    elif is_typed:
+        import getpass
+
+        try:
+            text = getpass.getpass("API key (Enter: none, or the one it has): ").strip()
+        except EOFError:
+            raise UserError("no key was typed; nothing is changed") from None
+    else:
+        return None
+    if re.search(r"[^\x21-\x7e]", text):
+        raise UsageError("the key is no line of printable ASCII without spaces")
+    return text or None
+
+
+def cmd_model_add(args: argparse.Namespace, context: Context) -> int:
+    name = args.name.strip()
+    with operator_client(args, context) as client:
+        given = {
+            "apiKey": model_key(args, context),
+            "baseUrl": args.url,
+            "protocol": args.protocol,
+        }
+        given = {k: v for k, v in given.items() if v is not None}
+        if not given:
+            raise UsageError(
+                "give a key (--api-key-stdin or MOLTIS_MODEL_KEY) or --url, the "
+                "address of a server of your own"
+            )
+        client.call("models.configure", {"provider": name, **given})
+        providers = client.call("models.providers", {})
+    for provider in providers:
+        if provider["id"] == name:
+            problem = one_line(provider["error"], 500)
+            context.output.say(
+                f"{name} is added, but lists no models: {problem}"
+                if problem
+                else f"{name} is added; models: {provider['models']}"
+            )
+    return EXIT_OK
+
+
+def _model_column(row: JsonObject) -> str:
+    """Return the model as `chat --model` takes it."""
+    if "nodeId" not in row:
+        return str(row["id"])
+    return f"{row['nodeName']}:{row['id'][len(row['nodeId']) + 1 :]}"
+
+
+def yes_column(name: str) -> Column:
+    return lambda row: "yes" if row.get(name) else "-"
+
+
+MODEL_COLUMNS: Mapping[str, Column] = {
+    "MODEL": _model_column,
+    "PROVIDER": "provider",
+    "COMMANDS": yes_column("supportsTools"),
+    "REASONING": yes_column("reasoning"),
+}
+PROVIDER_COLUMNS: Mapping[str, Column] = {
+    "NAME": "id",
+    "MODELS": "models",
+    "KEY": lambda row: {
+        "settings": "entered",
+        "environment": f"in {row['keyVariable']}",
+    }.get(row["keyFrom"], "-"),
+    "ADDRESS": "baseUrl",
+    "PROBLEM": "error",
+}
+
+
+def cmd_model_list(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        models = client.call("models.list", {"refresh": True})
+        providers = client.call("models.providers", {})
+    if args.providers:
+        return context.show(
+            *(args, providers, PROVIDER_COLUMNS),
+            lambda row: RED if row["error"] else GREEN if row["models"] else DIM,
+        )
+    status = context.show(args, models, MODEL_COLUMNS)
+    for provider in providers:
+        if provider["error"]:
+            name, problem = provider["id"], one_line(provider["error"], 500)
+            context.output.say(f"{name} lists no models: {problem}")
+    return status
+
+
+def cmd_model_remove(args: argparse.Namespace, context: Context) -> int:
+    call_gateway(args, context, "models.remove", provider=args.name.strip())
+    context.output.say(f"{one_line(args.name, 200)} is removed")
     return EXIT_OK
 
 
@@ -34595,6 +34707,37 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis key revoke ci",
         (arg("key", "name or id"), *GATEWAY),
     ),
+    "model add": Subcommand(
+        cmd_model_add,
+        "add a server of language models, or change its key or address",
+        "moltis model add gpu-box --url http://gpu-box:8080/v1",
+        (
+            arg("name NAME", "a provider like anthropic, or one for your own server"),
+            arg("--url URL", "address of your own server, up to /v1"),
+            arg(
+                "--protocol",
+                "as whose API your own server talks (default: openai)",
+                choices=[*OWN_SERVERS],
+            ),
+            arg(
+                "--api-key-stdin",
+                "read its key from stdin; else from MOLTIS_MODEL_KEY, or asked for",
+            ),
+            *GATEWAY,
+        ),
+    ),
+    "model list": Subcommand(
+        cmd_model_list,
+        "show the models that `chat --model` takes",
+        "moltis model list",
+        (arg("--providers", "show the servers instead"), *GATEWAY, JSON),
+    ),
+    "model remove": Subcommand(
+        cmd_model_remove,
+        "remove a server, or the key that was entered for one",
+        "moltis model remove gpu-box",
+        (arg("name NAME", "as `moltis model list --providers` says"), *GATEWAY),
+    ),
     "node generate-token": Subcommand(
         cmd_node_generate_token,
         "make a token for a machine, and print what to run there",
@@ -34749,6 +34892,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
 }
 GROUPS: Mapping[str, str] = {
     "key": "operator keys: make, list, revoke",
+    "model": "language models: list them, add and remove their servers",
     "node": "machines: add, list, use them",
 }
 

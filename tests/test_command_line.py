@@ -1618,6 +1618,84 @@ def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, wor
     assert [found.partition("\t")[0] for found in out.splitlines()] == words
 
 
+# -- model ---------------------------------------------------------------------
+
+
+def model_server(request):
+    """A server of models, which wants a key."""
+    if request.headers.get("Authorization") != "Bearer sk-right":
+        return 401, {}, [b'{"error": {"message": "wrong key"}}']
+    return 200, {}, [b'{"data": [{"id": "qwen3"}]}']
+
+
+def test_a_server_of_models_is_added_listed_and_removed(gateway, capsys, monkeypatch):
+    def model(*words, typed=""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+        status, out, err = said(capsys, "model", *words)
+        assert "sk-right" not in out + err
+        return status, out or err
+
+    with ScriptedServer(model_server) as server:
+        status, text = model("add", "gpu-box", "--url", server.url)
+        assert status == 0
+        assert text.startswith("gpu-box is added, but lists no models: ")
+        assert "wrong key" in text
+        done = model("add", "gpu-box", "--api-key-stdin", typed="sk-right\n")
+        assert done == (0, "gpu-box is added; models: 1\n")
+        ids = [row["id"] for row in json.loads(model("list", "--json")[1])]
+        assert ids == ["shell", "gpu-box/qwen3"]
+        rows = [line.split() for line in model("list", "--providers")[1].splitlines()]
+        assert ["gpu-box", "1", "entered", server.url, "-"] in rows
+        assert model("remove", "gpu-box") == (0, "gpu-box is removed\n")
+        status, text = model("remove", "gpu-box")
+        assert status == 1
+        assert "nothing was entered for 'gpu-box'" in text
+        monkeypatch.setenv("MOLTIS_MODEL_KEY", "sk-right")  # without a terminal
+        done = model("add", "other", "--url", server.url)
+        assert done == (0, "other is added; models: 1\n")
+
+
+def test_the_key_of_a_server_of_models_is_asked_for_and_not_shown(gateway, home):
+    with ScriptedServer(model_server) as server:
+        words = "model", "add", "gpu-box", "--url", server.url
+        terminal = ShellTerminal(
+            [sys.executable, str(PROGRAM), *words], **clean_environment(home)
+        )
+        try:
+            terminal.type("", "API key")
+            terminal.type("sk-right\n", "gpu-box is added; models: 1")
+        finally:
+            terminal.close()
+    assert "sk-right" not in terminal.text
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "hint"),
+    [
+        ("groq --api-key-stdin", "\n", "there is no key on standard input"),
+        ("groq --api-key-stdin", "one\ntwo\n", "the key is no line of"),
+        ("groq --api-key-stdin", "schlüssel", "the key is no line of"),
+        ("groq", "", "give a key"),
+        ("groq --protocol openai", "", "protocol of its own"),
+        ("gpu", "", "give a key"),
+        ("gpu --api-key-stdin", "key", "needs an address"),
+        ("gpu --url gpu:8080", "", "must look like http://"),
+        ("gpu --url http://me:word@gpu", "", "enter a key by itself"),
+        ("GPU --url http://gpu", "", "cannot be the name of a provider"),
+    ],
+)
+def test_what_cannot_be_a_server_of_models_is_said(
+    gateway, capsys, monkeypatch, words, typed, hint
+):
+    stdin = io.TextIOWrapper(io.BytesIO(typed.encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, out, err = said(capsys, "model", "add", *words.split())
+    assert (status, out) == (2, "")
+    assert hint in err
+    assert "word@" not in err
+    assert not (gateway.directory / "models.json").exists()
+
+
 # -- chat ----------------------------------------------------------------------
 
 

@@ -115,6 +115,7 @@ def test_models_of_nodes_are_listed_after_shell_with_the_name_of_their_node(
             "supportsTools": False,
             "reasoning": False,
             "nodeId": "id-of-GPU box",
+            "nodeName": "GPU box",
         }
     ]
 
