@@ -6366,6 +6366,7 @@ class FileWrite(Value):
     into: bool = False  # it is a directory, or shall be one
     mkdir: bool = False  # make missing directories
     bare: bool = False  # the stream is one file's bytes, without an archive
+    keep: bool = False  # what is there already stays as it is
 
 
 class FileList(Value):
@@ -7351,6 +7352,9 @@ class FileTarget:
             self._leave_out(
                 pending.names, "is a directory, which a file does not replace"
             )
+            return
+        if present is not None and self._spec.keep:
+            self._leave_out(pending.names, "is there already, and stays as it is")
             return
         if present is not None and (present.st_dev, present.st_ino) in self._written:
             self._leave_out(
@@ -23782,6 +23786,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-key" d="M12.5 10.5a3.5 3.5 0 1 0-3-3L4 13v3h3v-2h2v-2z"/>
 <path id="i-up" d="M10 16V5m-5 5 5-5 5 5"/>
 <path id="i-directory" d="M3 5h5l2 2h7v9H3z"/>
+<path id="i-upload" d="M10 13V4M6 7.5 10 3.5l4 4M4 16h12"/>
 <path id="i-file" d="M5 3h7l3 3v11H5zM12 3v3h3"/>
 <path id="i-warn" d="M10 3 2.5 16.5h15zM10 8v4m0 2v.5"/>
 </svg>
@@ -23869,6 +23874,14 @@ WEB_HTML = r"""<!doctype html>
 <span class="seen detail" data-part="seen"></span>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button>
+</li></template>
+
+<template id="upload-row"><li class="upload"><span class="name"
+ data-part="name"></span>
+<progress data-part="bar" max="1"></progress>
+<span class="detail" data-part="detail" role="status"></span>
+<button class="button small" data-part="again" hidden>Choose it again</button>
+<button class="bare" data-part="end" data-icon="close" title="Cancel"></button>
 </li></template>
 
 <template id="file-row"><div class="file" role="row">
@@ -24052,7 +24065,13 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <header class="bar"><a id="files-back" class="bare" aria-label="The machine"
  title="The machine" data-icon="back"></a><h1 id="files-title"></h1>
 <button id="files-make" class="button" data-icon="plus">New<span class="wider">
- directory</span></button></header>
+ directory</span></button>
+<button id="files-send-all" class="button wider" data-icon="directory">Upload a
+ directory</button>
+<button id="files-send" class="button main" data-icon="upload">Upload</button>
+<input id="files-chosen" type="file" multiple hidden aria-label="Files to upload">
+<input id="files-chosen-all" type="file" webkitdirectory hidden
+ aria-label="Directory to upload"></header>
 <div class="place"><button id="files-up" class="bare" data-icon="up"
  title="Directory above"></button>
 <div class="picker"><input id="files-path" aria-label="Path" role="combobox"
@@ -24170,6 +24189,16 @@ dials out.</p>
 </form>
 </dialog>
 
+<dialog id="conflict" aria-labelledby="conflict-title">
+<form method="dialog">
+<h2 id="conflict-title"></h2>
+<p id="conflict-text"></p>
+<div class="actions"><button class="button" autofocus>Cancel</button>
+<button class="button" value="keep">Keep what is there</button>
+<button class="button danger" value="replace">Replace</button></div>
+</form>
+</dialog>
+
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
 <form method="dialog">
 <h2 id="confirm-title"></h2>
@@ -24181,6 +24210,7 @@ dials out.</p>
 </div>
 
 <p id="live" class="unseen" aria-live="polite"></p>
+<ul id="uploads" aria-label="Uploads"></ul>
 <p id="toast" role="alert" hidden></p>
 </body>
 </html>
@@ -24725,6 +24755,20 @@ details label input { flex: 0 1 420px; }
 .file-head button:nth-child(2) { text-align: right; }
 .file-head [aria-pressed=true] { color: var(--ink); font-weight: 560; }
 #files-note { padding: 8px 4px; }
+.dropping { outline: 2px dashed var(--accent); outline-offset: -8px; }
+#uploads { position: fixed; z-index: 15; right: 16px; bottom: 16px; display: grid;
+  gap: 8px; width: min(400px, calc(100vw - 32px)); }
+.upload { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 2px 8px;
+  align-items: center; padding: 10px 8px 10px 14px; border: var(--rule);
+  border-radius: 12px; background: var(--surface); box-shadow: var(--shade); }
+.upload .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  font-size: 14px; }
+.upload .bare { grid-area: 1 / 3 / 3; }
+.upload .button { grid-area: 1 / 2 / 3; }
+.upload progress { grid-column: 1; width: 100%; height: 6px;
+  accent-color: var(--accent); }
+.upload .detail { grid-column: 1; }
+.upload.bad .detail { color: var(--bad); }
 .opened { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px;
   margin-bottom: 12px; }
 .opened h2 { overflow-wrap: anywhere; }
@@ -26386,6 +26430,7 @@ const state = {
   chats: new Map(), // session key → Chat
   jobs: new Map(), // id → job, of all callers, as far as the page knows them
   logs: new Map(), // job id → JobLog
+  uploads: new Map(), // job id → Upload
   followed: new Set(), // ids of jobs whose logs the gateway sends
   running: [], // open jobs, the oldest first
   asks: [], // commands that wait for an approval, in all chats
@@ -26890,6 +26935,7 @@ function unfollowJob(id) {
 function onJobState({ending, ...change}) {
   const {id} = change;
   learn({...change, ...ending});
+  state.uploads.get(id)?.onState({ending, ...change});
   // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
@@ -26900,6 +26946,7 @@ function onJobState({ending, ...change}) {
 function onLogData(message) {
   const {id, offset, frames} = decodeLogData(message) || {};
   if (state.followed.has(id)) state.logs.get(id).take(offset, frames);
+  state.uploads.get(id)?.take(offset, frames);
 }
 
 // The filters of the list that are no state of a job.
@@ -27042,6 +27089,7 @@ const HANDLERS = {
   session: onSession,
   job: onJobs,
   "job.state": onJobState,
+  "job.input": change => state.uploads.get(change.id)?.onInput(change),
   "node.telemetry": onTelemetry,
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -27062,6 +27110,7 @@ const link = new Link({
     state.usage.clear();
     enterRoute();
     for (const chat of state.chats.values()) chat.deliver();
+    takeUpUploads();
     await refresh("sessions", "models", "nodes", "devices", "running", "asks");
     touch("route");
   },
@@ -28843,9 +28892,495 @@ function contentOf(archive) {
   return null;
 }
 
+// SHA-256 (FIPS 180-4) of bytes that come in pieces: the browser's own takes all at
+// once, and only where the page came by HTTPS.
+const fractions = power => {
+  const primes = [];
+  for (let n = 2; primes.length < 64; n += 1)
+    if (primes.every(prime => n % prime)) primes.push(n);
+  return Int32Array.from(primes, prime => (prime ** power % 1) * 2 ** 32);
+};
+const SHA_ROUNDS = fractions(1 / 3);
+
+class Sha256 {
+  constructor() {
+    this.state = fractions(1 / 2).slice(0, 8);
+    this.words = new Int32Array(64);
+    this.rest = new Uint8Array(64); // the beginning of a block
+    this.size = 0; // bytes
+  }
+
+  update(bytes) {
+    let at = 0;
+    const used = this.size % 64;
+    this.size += bytes.length;
+    if (used) {
+      this.rest.set(bytes.subarray(0, 64 - used), used);
+      at = Math.min(bytes.length, 64 - used);
+      if (used + at === 64) this.mix(this.rest, 0);
+    }
+    for (; at + 64 <= bytes.length; at += 64) this.mix(bytes, at);
+    if (at < bytes.length) this.rest.set(bytes.subarray(at));
+    return this;
+  }
+
+  mix(bytes, at) {
+    const {words: w, state: s} = this;
+    for (let n = 0, from = at; n < 16; n += 1, from += 4)
+      w[n] = bytes[from] << 24 | bytes[from + 1] << 16 | bytes[from + 2] << 8 |
+        bytes[from + 3];
+    for (let n = 16; n < 64; n += 1) {
+      const x = w[n - 15], y = w[n - 2];
+      w[n] = (w[n - 16] + w[n - 7] | 0) +
+        ((x >>> 7 | x << 25) ^ (x >>> 18 | x << 14) ^ x >>> 3) +
+        ((y >>> 17 | y << 15) ^ (y >>> 19 | y << 13) ^ y >>> 10);
+    }
+    let a = s[0], b = s[1], c = s[2], d = s[3], e = s[4], f = s[5], g = s[6], i = s[7];
+    for (let n = 0; n < 64; n += 1) {
+      const one = (i + (e & f ^ ~e & g) | 0) + (SHA_ROUNDS[n] + w[n] | 0) +
+        ((e >>> 6 | e << 26) ^ (e >>> 11 | e << 21) ^ (e >>> 25 | e << 7)) | 0;
+      const two = (a & b ^ a & c ^ b & c) +
+        ((a >>> 2 | a << 30) ^ (a >>> 13 | a << 19) ^ (a >>> 22 | a << 10)) | 0;
+      i = g; g = f; f = e; e = d + one | 0; d = c; c = b; b = a; a = one + two | 0;
+    }
+    s[0] += a; s[1] += b; s[2] += c; s[3] += d;
+    s[4] += e; s[5] += f; s[6] += g; s[7] += i;
+  }
+
+  digest() {
+    const bits = this.size * 8;
+    const end = new Uint8Array((this.size % 64 < 56 ? 64 : 128) - this.size % 64);
+    end[0] = 128;
+    const view = viewOf(end);
+    view.setUint32(end.length - 8, bits / 2 ** 32);
+    view.setUint32(end.length - 4, bits >>> 0);
+    this.update(end);
+    const found = new DataView(new ArrayBuffer(32));
+    this.state.forEach((word, n) => found.setInt32(n * 4, word));
+    return new Uint8Array(found.buffer);
+  }
+}
+
+const TAR_BLOCK = 512; // bytes
+const padding = size => -size & (TAR_BLOCK - 1);
+
+function tarBlock(name, size, kind) {
+  const block = new Uint8Array(TAR_BLOCK);
+  const put = (text, at) => block.set(new TextEncoder().encode(text), at);
+  put(name, 0);
+  put(kind === "5" ? "0000755" : "0000644", 100);
+  put("0000000", 108);
+  put("0000000", 116);
+  put(size.toString(8).padStart(11, "0").slice(-11), 124);
+  put("00000000000", 136);
+  put("        ", 148);
+  put(kind, 156);
+  put("ustar\0" + "00", 257);
+  const sum = block.reduce((total, byte) => total + byte);
+  put(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
+  return block;
+}
+
+// Return the header of a member, with what a plain one cannot say (POSIX pax).
+function tarHeader({path, file, changedAt}) {
+  const fields = {path, size: file?.size ?? 0, mtime: (changedAt / 1000).toFixed(3)};
+  const lines = Object.entries(fields).map(([name, value]) => {
+    const rest = ` ${name}=${value}\n`;
+    const size = new TextEncoder().encode(rest).length;
+    let length = size;
+    while (length !== size + `${length}`.length) length = size + `${length}`.length;
+    return `${length}${rest}`;
+  });
+  const data = new TextEncoder().encode(lines.join(""));
+  return [tarBlock("pax", data.length, "x"), data, new Uint8Array(padding(data.length)),
+    tarBlock("file", 0, file ? "0" : "5")];
+}
+
+const sizeOf = pieces => pieces.reduce((total, piece) => total + piece.length, 0);
+
+// Return how many bytes tarStream() yields.
+const tarSize = entries => entries.reduce((total, entry) => {
+  const size = entry.file?.size ?? 0;
+  return total + sizeOf(tarHeader(entry)) + size + padding(size);
+}, 2 * TAR_BLOCK + 32);
+
+const READ_SIZE = 1024 * 1024; // bytes of a file in memory
+
+// Yield entries {path, file, changedAt}, directories without a file, as a node takes
+// them: a tar archive, then its SHA-256.
+async function* tarStream(entries) {
+  const digest = new Sha256();
+  const hashed = piece => (digest.update(piece), piece);
+  for (const entry of entries) {
+    const {file} = entry;
+    for (const piece of tarHeader(entry)) yield hashed(piece);
+    if (!file) continue;
+    for (let at = 0; at < file.size; at += READ_SIZE)
+      yield hashed(new Uint8Array(await file.slice(at, at + READ_SIZE).arrayBuffer()));
+    yield hashed(new Uint8Array(padding(file.size)));
+  }
+  yield hashed(new Uint8Array(2 * TAR_BLOCK));
+  yield digest.digest();
+}
+
 const permissions = mode => [...mode.toString(8).padStart(3, "0").slice(-3)]
   .map(bits => "rwx".replace(/./g, (letter, n) => bits & (4 >> n) ? letter : "-"))
   .join("");
+
+// == uploads ==
+
+const INPUT_DATA = 2; // kind of binary message
+const INPUT_PIECE = 60 * 1024; // bytes
+const INPUT_WINDOW = 768 * 1024; // bytes that the machine has not taken yet
+const SOCKET_BUFFER = 256 * 1024; // bytes: what a person types must not wait behind it
+const UPLOADS = "uploads"; // of this tab, for after a reload; their names in storage
+
+const bytesOfUuid = id =>
+  Uint8Array.from(id.replace(/-/g, "").match(/../g), pair => parseInt(pair, 16));
+
+function inputMessage(id, offset, data) {
+  const message = new Uint8Array(25 + data.length);
+  message[0] = INPUT_DATA;
+  message.set(bytesOfUuid(id), 1);
+  viewOf(message).setBigUint64(17, BigInt(offset));
+  message.set(data, 25);
+  return message;
+}
+
+// What tells whether the same files were chosen again.
+const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
+  [path, file?.size, file?.lastModified]));
+
+// Return the entries in one order, with each directory before what is in it.
+function inTarOrder(entries) {
+  const known = new Map(entries.map(entry => [entry.path, entry]));
+  for (const {path} of entries) {
+    for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) {
+      const directory = path.slice(0, at);
+      if (!known.has(directory)) known.set(directory, {path: directory});
+    }
+  }
+  const newest = entries.reduce((time, {file}) =>
+    Math.max(time, file?.lastModified ?? 0), 0);
+  for (const entry of known.values())
+    entry.changedAt = entry.file?.lastModified ?? (newest || Date.now());
+  return [...known.values()].sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+// Files on their way to a machine: the input of a job, which takes it byte by byte, at
+// most INPUT_WINDOW ahead, so that it goes on from there after a broken connection, and
+// after a reload once the files were chosen again.
+class Upload {
+  constructor(facts, entries) {
+    Object.assign(this, facts); // id, nodeId, path, keep, label, total, mark
+    this.entries = entries; // null: they have to be chosen again
+    this.taken = 0; // bytes that the machine has taken
+    this.read = 0; // bytes of its log
+    this.run = null; // identifies the newest pump()
+    this.state = entries ? "sends" : "waits"; // then "done", "failed" or "cancelled"
+    this.words = "";
+    this.notes = [];
+    this.since = Date.now();
+    this.wake = () => {}; // ends the wait of pump()
+    this.over = new Promise(done => (this.end = done));
+  }
+
+  get facts() {
+    const {id, nodeId, path, keep, label, total, mark} = this;
+    return {id, nodeId, path, keep, label, total, mark};
+  }
+
+  get isOpen() {
+    return this.state === "sends" || this.state === "waits";
+  }
+
+  async start() {
+    const {id, nodeId, keep} = this;
+    const spec = {path: encodePath(this.path), into: true, keep};
+    const params = {jobs: [{id, node: nodeId}], work: "file.write", spec, hold: true};
+    try {
+      const {jobs: [{error}]} = await link.call("job.start", params);
+      if (error) this.finish("failed", error.message);
+    } catch (error) {
+      if (!error.isLost) this.finish("failed", error.message);
+    }
+    keepUploads();
+  }
+
+  // Go on after a reconnect.
+  async hold() {
+    const params = {id: this.id, offset: this.read, hold: true};
+    try {
+      const {job} = await link.call("job.follow", params);
+      if (!isOpen(job)) this.finish("failed", capitalized(job.words));
+    } catch (error) {
+      if (error.code === "NOT_FOUND") await this.start(); // its start was lost
+      else if (!error.isLost) this.finish("failed", error.message);
+    }
+  }
+
+  // Take what the machine says of its input.
+  onInput({offset, resume, held}) {
+    if (held === false) this.finish("failed", "Another page goes on with it.");
+    if (!this.entries || !this.isOpen) return;
+    this.taken = offset;
+    if (resume) this.pump(offset);
+    this.wake();
+    touch("uploads");
+  }
+
+  // Send all bytes from `begin` on, as the machine takes them.
+  async pump(begin) {
+    const mine = (this.run = {});
+    let at = 0;
+    try {
+      for await (const piece of tarStream(this.entries)) {
+        const from = Math.min(piece.length, Math.max(0, begin - at));
+        for (let n = from; n < piece.length; n += INPUT_PIECE) {
+          while (at + n - this.taken > INPUT_WINDOW ||
+            link.socket?.bufferedAmount > SOCKET_BUFFER) {
+            await new Promise(done => {
+              this.wake = done;
+              setTimeout(done, 5);
+            });
+            if (this.run !== mine) return;
+          }
+          if (this.run !== mine || !this.isOpen) return;
+          if (link.isUp)
+            link.socket.send(
+              inputMessage(this.id, at + n, piece.subarray(n, n + INPUT_PIECE)));
+        }
+        at += piece.length;
+        if (this.run !== mine) return;
+      }
+      if (link.isUp) link.socket.send(inputMessage(this.id, at, new Uint8Array(0)));
+    } catch (error) {
+      if (this.run !== mine) return;
+      this.cancel();
+      this.finish("failed", `A file changed or cannot be read: ${error.message}`);
+    }
+  }
+
+  take(offset, frames) {
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.read || kind !== STDERR) continue;
+      const {note, result} = JSON.parse(new TextDecoder().decode(data));
+      if (note) this.notes.push(note);
+      this.result = result ?? this.result;
+    }
+    this.read = Math.max(this.read, offset + frames.length);
+    link.call("job.ack", {id: this.id, offset: this.read}).catch(() => {});
+  }
+
+  onState({ending, words}) {
+    if (!ending) return;
+    if (ending.state === "done") this.finish("done", "");
+    else this.finish(ending.state === "cancelled" ? "cancelled" : "failed",
+      ending.reason || capitalized(words));
+  }
+
+  finish(state, words) {
+    if (!this.isOpen) return;
+    Object.assign(this, {state, words, run: null});
+    keepUploads();
+    touch("uploads");
+    this.end(this);
+    if (state === "done" && this.path === files.path) loadFiles();
+  }
+
+  // End it: what has arrived has no name yet, and goes.
+  cancel() {
+    link.call("job.cancel", {id: this.id}).catch(() => {});
+    this.finish("cancelled", "Cancelled: nothing was uploaded.");
+  }
+
+  // Go on after a reload with the files that were chosen again.
+  resume(chosen) {
+    const entries = inTarOrder(chosen);
+    if (markOf(entries) !== this.mark) {
+      showToast("These are not the files that were being uploaded.");
+      return;
+    }
+    Object.assign(this, {entries, state: "sends", since: Date.now()});
+    this.hold();
+    touch("uploads");
+  }
+
+  get detail() {
+    const {state, taken, total, notes, words} = this;
+    if (state === "waits") return "Stopped by a reload: choose it again to go on.";
+    if (state === "done") {
+      const count = this.result?.files ?? 0;
+      return dotted(`${plural(count, "file")} uploaded`, notes[0],
+        notes.length > 1 && `${notes.length - 1} more notes`);
+    }
+    if (state !== "sends") return words;
+    const rate = taken / Math.max(1, (Date.now() - this.since) / 1000);
+    return dotted(`${Math.floor(100 * taken / total)} %`,
+      `${formatBytes(taken)} of ${formatBytes(total)}`, `${formatBytes(rate)}/s`);
+  }
+}
+
+function keepUploads() {
+  const open = [...state.uploads.values()].filter(upload => upload.isOpen);
+  try {
+    sessionStorage.setItem(UPLOADS, JSON.stringify(open.map(({facts}) => facts)));
+  } catch {
+    // They do not outlive the page.
+  }
+}
+
+// Take up the uploads of this tab after a reload, and those of a lost connection.
+async function takeUpUploads() {
+  let known = [];
+  try {
+    known = JSON.parse(sessionStorage.getItem(UPLOADS) || "[]");
+  } catch {
+    // Not ours.
+  }
+  for (const one of state.uploads.values()) if (one.state === "sends") one.hold();
+  for (const facts of known) {
+    if (state.uploads.has(facts.id)) continue;
+    const job = await link.call("job.wait", {id: facts.id, wait: 0}).catch(() => null);
+    if (job && isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
+  }
+  keepUploads();
+  touch("uploads");
+}
+
+// Upload entries {path, file} into a directory, after a question if some are there
+// already; return the upload, null if it does not begin.
+async function upload(node, directory, chosen) {
+  if (!chosen.length) return null;
+  const entries = inTarOrder(chosen);
+  let found;
+  try {
+    found = await listFiles(node, directory);
+  } catch (error) {
+    showError(error);
+    return null;
+  }
+  const there = new Set(found.entries.map(({name}) => name));
+  const names = [...new Set(entries.map(({path}) => path.split("/")[0]))];
+  const known = names.filter(name => there.has(name));
+  let keep = true; // also what comes meanwhile
+  if (known.length) {
+    const answer = await answeredConflict(node, found.path, known);
+    if (!answer) return null;
+    keep = answer === "keep";
+  }
+  const label = `${names.length > 1 ? `${names[0]} and ${names.length - 1} more`
+    : names[0]} → ${node.displayName}:${found.path}`;
+  const one = new Upload({id: newId(), nodeId: node.nodeId, path: found.path, keep,
+    label, total: tarSize(entries), mark: markOf(entries)}, entries);
+  state.uploads.set(one.id, one);
+  touch("uploads");
+  one.start();
+  return one;
+}
+
+function answeredConflict(node, directory, names) {
+  const dialog = $("conflict");
+  const some = names.slice(0, 3).map(shownName).join(", ");
+  const more = names.length > 3 ? ` and ${names.length - 3} more` : "";
+  setText($("conflict-title"), `${some}${more} ${names.length > 1 ? "are" : "is"} ` +
+    `already on ${node.displayName}`);
+  setText($("conflict-text"), `In ${shownName(directory)}. Replace files of the same ` +
+    "name, also within directories, or keep them and upload only the others?");
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue);
+  });
+}
+
+const chosenEntries = field => [...field.files].map(file =>
+  ({path: file.webkitRelativePath || file.name, file}));
+
+// Return the entries of what was dropped, directories with all below them.
+async function droppedEntries(transfer) {
+  const items = [...transfer.items].map(item => item.webkitGetAsEntry?.());
+  const waiting = items.filter(Boolean);
+  const found = [];
+  while (waiting.length) {
+    const entry = waiting.shift();
+    const path = entry.fullPath.replace(/^\//, "");
+    if (entry.isFile) {
+      const file = await new Promise((done, fail) => entry.file(done, fail));
+      found.push({path, file});
+      continue;
+    }
+    found.push({path});
+    const reader = entry.createReader();
+    for (let some = [null]; some.length;) { // a browser gives 100 at a time
+      some = await new Promise((done, fail) => reader.readEntries(done, fail));
+      waiting.push(...some);
+    }
+  }
+  return found;
+}
+
+// Call `take` with the entries of what is dropped on an element.
+function onDrop(element, take) {
+  const holdsFiles = ({dataTransfer}) =>
+    dataTransfer?.types.includes("Files") && may("write");
+  on(element, "dragover", event => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    element.classList.add("dropping");
+  });
+  on(element, "dragleave", event => {
+    if (!element.contains(event.relatedTarget)) element.classList.remove("dropping");
+  });
+  on(element, "drop", async event => {
+    element.classList.remove("dropping");
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    try {
+      take(await droppedEntries(event.dataTransfer));
+    } catch (error) {
+      showError(error);
+    }
+  });
+}
+
+class UploadRow {
+  constructor(one) {
+    Object.assign(this, copyOf("upload-row"));
+    this.upload = one;
+    this.field = h("input", {type: "file", multiple: true,
+      webkitdirectory: JSON.parse(one.mark).some(([path]) => path.includes("/"))});
+    on(this.field, "change", () => one.resume(chosenEntries(this.field)));
+    this.field.hidden = true;
+    this.root.append(this.field);
+    on(this.again, "click", () => this.field.click());
+    on(this.end, "click", () => {
+      if (one.isOpen) one.cancel();
+      else state.uploads.delete(one.id);
+      touch("uploads");
+    });
+  }
+
+  update(one) {
+    setText(this.name, shownName(one.label));
+    this.name.title = shownName(one.label);
+    this.bar.value = one.state === "done" ? 1 : one.taken / one.total;
+    this.bar.hidden = one.state !== "sends";
+    setText(this.detail, one.detail);
+    this.again.hidden = one.state !== "waits";
+    this.root.classList.toggle("bad",
+      one.state === "failed" || (one.state === "done" && one.notes.length > 0));
+    const label = one.isOpen ? "Cancel" : "Close";
+    this.end.title = label;
+    this.end.setAttribute("aria-label", `${label}: ${shownName(one.label)}`);
+  }
+}
+
+const uploadRows = new Keyed($("uploads"), one => one.id, one => new UploadRow(one));
+
+function drawUploads() {
+  uploadRows.show([...state.uploads.values()]);
+}
 
 // == view: files ==
 
@@ -28882,6 +29417,10 @@ const files = { // what the view shows
 };
 
 const filesPath = (node, path) => `${nodePath(node)}/files${pathToUrl(path)}`;
+
+// Whether the list is that of the address: it may be on its way.
+const isAtRoute = () =>
+  !files.loading && !files.problem && !files.opened && files.path === state.route.path;
 
 const showsHidden = () => kept.get("hidden files") === "yes";
 
@@ -29008,7 +29547,8 @@ function drawFiles() {
   $("files-open").hidden = !files.opened || !isShown;
   $("files-list").hidden = Boolean(files.opened) || !isShown;
   $("files-tools").hidden = Boolean(files.opened);
-  $("files-make").hidden = Boolean(files.opened) || !isShown;
+  for (const id of ["files-make", "files-send", "files-send-all"])
+    $(id).hidden = !node || !isAtRoute();
   fillIfChanged($("files-head"), [files.sort, files.isDown], ([sort, isDown]) =>
     Object.entries(COLUMNS).map(([column, [label]]) =>
       h("button", {type: "button", "aria-pressed": String(column === sort),
@@ -29016,7 +29556,7 @@ function drawFiles() {
       column === sort ? `${label} ${isDown ? "↓" : "↑"}` : label)));
   const {entries, shown, leftOut} = files;
   const unseen = entries.filter(entry => entry.name[0] === ".").length;
-  setText($("files-note"), files.loading && !entries.length ? "Loading…" : dotted(
+  setText($("files-note"), !isAtRoute() ? "Loading…" : dotted(
     entries.length ? plural(shown.length, "entry").replace("entrys", "entries")
       : "This directory is empty.",
     !showsHidden() && unseen > 0 && `${unseen.toLocaleString()} hidden`,
@@ -29830,6 +30370,8 @@ const CLICKS = {
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
   "files-make": makeDirectory,
+  "files-send": () => $("files-chosen").click(),
+  "files-send-all": () => $("files-chosen-all").click(),
   "files-up": () => goToFiles(parentOf(state.route.path)),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
@@ -29862,6 +30404,15 @@ function start() {
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
   watch("route nodes files", drawFiles);
+  watch("uploads link", drawUploads);
+  for (const field of [$("files-chosen"), $("files-chosen-all")]) {
+    on(field, "change", () => {
+      upload(routeNode(), files.path, chosenEntries(field));
+      field.value = "";
+    });
+  }
+  onDrop($("files-list"), entries =>
+    isAtRoute() && upload(routeNode(), files.path, entries));
   watch("providers", drawProviders);
   watch("storage", drawStorage);
   watch("keys logins", drawAccess);

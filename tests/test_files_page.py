@@ -287,6 +287,148 @@ def test_what_is_deleted_was_named_in_the_question(page, world):
     assert os.listdir(world.scratch / "kept") == ["f"]
 
 
+# -- uploads ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def chosen(tmp_path_factory):
+    """A directory of the person at the browser, apart from the machine's."""
+    path = tmp_path_factory.mktemp("chosen")
+    (path / "site" / "empty").mkdir(parents=True)
+    (path / "site" / "ünï").mkdir()
+    (path / "site" / "ünï" / ("x" * 120)).write_bytes(os.urandom(100_000))
+    (path / "site" / "none").touch()
+    (path / "f").write_bytes(os.urandom(3_000_000))
+    os.utime(path / "f", ns=(1_234_567_890_123_000_000,) * 2)
+    return path
+
+
+def choose(page, selector, *paths):
+    """Choose files in a field, as a person does in the browser's own dialog."""
+    document = page.call("DOM.getDocument")["root"]["nodeId"]
+    field = page.call("DOM.querySelector", nodeId=document, selector=selector)
+    files = list(map(str, paths))
+    page.call("DOM.setFileInputFiles", files=files, nodeId=field["nodeId"])
+
+
+def drop(page, selector, *paths):
+    box = page.evaluate(f"""(box => [box.x + box.width / 2, box.y + box.height / 2])(
+      document.querySelector({json.dumps(selector)}).getBoundingClientRect())""")
+    data = {"items": [], "files": list(map(str, paths)), "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.call("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+
+
+def uploaded(page, words):
+    """Wait for what an upload says, then close what is said."""
+    page.wait_for(f"document.querySelector('#uploads').innerText.includes({words!r})")
+    page.evaluate(
+        "document.querySelectorAll('#uploads [data-part=end]').forEach(b => b.click())"
+    )
+    page.wait_for("document.querySelectorAll('#uploads li').length === 0")
+
+
+def contents(path):
+    """Return what is in each file below, None for directories."""
+    return {
+        str(each.relative_to(path)): each.read_bytes() if each.is_file() else None
+        for each in path.rglob("*")
+    }
+
+
+def test_a_file_is_uploaded_by_a_button(page, world, chosen):
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    choose(page, "#files-chosen", chosen / "f")
+    uploaded(page, "1 file uploaded")
+    assert contents(world.scratch) == {"f": (chosen / "f").read_bytes()}
+    assert (world.scratch / "f").stat().st_mtime_ns == 1_234_567_890_123_000_000
+    wait_for_names(page, "f")
+    (job,) = world.rpc("job.list", limit=1)
+    assert job["command"] == f"write {world.scratch}"
+    assert "SHA-256" in job["reason"]
+
+
+def test_a_directory_is_uploaded_by_dropping_it(page, world, chosen):
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    drop(page, "#files-list", chosen / "site", chosen / "f")
+    uploaded(page, "3 files uploaded")
+    assert contents(world.scratch) == contents(chosen)
+
+
+def test_what_is_there_is_replaced_only_if_a_person_says_so(page, world, chosen):
+    (world.scratch / "f").write_text("mine")
+    show(page, world)
+    wait_for_names(page, "f")
+    choose(page, "#files-chosen", chosen / "f", chosen / "site" / "none")
+    page.wait_for_text("f is already on far")
+    page.click("#conflict [value=keep]")
+    uploaded(page, "f: is there already, and stays as it is")
+    assert contents(world.scratch) == {"f": b"mine", "none": b""}
+    choose(page, "#files-chosen", chosen / "f")
+    page.wait_for_text("f is already on far")
+    page.click("#conflict button")  # Cancel
+    choose(page, "#files-chosen", chosen / "f")
+    page.wait_for_text("f is already on far")
+    page.click("#conflict [value=replace]")
+    uploaded(page, "1 file uploaded")
+    assert (world.scratch / "f").read_bytes() == (chosen / "f").read_bytes()
+
+
+def sparse(path, size):
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def wait_for_progress(page):
+    page.wait_for(
+        "[...document.querySelectorAll('#uploads progress')].some(bar => bar.value > 0)"
+    )
+
+
+def test_what_is_cancelled_is_not_uploaded(page, world, chosen):
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    choose(page, "#files-chosen", sparse(chosen / "large", 2_000_000_000))
+    wait_for_progress(page)
+    page.click("#uploads [data-part=end]")
+    uploaded(page, "Cancelled: nothing was uploaded.")
+    wait_for(lambda: world.rpc("job.list", limit=1)[0]["state"] == "cancelled")
+    wait_for(lambda: os.listdir(world.scratch) == [])
+
+
+def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen):
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    large = sparse(chosen / "large", 60_000_000)
+    choose(page, "#files-chosen", large)
+    wait_for_progress(page)
+    page.reload()
+    page.wait_for(READY)
+    page.wait_for_text("Stopped by a reload: choose it again to go on.")
+    choose(page, "#uploads input", chosen / "f")
+    page.wait_for_text("These are not the files that were being uploaded.")
+    world.node_proxy.cut()
+    choose(page, "#uploads input", large)
+    uploaded(page, "1 file uploaded")
+    assert (world.scratch / "large").stat().st_size == 60_000_000
+    assert os.listdir(world.scratch) == ["large"]
+    (job,) = world.rpc("job.list", limit=1)
+    assert "1 file, 60,000,000 bytes" in job["reason"]
+
+
+def test_what_cannot_be_written_is_said(page, world, chosen):
+    (world.scratch / "site").write_text("a file")
+    show(page, world)
+    wait_for_names(page, "site")
+    drop(page, "#files-list", chosen / "site")
+    page.wait_for_text("site is already on far")
+    page.click("#conflict [value=replace]")
+    uploaded(page, "a file or a link is where a directory has to be")
+
+
 # -- over HTTP -------------------------------------------------------------------
 
 
