@@ -24850,7 +24850,8 @@ details label input { flex: 0 1 420px; }
   #hint, .size { display: none; }
   .wider, .node-head { display: none; }
   .place { padding: 10px 12px 0; }
-  .place > .picker { flex-basis: calc(100% - 60px); }
+  .place > .picker { order: 0; flex-basis: calc(100% - 60px); }
+  #files-tools { order: 1; }
   #files-tools { flex: 1 1 100%; padding-left: 46px; }
   #files-list, #files-open { padding-inline: 12px; }
   #files-find { flex: 1; width: auto; }
@@ -29344,6 +29345,27 @@ function onDrop(element, take) {
   });
 }
 
+const quoted = path => /^[\w./~+-]+$/.test(path) ? path
+  : `'${path.replace(/'/g, "'\\''")}'`;
+
+// Upload what is dropped on a chat to its machine and directory, and mention it in what
+// is typed there.
+async function dropIntoChat(entries) {
+  const chat = currentChat();
+  const session = composed(chat);
+  const {shell} = namesOf(session);
+  const one = await upload(sessionNode(session), session.directory ?? "", entries);
+  if ((await one?.over)?.state !== "done") return;
+  const names = new Set(one.entries.map(({path}) => path.split("/")[0]));
+  const paths = [...names].map(name => pathIn(one.path, name));
+  const mention = shell ? paths.map(quoted).join(" ") : `Uploaded: ${paths.join(", ")}`;
+  chat.draft = chat.draft ? `${chat.draft}${shell ? " " : "\n"}${mention}` : mention;
+  if (shownChat !== chat) return;
+  showDraft(chat);
+  keepDraft();
+  focusText();
+}
+
 class UploadRow {
   constructor(one) {
     Object.assign(this, copyOf("upload-row"));
@@ -30411,6 +30433,7 @@ function start() {
       field.value = "";
     });
   }
+  onDrop($("chat"), dropIntoChat);
   onDrop($("files-list"), entries =>
     isAtRoute() && upload(routeNode(), files.path, entries));
   watch("providers", drawProviders);

@@ -429,6 +429,22 @@ def test_what_cannot_be_written_is_said(page, world, chosen):
     uploaded(page, "a file or a link is where a directory has to be")
 
 
+def test_a_file_dropped_on_a_chat_is_there_and_mentioned(page, world, chosen):
+    world.rpc("sessions.patch", key="main", node_id="far")
+    page.goto(f"{world.direct_url}/chat/main")
+    page.wait_for(READY)
+    page.wait_for("document.querySelector('#node-button').innerText === 'far'")
+    name = "dropped on the chat"
+    (chosen / name).write_text("content")
+    page.fill("#text", "cat")
+    drop(page, "#transcript", chosen / name)
+    path = world.directory / name
+    page.wait_for(f"document.querySelector('#text').value === \"cat '{path}'\"")
+    assert path.read_text() == "content"
+    uploaded(page, "1 file uploaded")
+    page.fill("#text", "")
+
+
 # -- over HTTP -------------------------------------------------------------------
 
 
