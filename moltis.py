@@ -3663,6 +3663,16 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 # ==============================================================================
 
 
+def _why_unreached(name: str, error: Exception) -> str:
+    """Return why there is no connection, in words and without numbers of errors."""
+    if isinstance(error, ConnectionRefusedError):
+        return f"{name} cannot be reached: nothing listens there"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"{name} cannot be reached: there is no such name"
+    reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
+    return f"{name} cannot be reached: {reason or error}"
+
+
 @contextlib.contextmanager
 def http_exchange(
     method: str,
@@ -3689,8 +3699,7 @@ def http_exchange(
     except (UsageError, BadConfiguration) as error:
         raise Unreachable(str(error)) from error
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Unreachable(f"{name} cannot be reached: {reason}") from error
+        raise Unreachable(_why_unreached(name, error)) from error
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
@@ -3708,7 +3717,7 @@ def http_exchange(
         said = f"{name} was silent for {format_duration(timeout)}"
         raise TimeoutError(said) from error
     except (OSError, http.client.HTTPException) as error:
-        said = str(error) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ConnectionError(f"{name} broke off: {said}") from error
     finally:
         connection.close()
@@ -9029,6 +9038,9 @@ def describe_providers(
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
+                "isEntered": entered != ProviderSettings(),
+                "isSetUp": entered != ProviderSettings()
+                or bool(environ.get(variable) or environ.get(spec.url_variable)),
             }
         )
     return descriptions
@@ -11198,6 +11210,15 @@ def _tls_pin(ws: WebSocket) -> str | None:
         return None
 
 
+def node_trust(settings: NodeSettings) -> TlsTrust:
+    """Return which certificate a node's gateway has to show."""
+    vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
+    if vouched or settings.ca is not None:
+        return TlsTrust(ca=settings.ca)
+    # Before the first proof any certificate will do: SCRAM binds to it.
+    return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
+
+
 class NodeAgent:
     """Keeps a node connected to its gateway, until close()."""
 
@@ -11282,7 +11303,7 @@ class NodeAgent:
         and Cancelled.
         """
         url = self._settings.gateway_url
-        ws = connect(url, self._trust(), cancel=self._stop)
+        ws = connect(url, node_trust(self._settings), cancel=self._stop)
         try:
             with self._stop.calling(ws.abort):
                 hello = self._authenticate(ws)
@@ -11315,14 +11336,6 @@ class NodeAgent:
                 f"{url} hung up while this node signed in: {error}"
             ) from error
 
-    def _trust(self) -> TlsTrust:
-        settings = self._settings
-        vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
-        if vouched or settings.ca is not None:
-            return TlsTrust(ca=settings.ca)
-        # Before the first proof any certificate will do: SCRAM binds to it.
-        return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
-
     def _learn(self, **fields: str) -> None:
         self._settings = self._settings.replace(**fields)
         with contextlib.suppress(UserError):  # a full disk, say: the next time
@@ -11331,7 +11344,7 @@ class NodeAgent:
     def _keep_pin(self, ws: WebSocket) -> None:
         """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
-        if certificate is None or not self._trust().bound:
+        if certificate is None or not node_trust(self._settings).bound:
             return
         with contextlib.suppress(ValueError, OSError, UserError):
             parsed, pin = parse_certificate(certificate), "ca"
@@ -11804,7 +11817,7 @@ class SystemdService(ServiceManager):
             wants.rmdir()
         self._try_systemctl("daemon-reload")
         self._try_systemctl("reset-failed", UNIT_NAME)
-        if not self._lingers():
+        if not self.lingers():
             return []
         user = account_name(os.getuid())
         note = f"services of {user} start on boot; if no other is to do that"
@@ -11841,15 +11854,16 @@ class SystemdService(ServiceManager):
             command = " ".join(("systemctl --user", *arguments))
             raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
-    def _lingers(self) -> bool:
+    def lingers(self) -> bool:
+        """Whether the user's services run while nobody is logged in."""
         return Path("/var/lib/systemd/linger", account_name(os.getuid())).exists()
 
     def _enable_linger(self) -> bool:
         """Have the user's services run from boot on; return whether they do."""
-        if not self._lingers():
+        if not self.lingers():
             # By name: without a session loginctl does not know who we are.
             self._try("loginctl", "enable-linger", account_name(os.getuid()))
-        return self._lingers()
+        return self.lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
         """Return once it answers; one that was just started needs a moment."""
@@ -12499,15 +12513,22 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
             db.execute("VACUUM")  # which also turns auto_vacuum on
 
 
-def _open_database(path: Path) -> sqlite3.Connection:
+def require_sqlite() -> None:
+    """Raises BadConfiguration if this Python has no SQLite."""
     try:
-        import sqlite3
+        import sqlite3  # noqa: F401  whether there is one
     except ImportError as error:
         raise BadConfiguration(
             "the gateway needs Python's module sqlite3, which is missing here; "
             "install it (OpenWrt: python3-sqlite3, FreeBSD: databases/py-sqlite3) or "
             "use another python3"
         ) from error
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    require_sqlite()
+    import sqlite3
+
     make_private_directory(path.parent)
     try:
         # SQLite gives its own files beside this one the same permissions.
@@ -12536,6 +12557,21 @@ def _open_database(path: Path) -> sqlite3.Connection:
     return db
 
 
+def check_database(path: Path) -> None:
+    """Raise UserError, with what to do, where a gateway's database is damaged."""
+    import sqlite3
+
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
+        with closing(db):
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        raise UserError(_cannot_use_database(path, error)) from error
+    if found != "ok":
+        raise UserError(f"{path} is damaged: {found}; take another backup")
+
+
 def copy_database(source: Path, target: Path) -> None:
     """Copy a gateway's database, in use or not, to the new private file `target`.
 
@@ -12543,6 +12579,7 @@ def copy_database(source: Path, target: Path) -> None:
     """
     import sqlite3
 
+    check_database(source)
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError as error:
@@ -12550,13 +12587,9 @@ def copy_database(source: Path, target: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot make {target}: {error.strerror}") from error
     try:
-        # `rw` makes no file, so that a wrong path is an error.
         there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
         with closing(there), closing(sqlite3.connect(str(target))) as here:
-            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = there.execute("PRAGMA user_version").fetchone()[0]
-            if found != "ok":
-                raise UserError(f"{source} is damaged: {found}; take another backup")
             if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
                 raise UserError(
                     f"{source} is no database of a gateway that this moltis "
@@ -13823,7 +13856,11 @@ class Caller(Value):
     def require(self, scope: str) -> None:
         """Raises RpcError FORBIDDEN unless the caller may."""
         if not self.may(scope):
-            raise RpcError("FORBIDDEN", f"{self.name} lacks the scope {scope}")
+            raise RpcError(
+                "FORBIDDEN",
+                f"the key {self.name} lacks the scope {scope} for this; "
+                "an administrator can make one that has it (moltis key create)",
+            )
 
 
 def device_label(device: Device) -> str:
@@ -19606,7 +19643,8 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`.
 
         `skip`: also later, if the client falls behind by several times as much.
-        `screen`: of a terminal, what a screen needs; its programs draw it anew.
+        `screen`: of a terminal, what a screen needs; its programs draw it anew, for a
+        caller who may write: it is a signal to them.
         """
         if hold:
             peer.caller.require(Scope.WRITE)
@@ -19618,7 +19656,7 @@ class JobMethods:
         if screen and job.is_terminal:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
-        if screen:
+        if screen and peer.caller.may(Scope.WRITE):
             self._jobs.redraw(job)
         return {"job": job_view(job), "offset": start}
 
@@ -20173,10 +20211,7 @@ class Rpc:
         method = self.methods.get(name)
         if caller.kind != OPERATOR or method is None:
             raise RpcError("UNKNOWN_METHOD", f"there is no method {name[:100]!r}")
-        if not caller.may(method.scope):
-            raise RpcError(
-                "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
-            )
+        caller.require(method.scope)
         self._access.require_current(caller)
         try:
             payload = self._within_share(name, method, RpcCall(caller, params, peer))
@@ -20942,6 +20977,7 @@ class Gateway:
             "role": "node" if is_node else "operator",
             "scopes": list(identity.caller.scopes),
             "issuedAtMs": now_ms(),
+            **({} if is_node else {"name": identity.caller.name}),
         }
         if identity.server_final:
             auth["scram"] = {"serverFinal": identity.server_final}
@@ -22185,24 +22221,22 @@ def download_reply(
 
 def job_output(job: Job) -> Generator[bytes, None, None]:
     """Yield a job's output so far, with a line for each gap."""
-    position = 0
-    while True:
+    position, end = 0, job.log.end  # it may grow faster than a client reads
+    while position < end:
         start, data = job.log.read(position)
         if not data:
-            start = job.log.end
+            start = end
         if start > position:
             yield f"\n{gap_words(start - position)}\n".encode()
-        if not data:
-            return
         yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
         position = start + len(data)
 
 
 def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
-    record, position = job.record, 0
+    record, position, end = job.record, 0, job.log.end
     recording = recording_of(record.command, record.node_name, record.asked_at)
-    while position < job.log.end:
+    while position < end:
         start, data = job.log.read(position)
         if not data:
             return
@@ -22840,6 +22874,7 @@ class HttpApp:
                 "version": __version__,
                 "protocol": PROTOCOL_VERSION,
                 "connections": self._gateway.connections,
+                "at": now_ms(),
             },
         )
 
@@ -23798,9 +23833,9 @@ WEB_HTML = r"""<!doctype html>
 <span class="name" data-part="name"></span>
 <span class="detail"><span class="dot" data-part="dot" hidden></span><span
  data-part="detail"></span></span></a>
-<span class="tools"><button class="bare" data-part="rename" data-icon="pen"
- title="Rename"></button><button class="bare" data-part="remove" data-icon="bin"
- title="Delete"></button></span></li></template>
+<span class="tools" data-needs="write"><button class="bare" data-part="rename"
+ data-icon="pen" title="Rename"></button><button class="bare" data-part="remove"
+ data-icon="bin" title="Delete"></button></span></li></template>
 
 <template id="user-turn"><article class="turn user" aria-label="You">
 <div class="bubble" data-part="text"></div>
@@ -23925,7 +23960,7 @@ is also in a file on the gateway’s machine:</p>
 <button id="close-sidebar" class="bare phone"
  aria-label="Close menu" data-icon="close"></button>
 </div>
-<button id="new-chat" class="button wide"
+<button id="new-chat" class="button wide" data-needs="write"
  data-icon="plus">New chat</button>
 <a id="to-activity" href="/activity/" data-icon="list">Activity <span
  id="running-count" class="count"></span></a>
@@ -23995,7 +24030,9 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 </div>
 <button id="latest" class="button small" hidden
  data-icon="down">Latest</button>
-<form id="composer">
+<p id="only-reads" class="warn" hidden>The key you signed in with reads only: it runs
+no command and sends no message.</p>
+<form id="composer" data-needs="write">
 <p id="node-away" class="warn" hidden></p>
 <p id="bound" class="warn" hidden><span id="bound-text"></span>
 <button id="unbind" class="link" type="button"></button></p>
@@ -24109,15 +24146,26 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 </div>
 </section>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
-<header class="bar"><h1 id="models-title">Models</h1></header>
-<div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Ollama is found on every machine, other providers by a key in the
-environment of the gateway or a node. A key entered here is never shown again.</p>
-<div id="providers"></div>
-<form id="model-form"><h2>Unlisted model</h2>
-<div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
- aria-label="Provider and name of the model" autocomplete="off">
-<button class="button">Use in the chat</button></div></form>
+<header class="bar"><h1 id="models-title">Models</h1>
+<button id="add-provider" class="button main" data-needs="admin"
+ data-icon="plus">Add a provider</button></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Models">
+<p id="models-headline" class="headline"></p>
+<div id="models-find" class="find" hidden><input id="find-model" type="search"
+ placeholder="Search models" aria-label="Search models" autocomplete="off"></div>
+<ul id="model-rows" class="rows panel" aria-label="Models"></ul>
+<p id="models-empty" class="lead" hidden>No model matches.</p>
+<button id="models-more" class="button small" hidden></button>
+<details id="unlisted" data-needs="write"><summary>Use a model that is not
+listed</summary>
+<form id="model-form" class="inline"><input id="model-name" required
+ placeholder="openai/gpt-5-mini" aria-label="Provider and name of the model"
+ autocomplete="off">
+<button class="button">Use in the chat</button></form></details>
+<h2>Providers</h2>
+<p id="no-providers" class="lead">None is set up yet. An Ollama on the gateway’s machine
+or on a node is found by itself; others need a key, or their address.</p>
+<ul id="providers" class="rows panel" aria-label="Providers"></ul>
 <h2>Chats</h2>
 <p id="chat-storage" class="lead"></p>
 </div>
@@ -24126,16 +24174,24 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <section id="access" class="settings" aria-labelledby="access-title" hidden>
 <header class="bar"><h1 id="access-title">Access</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Keys and sign-ins">
-<h2>Keys</h2>
-<p class="lead">For scripts and people. The scopes of a key limit what it may do.</p>
-<ul id="keys" class="rows"></ul>
-<form id="key-form"><div class="inline"><input id="key-name" required maxlength="100"
- placeholder="ci" aria-label="Name of the new key" autocomplete="off">
-<button class="button">Create key</button></div>
-<fieldset id="key-scopes" aria-label="Scopes"></fieldset>
-<div id="key-made"></div></form>
-<h2>Sign-ins</h2>
-<ul id="logins" class="rows"></ul>
+<p id="own-key" class="headline"></p>
+<div class="columns" data-needs="admin">
+<section aria-labelledby="keys-head"><h2 id="keys-head">Keys</h2>
+<ul id="keys" class="rows panel"></ul>
+<h2 id="logins-head">Sign-ins</h2>
+<ul id="logins" class="rows panel" aria-labelledby="logins-head"></ul></section>
+<section aria-labelledby="key-form-head">
+<form id="key-form" class="panel"><h2 id="key-form-head">Create a key</h2>
+<label for="key-name">Whose it is</label>
+<input id="key-name" required maxlength="100" placeholder="A person or a script"
+ autocomplete="off">
+<fieldset id="key-scopes"><legend>What it may do</legend></fieldset>
+<button class="button main">Create key</button></form>
+<div id="key-made" class="panel" hidden><h2 id="key-made-head" tabindex="-1"></h2>
+<div id="key-lines"></div>
+<div class="actions"><button id="key-done" class="button main">Done</button></div>
+</div></section>
+</div>
 </div>
 </section>
 </main>
@@ -24164,6 +24220,35 @@ dials out.</p>
 <button id="token-chat" class="button" hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
+</dialog>
+
+<dialog id="provider" aria-labelledby="provider-title">
+<form id="provider-form">
+<h2 id="provider-title"></h2>
+<div id="provider-choice"><label for="provider-id">Provider</label>
+<select id="provider-id" name="provider"></select></div>
+<p id="provider-help"></p>
+<div id="provider-own" hidden>
+<label for="provider-name">Name</label>
+<input id="provider-name" name="name" maxlength="40" placeholder="From its address"
+ autocomplete="off">
+<label for="provider-protocol">Speaks the API of</label>
+<select id="provider-protocol" name="protocol"><option value="openai">OpenAI, as most
+ do</option><option value="anthropic">Anthropic</option></select></div>
+<div id="provider-address">
+<label for="provider-url">Address</label>
+<input id="provider-url" name="baseUrl" inputmode="url" autocomplete="off"></div>
+<div id="provider-secret">
+<label for="provider-key">API key</label>
+<input id="provider-key" name="apiKey" type="password" autocomplete="new-password">
+</div>
+<p id="provider-state" role="status"></p>
+<p id="provider-error" class="bad" role="alert"></p>
+<div class="actions"><button id="provider-elsewhere" class="link"
+ type="button">Another address</button><button id="provider-cancel" class="button"
+ type="button">Cancel</button>
+<button id="provider-save" class="button main">Save</button></div>
+</form>
 </dialog>
 
 <dialog id="again" aria-labelledby="again-title">
@@ -24303,6 +24388,7 @@ input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
 .bad { color: var(--bad); }
 p.bad:empty { display: none; }
 #app:not(.may-write) [data-needs=write], #app:not(.may-pairing) [data-needs=pairing],
+#app:not(.may-approvals) [data-needs=approvals],
 #app:not(.may-admin) [data-needs=admin] { display: none; }
 .warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
   background: var(--wait-tint); color: var(--wait); }
@@ -24340,7 +24426,9 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 #token { width: min(660px, calc(100vw - 24px)); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
-#token-form, #again-form, #file-name form { display: grid; gap: 8px; }
+#token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
+#key-form, #file-name form { display: grid; gap: 8px; }
+#provider-form .link { margin-right: auto; color: var(--soft); }
 #again pre { max-height: 40vh; overflow: auto; padding: 10px 13px; border-radius: 10px;
   background: var(--sunken); white-space: pre-wrap; overflow-wrap: anywhere; }
 #token-warnings { margin: 10px 0; }
@@ -24431,6 +24519,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick-label { flex: 1; text-align: left; }
+.pick:disabled { opacity: 1; }
+.pick:disabled .icon { display: none; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
   max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
@@ -24504,6 +24594,7 @@ summary { cursor: pointer; }
   border-radius: 11px; }
 #hint { margin-top: 6px; text-align: center; }
 #node-away, #bound { margin-bottom: 8px; }
+#only-reads { justify-content: center; margin: 0 20px 14px; }
 
 /* prose */
 .prose > * + * { margin-top: 12px; }
@@ -24697,17 +24788,45 @@ summary { cursor: pointer; }
 .jobs .detail { flex: none; }
 .rows .name { flex: 1; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
-.scroll > * + h2, .scroll > form { margin-top: 28px; }
-.scroll > form, #providers, #key-made { max-width: 640px; }
-.inline { display: flex; gap: 8px; }
+.scroll > * + h2 { margin-top: 28px; }
+.inline { display: flex; gap: 8px; margin-top: 10px; }
 .inline input { flex: 1; }
-#key-scopes { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0;
-  border: 0; font-size: 14px; }
-#key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
-#providers .card { margin: 0 0 10px; padding: 12px 16px; font-size: 15px;
-  color: inherit; }
-details label { justify-content: space-between; margin-top: 10px; }
-details label input { flex: 0 1 420px; }
+.panel { border: var(--rule); border-radius: 13px; background: var(--surface); }
+.panel:empty { display: none; }
+.rows.panel { max-width: 860px; margin-top: 0; }
+.rows.panel li { display: grid; gap: 0 8px; min-height: 50px;
+  padding: 8px 10px 8px 14px; grid-template-columns: minmax(0, 1fr);
+  grid-auto-columns: auto; }
+.rows.panel li:last-child { border: 0; }
+.rows.panel li > * { grid-row: 1 / span 2; }
+.rows.panel .name { grid-area: 1 / 1; overflow-wrap: anywhere; font-weight: 540; }
+.rows.panel .name + .detail { grid-area: 2 / 1; font-size: 13.5px;
+  overflow-wrap: anywhere; }
+.rows.panel .detail.bad { color: var(--bad); }
+#model-rows .name { align-self: end; }
+@media (min-width: 761px) {
+  #model-rows li { grid: auto / minmax(0, 2fr) minmax(0, 3fr) auto; }
+  #model-rows li > * { grid-row: 1; align-self: center; }
+  #model-rows .name + .detail { grid-area: 1 / 2; }
+}
+#model-rows { margin-bottom: 12px; }
+#model-rows .detail.used { display: inline-flex; gap: 4px; align-items: center;
+  min-height: 30px; padding: 0 8px; color: var(--ok); font-weight: 560; }
+.used .icon { width: 15px; height: 15px; }
+#unlisted { max-width: 640px; }
+#access .columns { max-width: 1100px; align-items: start; }
+#access .columns h2 + .rows { margin-bottom: 26px; }
+#providers { margin-top: 8px; }
+#key-form, #key-made { padding: 16px 18px; }
+#key-form .button { justify-self: start; }
+#key-form > label, legend { font-weight: 560; font-size: 14px; }
+#key-scopes { display: grid; gap: 10px; margin: 6px 0 8px; padding: 0; border: 0; }
+#key-scopes legend { margin-bottom: 8px; padding: 0; }
+#key-scopes label { display: grid; grid-template-columns: auto minmax(0, 1fr);
+  gap: 0 10px; font-size: 14px; }
+#key-scopes b { font-weight: 560; }
+#key-scopes .detail { grid-column: 2; font-size: 13.5px; }
+#key-scopes input:disabled { opacity: .6; }
 .filters { display: flex; gap: 8px; align-items: center; font-size: 14px; }
 .filters select { padding: 6px 8px; max-width: 170px; }
 .filters input { width: 230px; padding: 6px 11px; }
@@ -26415,6 +26534,7 @@ const RUN_ENDS = new Set(["final", "error", "aborted"]);
 const HISTORY_SPAN = 30 * 60_000; // ms; usage in a sparkline
 const NODE_JOBS = 20; // newest commands on a machine's page
 const ROWS_SHOWN = 300; // machines at first; the search finds the others
+const MODELS_SHOWN = 12; // at first, likewise
 const SENT_UNASKED = 5 * 60_000; // ms that a message may wait; older ones ask again
 
 const state = {
@@ -26428,6 +26548,7 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percents of CPU, memory, disk], …]
   nodeView: {filter: "all", search: "", limit: ROWS_SHOWN},
+  modelView: {search: "", limit: MODELS_SHOWN},
   chats: new Map(), // session key → Chat
   jobs: new Map(), // id → job, of all callers, as far as the page knows them
   logs: new Map(), // job id → JobLog
@@ -26443,6 +26564,7 @@ const state = {
   logins: [],
   server: {}, // what the gateway said of itself
   scopes: [], // of the operator's key
+  keyName: "",
   version: "", // of the gateway that this script came from
   isUpdated: false, // the gateway has another version now
   deleted: new Set(), // keys of sessions
@@ -26828,9 +26950,8 @@ async function refreshOne(topic) {
     if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
-    // A key with only the read scope cannot list tokens.
-    const expected = error.code === "FORBIDDEN" && topic === "devices";
-    if (error.code !== "UNAVAILABLE" && !expected) showError(error);
+    // What the key may not list stays empty.
+    if (!["UNAVAILABLE", "FORBIDDEN"].includes(error.code)) showError(error);
   }
   const again = refreshing.get(topic);
   refreshing.delete(topic);
@@ -27099,7 +27220,8 @@ const HANDLERS = {
 const link = new Link({
   async up({server, auth}) {
     clock.ahead = auth.issuedAtMs - Date.now();
-    Object.assign(state, {link: "up", wasUp: true, server, scopes: auth.scopes});
+    Object.assign(state, {link: "up", wasUp: true, server, scopes: auth.scopes,
+      keyName: auth.name});
     state.version ||= server.version;
     state.isUpdated = server.version !== state.version;
     touch("link");
@@ -27147,7 +27269,7 @@ const PAGE_TOPICS = {
   nodes: ["nodes", "devices"],
   node: ["nodes", "devices"],
   files: ["nodes"],
-  models: ["providers", "storage"],
+  models: ["models", "providers", "storage"],
   access: ["keys", "logins"],
 };
 
@@ -27323,6 +27445,7 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
+    this.button.disabled = !may("write");
     patch(this.button, chosen && dotFor(chosen),
       h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
     this.button.setAttribute("aria-label",
@@ -27798,7 +27921,7 @@ class NoticeTurn {
     this.more = button("Continue", () => send("continue"), "button small");
     this.again = button("Retry", retry, "button small");
     this.root = h("div", {class: "turn notice"}, this.text, this.raw,
-      h("p", this.more, this.again));
+      h("p", {"data-needs": "write"}, this.more, this.again));
   }
 
   // Only the newest message of a chat that is not busy can be gone on with.
@@ -28025,14 +28148,16 @@ class CommandCard {
       h("button", {class: "link", onclick: () => this.answer("always")},
         "Always on ", visible(node), " in this chat"),
     ];
-    const answers = h("div", {class: "answers"}, buttons);
+    const needs = "approvals";
+    const answers = h("div", {class: "answers", "data-needs": needs}, buttons);
     fill(this.approval, this.place,
       (approval.risks || []).map(risk =>
         h("p", {class: "risk"}, icon("warn"), "It ", visible(risk))),
       answers,
-      h("p", {class: "reach"}, "Always: whatever a model wants to run on ",
-        visible(node), " in this chat for the key that asked, until the chat is reset ",
-        "or the gateway is restarted."));
+      h("p", {class: "reach"}, may(needs)
+        ? ["Always: whatever a model wants to run on ", visible(node), " in this chat ",
+          "for the key that asked, until the chat is reset or the gateway restarted."]
+        : "Whoever holds a key with the scope approvals answers it."));
     // A click or key that was meant for something else must not answer.
     let timer;
     for (const each of buttons) each.disabled = true;
@@ -28300,6 +28425,7 @@ function drawComposer(chat) {
   setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
   setText($("chat-title"), sessionName(entry));
   $("send").disabled = state.deleted.has(chat.key);
+  $("only-reads").hidden = may("write");
   $("approvals").hidden = shell;
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
@@ -29955,15 +30081,20 @@ function chooseWay(way) {
   drawToken();
 }
 
-function tokenWarnings() {
-  const {hostname, protocol} = location;
+// Say how to let others in while only this machine may; null once they may.
+function loopbackWarning(what) {
+  const {hostname} = location;
   const {url, openWith} = state.server;
-  if (LOOPBACK.test(hostname) && openWith) {
-    return [h("div", {class: "warn mend"},
-      `Only this machine reaches ${hostname}. To let others in, stop the gateway and ` +
-        `start it with this command; the line below then names ${url}`,
-      copyLine("", openWith))];
-  }
+  return LOOPBACK.test(hostname) && openWith ? h("div", {class: "warn mend"},
+    `Only this machine reaches ${hostname}. To let others in, stop the gateway and ` +
+      `start it with this command; ${what} then names ${url}`,
+    copyLine("", openWith)) : null;
+}
+
+function tokenWarnings() {
+  const {protocol} = location;
+  const closed = loopbackWarning("the line below");
+  if (closed) return [closed];
   if (joinBase().startsWith("https:")) return [];
   return [h("p", {class: "warn"}, icon("warn"), protocol === "https:" ? "" :
     "Without TLS others on the network can read what you see. Start the gateway " +
@@ -30170,50 +30301,208 @@ async function runAgain() {
 
 // == view: models ==
 
-function drawProviders() {
-  fillIfChanged($("providers"), state.providers, all => all.map(providerItem));
+const isUsed = model =>
+  currentModel(state.sessions.find(({key}) => key === lastKey()) || {}) === model.id;
+
+function modelRow(model) {
+  const {id, displayName, nodeId} = model;
+  const end = nodeId ? displayName.lastIndexOf(" · ") : -1; // a node's has its name
+  const where = id === SHELL ? "Runs what you type, no language model"
+    : modelDetail(model);
+  return h("li", {"data-key": id},
+    h("span", {class: "name"}, end < 0 ? displayName : displayName.slice(0, end)),
+    h("span", {class: "detail"}, where),
+    isUsed(model)
+      ? h("span", {class: "detail used"}, icon("check"), "In use")
+      : h("button", {class: "button small", "data-needs": "write",
+          "aria-label": `Use ${displayName} in the chat`,
+          onclick: () => useModel(id)}, "Use"));
 }
 
-function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error}) {
-  const key = h("input", {
-    type: "password",
-    name: "apiKey",
-    autocomplete: "new-password", // no password manager enters the operator key
-    placeholder: keyFrom ? "Type to replace it" : "",
-    "aria-label": `API key, ${label}`,
+function drawModels() {
+  if (state.route.page !== "models" || !state.models.length) return;
+  const {models, modelView: {search, limit}} = state;
+  const count = models.length - 1; // Shell is none
+  fillIfChanged($("models-headline"), count, () =>
+    count ? `${plural(count, "language model")} can be used`
+      : ["No language model yet", h("span", {class: "detail"},
+          "Shell runs what you type. Start an Ollama on any machine, or add a " +
+            "provider.")]);
+  const words = search.toLowerCase().split(/\s+/);
+  const found = models.filter(model => {
+    const text = `${model.displayName} ${modelDetail(model)}`.toLowerCase();
+    return words.every(word => text.includes(word));
   });
-  const url = h("input", {name: "baseUrl", value: baseUrl, ...AS_TYPED,
-    "aria-label": `Address, ${label}`});
-  const configure = async change => {
-    if (await attempt("models.configure", {provider: id, ...change})) {
-      refresh("providers", "models");
-    }
-  };
-  // The fields of the document: these here may only have been its model, see patch().
-  const save = async event => {
-    event.preventDefault();
-    const form = event.target;
-    const {apiKey, baseUrl} = form.elements;
-    const entered = apiKey.value.trim();
-    await configure({
-      ...(entered && {apiKey: entered}),
-      baseUrl: baseUrl.value.trim(),
-    });
-    form.reset();
-  };
-  const forget = button("Forget the key", () => configure({apiKey: ""}));
-  forget.type = "button"; // does not submit the form
+  const shown = found.slice(0, limit);
+  $("models-find").hidden = models.length <= MODELS_SHOWN;
+  fillIfChanged($("model-rows"), shown.map(model => [model, isUsed(model)]),
+    () => shown.map(modelRow));
+  $("models-empty").hidden = found.length > 0;
+  $("models-more").hidden = found.length <= limit;
+  setText($("models-more"), `Show all ${found.length.toLocaleString()}`);
+}
+
+function showModels(change) {
+  Object.assign(state.modelView, change);
+  touch("models");
+}
+
+// Choose a model for the chat that was shown last.
+function useModel(model) {
+  const key = lastKey();
+  patchSession(key, {model});
+  go(chatPath(key));
+  focusText();
+}
+
+function drawProviders() {
+  const shown = state.providers.filter(({isSetUp, models}) => isSetUp || models > 0);
+  $("no-providers").hidden = shown.length > 0;
+  fillIfChanged($("providers"), shown, all => all.map(providerRow));
+}
+
+function providerRow(provider) {
+  const {id, label, own, keyFrom, keyVariable, baseUrl, models, error} = provider;
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
-  const found = models ? plural(models, "model") : error || "not set up";
-  return h("details", {class: "card"},
-    h("summary", h("strong", label), " ",
-      h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
-    h("form", {onsubmit: save},
-      h("label", "API key", key),
-      h("label", "Address", url),
-      h("div", {class: "actions"},
-        keyFrom === "settings" && forget,
-        h("button", {class: "button main"}, "Save"))));
+  const words = error || dotted(plural(models, "model"), source[keyFrom],
+    own && baseUrl);
+  const tool = (name, what, action) =>
+    h("button", {class: "bare", "data-needs": "admin", title: what,
+      "aria-label": `${what} ${label}`, onclick: action}, icon(name));
+  return h("li", {"data-key": id},
+    h("span", {class: "name"}, label),
+    h("span", {class: error ? "detail bad" : "detail"}, words),
+    error && h("button", {class: "button small", onclick: askAgain}, "Try again"),
+    tool("pen", "Change", () => openProvider(provider)),
+    provider.isEntered && tool("bin", "Remove", () => removeProvider(provider)));
+}
+
+async function askAgain() {
+  await attempt("models.list", {refresh: true});
+  await refresh("providers", "models");
+}
+
+async function removeProvider({id, label}) {
+  const text = "Its key and address are forgotten. Chats that use a model of it need " +
+    "another one.";
+  if (!(await confirmed(`Remove ${label}?`, text, "Remove"))) return;
+  await attempt("models.remove", {provider: id});
+  refresh("providers", "models");
+}
+
+const OWN_SERVER = {id: "", label: "A server of your own", own: true};
+let editedProvider = null; // whose settings the dialog shows; none: a new one
+
+async function openProvider(provider = null) {
+  if (!state.providers.length) await refresh("providers");
+  editedProvider = provider;
+  $("provider-form").reset();
+  const free = state.providers.filter(({isSetUp}) => !isSetUp);
+  fill($("provider-id"),
+    choicesOf([...free, OWN_SERVER].map(({id, label}) => [id, label])));
+  const first = free.find(({protocol}) => protocol !== "ollama");
+  $("provider-id").value = first?.id ?? "";
+  showProviderForm();
+  $("provider").showModal();
+}
+
+const chosenProvider = () => editedProvider || state.providers.find(({id, own}) =>
+  !own && id === $("provider-id").value) || OWN_SERVER;
+
+// What a person has to know to fill the form in.
+function providerHelp({own, protocol, keyFrom, keyVariable}) {
+  if (own)
+    return "vLLM, llama.cpp, LM Studio, LiteLLM, … where the gateway reaches them.";
+  if (protocol === "ollama")
+    return "An Ollama on the gateway’s machine or on a node is found by itself; this " +
+      "is for one that is elsewhere.";
+  return keyFrom === "environment"
+    ? `${keyVariable} is set where the gateway runs: it wins over a key entered here.`
+    : "The key is kept on the gateway, for its user alone, and never shown again.";
+}
+
+// Show the fields that the chosen provider takes.
+function showProviderForm() {
+  const provider = chosenProvider();
+  const {id, label, own, protocol, keyFrom, baseUrl, isEntered} = provider;
+  const isOllama = protocol === "ollama";
+  setText($("provider-title"),
+    editedProvider ? `Settings of ${label}` : "Add a provider");
+  $("provider-choice").hidden = Boolean(editedProvider);
+  setText($("provider-help"), providerHelp(provider));
+  $("provider-own").hidden = !own;
+  $("provider-name").disabled = Boolean(editedProvider);
+  $("provider-name").value = id;
+  $("provider-protocol").value = protocol || "openai";
+  const address = own || isEntered ? baseUrl || "" : "";
+  $("provider-url").value = address;
+  $("provider-url").placeholder = own ? "gpu-box:8080/v1" : baseUrl;
+  showAddress(own || isOllama || Boolean(address));
+  $("provider-key").placeholder = keyFrom === "settings" ? "Kept; type to replace it"
+    : own || isOllama ? "If it wants one" : "";
+  showOutcome("", "");
+}
+
+function showAddress(isShown) {
+  $("provider-address").hidden = !isShown;
+  $("provider-elsewhere").hidden = isShown;
+}
+
+function showOutcome(words, error) {
+  setText($("provider-state"), words);
+  $("provider-state").hidden = !words;
+  setText($("provider-error"), error);
+  $("provider-save").disabled = Boolean(words);
+}
+
+// Return the id of a server: what a person called it, or its host.
+function serverId(name, url) {
+  const called = name.trim() || (/^\w+:\/\/([^/:]+)/.exec(url)?.[1] ?? "");
+  return called.toLowerCase().replace(/[^a-z0-9_-]+/g, "-").replace(/^-+|-+$/g, "");
+}
+
+// Return what was entered, for models.configure, or throw an error for people.
+function enteredProvider() {
+  const provider = chosenProvider();
+  const {name, protocol, baseUrl, apiKey} = $("provider-form").elements;
+  const key = apiKey.value.trim();
+  let url = baseUrl.value.trim();
+  if (url && !/^[a-z]+:\/\//i.test(url)) url = `http://${url}`;
+  if (provider.own && !url)
+    throw new Error("Enter the address of the server, like gpu-box:8080/v1");
+  const isOllama = provider.protocol === "ollama";
+  if (!url && !key && !provider.isSetUp)
+    throw new Error(isOllama ? "Enter its address." : "Enter a key.");
+  const id = provider.id || serverId(name.value, url);
+  if (!provider.id && state.providers.some(known => known.id === id))
+    throw new Error(`There is a provider ${id} already; give this one another name.`);
+  return {provider: id, baseUrl: url, ...(key && {apiKey: key}),
+    ...(provider.own && {protocol: protocol.value})};
+}
+
+// Save what was entered, and say whether the provider answers.
+async function saveProvider() {
+  try {
+    const entered = enteredProvider();
+    showOutcome("Asking for its models…", "");
+    await link.call("models.configure", entered);
+    state.providers = await link.call("models.providers");
+    touch("providers");
+    refresh("models");
+    const saved = state.providers.find(({id}) => id === entered.provider);
+    if (!saved?.error && saved?.models !== 0) {
+      $("provider").close();
+      if (saved) showToast(`${saved.label}: ${plural(saved.models, "model")}`);
+      return;
+    }
+    $("provider-key").value = "";
+    editedProvider = saved;
+    showProviderForm();
+    showOutcome("", `Saved, but ${saved.error || "it lists no models"}.`
+      .replace(/\.\.$/, "."));
+  } catch (error) {
+    showOutcome("", error.message);
+  }
 }
 
 function drawStorage() {
@@ -30226,14 +30515,17 @@ function drawStorage() {
   fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${lifetime} ${option}`);
 }
 
-// Choose an unlisted model by its name.
-function useNamedModel() {
-  const key = lastKey();
-  patchSession(key, {model: $("model-name").value.trim()});
-  go(chatPath(key));
-}
-
 // == view: access ==
+
+const OWNER = "owner"; // the name of the key in gateway.json
+const SCOPE_WORDS = {
+  read: "see machines, chats, commands and their output",
+  write: "run commands on every machine, the gateway’s own too, chat and rename; " +
+    "includes read",
+  approvals: "answer a model that asks before it runs a command",
+  pairing: "add machines and revoke their tokens",
+  admin: "everything, also keys and providers of models",
+};
 
 async function changeAccess(method, params) {
   await attempt(method, params);
@@ -30259,32 +30551,91 @@ async function revokeKey(keyId, name) {
   }
 }
 
+const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]);
+
+function keyRow({keyId, name, scopes, lastUsedAt}) {
+  const isOwner = name === OWNER;
+  return listRow(name,
+    dotted(scopeNames(scopes).join(", "), usedText(lastUsedAt),
+      isOwner && "in gateway.json; deleting that file and a restart replace it"),
+    !isOwner && iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)));
+}
+
 function drawAccess() {
-  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
+  if (state.route.page !== "access") {
+    forgetKey();
+    return;
+  }
+  const {keyName, scopes} = state;
+  const allowed = scopes.includes("operator.admin") ? ["admin"] : scopeNames(scopes);
+  fillIfChanged($("own-key"), [keyName, allowed], () =>
+    [`You are signed in with the key ${keyName}`, h("span", {class: "detail"},
+      `It may ${allowed.map(scope => SCOPE_WORDS[scope]).join("; ")}.`)]);
   const keys = state.keys.filter(key => !key.revokedAt);
-  fillIfChanged($("keys"), keys, () =>
-    keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(name, dotted(scopeNames(scopes), usedText(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name))),
-    ),
-  );
+  fillIfChanged($("keys"), keys, () => keys.map(keyRow));
   fillIfChanged($("logins"), state.logins, logins => logins.map(loginRow));
 }
 
+const scopeBoxes = () => [...document.querySelectorAll("#key-scopes input")];
+
+// Tick what a chosen scope includes.
+function includeScopes() {
+  const boxes = scopeBoxes();
+  const wanted = scope =>
+    boxes.some(({value, dataset}) => value === scope && dataset.wanted);
+  for (const box of boxes) {
+    const {value} = box;
+    box.disabled = (value !== "admin" && wanted("admin")) ||
+      (value === "read" && wanted("write"));
+    box.checked = box.disabled || Boolean(box.dataset.wanted);
+  }
+}
+
+function makeScopes() {
+  const boxes = SCOPES.map(value =>
+    h("label", h("input", {type: "checkbox", value,
+      "data-wanted": value === "write" && "yes",
+      onchange: ({target}) => {
+        target.dataset.wanted = target.checked ? "yes" : "";
+        includeScopes();
+      }}), h("b", value), h("span", {class: "detail"}, SCOPE_WORDS[value])));
+  $("key-scopes").append(...boxes);
+  includeScopes();
+}
+
 async function createKey() {
-  const checked = document.querySelectorAll("#key-scopes :checked");
-  const scopes = [...checked].map(box => `operator.${box.value}`);
+  const wanted = scopeBoxes().filter(box => box.dataset.wanted);
+  const scopes = wanted.map(({value}) => `operator.${value}`);
+  if (!scopes.length) {
+    showError(new Error("Choose what the key may do."));
+    return;
+  }
   const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
   const url = `${BASE}mcp`, bearer = `Bearer ${made.key}`;
   const server = {type: "http", url, headers: {Authorization: bearer}};
   const claude = "claude mcp add --transport http moltis";
-  fill($("key-made"), copyLine("The key, shown only once", made.key),
-    h("details", h("summary", "Connect an AI agent (MCP)"),
+  setText($("key-made-head"), `The key of ${made.name}, shown only now`);
+  fill($("key-lines"),
+    loopbackWarning("the link below"),
+    copyLine("For a person: this link signs in", `${joinBase()}#key=${made.key}`),
+    copyLine("For a script: the key itself", made.key),
+    h("details", h("summary", "For an AI agent (MCP)"),
       copyLine("Claude Code", `${claude} ${url} --header "Authorization: ${bearer}"`),
       copyLine("VS Code, in .vscode/mcp.json",
         JSON.stringify({servers: {moltis: server}}, null, 2))));
+  $("key-made").hidden = false;
+  $("key-form").hidden = true;
+  $("key-made-head").focus();
   refresh("keys");
+}
+
+function forgetKey() {
+  if ($("key-made").hidden) return;
+  fill($("key-lines"));
+  $("key-made").hidden = true;
+  $("key-form").hidden = false;
+  $("key-name").value = "";
 }
 
 // == sign-in ==
@@ -30410,6 +30761,14 @@ const CLICKS = {
   "notify-yes": () => answerOffer(true),
   "notify-no": () => answerOffer(false),
   "again-cancel": () => $("again").close(),
+  "add-provider": () => openProvider(),
+  "provider-cancel": () => $("provider").close(),
+  "provider-elsewhere": () => {
+    showAddress(true);
+    $("provider-url").focus();
+  },
+  "models-more": () => showModels({limit: Infinity}),
+  "key-done": forgetKey,
 };
 
 function start() {
@@ -30436,16 +30795,15 @@ function start() {
   onDrop($("chat"), dropIntoChat);
   onDrop($("files-list"), entries =>
     isAtRoute() && upload(routeNode(), files.path, entries));
+  watch("route models sessions nodes link", drawModels);
   watch("providers", drawProviders);
   watch("storage", drawStorage);
-  watch("keys logins", drawAccess);
+  watch("route keys logins link", drawAccess);
   for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
   }
-  const box = value =>
-    h("input", {type: "checkbox", value, checked: value === "write"});
-  fill($("key-scopes"), SCOPES.map(scope => h("label", box(scope), scope)));
+  makeScopes();
   document.querySelectorAll("[data-icon]").forEach(addIcon);
   for (const field of document.querySelectorAll("input[autocomplete=off]"))
     for (const [name, value] of Object.entries(AS_TYPED))
@@ -30464,12 +30822,16 @@ function start() {
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
-  onSubmit("model-form", useNamedModel);
+  onSubmit("model-form", () => useModel($("model-name").value.trim()));
+  onSubmit("provider-form", saveProvider);
   onSubmit("key-form", createKey);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
+  on($("provider"), "close", () => $("provider-form").reset()); // it had a key
   on($("token-ways"), "keydown", tabKey);
   on($("find-node"), "input", event => showNodes({search: event.target.value}));
+  on($("find-model"), "input", event => showModels({search: event.target.value}));
+  on($("provider-id"), "change", showProviderForm);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", keepDraft);
   // Output that is drawn later also makes the conversation longer.
@@ -31653,8 +32015,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
-#       Language models, Machine, Node service, Store, Access, Fleet, Jobs, Agent,
-#       Chat, HTTP, Operator client, MCP, Assembly
+#       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
+#       Fleet, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -31790,6 +32152,11 @@ class Output:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
         self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
 
+    def paint(self, color: str, text: str) -> str:
+        """Return `text` for standard output, in colour on a terminal."""
+        painted = color and self._may_color and sys.stdout.isatty()
+        return f"\033[{color}m{text}\033[0m" if painted else text
+
     def _write(self, text: str) -> None:
         shown, self._status_shown = self._status_shown, False
         clear = "\r\033[K" if shown else ""
@@ -31841,18 +32208,15 @@ class Output:
         terminal = sys.stdout.isatty()
         if terminal and not whole:
             widths = fitting_widths(widths, headings, terminal_columns())
-        tones = ["1", *map(tone, rows)]
-        if not terminal or not self._may_color:
-            tones = [""] * len(lines)
-        for line, color in zip(lines, tones):
+        for line, color in zip(lines, ["1", *map(tone, rows)]):
             printed = []
             for heading, cell, width in zip(headings, line, widths):
                 text = cell
                 if len(cell) > width:
                     text = cell[:width] if heading == ID else f"{cell[: width - 1]}…"
-                colored = color and (line is headings or heading in STATE_HEADINGS)
                 padding = " " * (width - len(text))
-                text = f"\033[{color}m{text}\033[0m" if colored else text
+                if line is headings or heading in STATE_HEADINGS:
+                    text = self.paint(color, text)
                 printed.append(text + padding)
             self.answer("  ".join(printed).rstrip())
 
@@ -34006,6 +34370,292 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
             return INTERRUPTED
 
 
+# -- moltis doctor -------------------------------------------------------------
+
+
+WELL, NOTE, WRONG = "well", "note", "wrong"
+FINDING_TONES: Mapping[str, str] = {WELL: GREEN, NOTE: YELLOW, WRONG: RED}
+NODE_ADVICE = "moltis node logs -f says more; moltis node status shows its service"
+LITTLE_ROOM = 100 * 1024**2  # bytes; an update of the database may need as many
+MAX_CLOCK_OFF = 30.0  # s; from then on certificates and times mislead
+EXPIRES_SOON = 14 * 86400  # s
+SECRET_FILES = (GatewayFile.FILE, NodeSettings.FILE, ProviderSettings.FILE, STORE_FILE)
+
+
+class Finding(Value):
+    """What a check found."""
+
+    check: str
+    state: str  # WELL, NOTE (works, but look at it) or WRONG
+    words: str
+    advice: str = ""
+
+
+def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
+    """Return what an error says; what to do comes after its semicolon."""
+    words, _, advice = str(error).partition("; ")
+    return Finding(check, state, words, advice)
+
+
+def check_python(context: Context) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("Python", WELL, f"{version}, {sys.executable}")
+    has_gateway = (context.directory / STORE_FILE).exists()
+    missing = False
+    for require, needed in ((require_ssl, False), (require_sqlite, has_gateway)):
+        try:
+            require()
+        except BadConfiguration as error:
+            missing = True
+            yield found_error("modules", error, WRONG if needed else NOTE)
+    if choose_probe(context.environ)().mem_total is None:
+        missing = True
+        words = "this system tells neither memory nor CPU"
+        yield Finding("modules", NOTE, words, "install psutil for them")
+    if not missing:
+        yield Finding("modules", WELL, "ssl and sqlite3 are there")
+
+
+def private_problems(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a data directory, and what to do.  Raises OSError."""
+    user = os.geteuid()
+    for path in (directory, *(directory / name for name in SECRET_FILES)):
+        if not path.exists():
+            continue
+        found, quoted = path.stat(), shlex.quote(str(path))
+        if found.st_uid != user:
+            owner = account_name(found.st_uid)
+            advice = f"chown -R {account_name(user)} {quoted}, or use MOLTIS_DATA_DIR"
+            yield f"{path} belongs to {owner}", advice
+        elif found.st_mode & 0o077:
+            mode = stat.S_IMODE(found.st_mode)
+            advice = f"chmod go= {quoted}"
+            yield f"other users may read {path} ({mode:o})", advice
+
+
+def check_directory(directory: Path) -> Iterator[Finding]:
+    name = "data directory"
+    if not os.path.lexists(directory):
+        yield Finding(name, NOTE, f"{directory} does not exist yet")
+        return
+    if not directory.is_dir():
+        advice = "move it away, or choose another with MOLTIS_DATA_DIR"
+        yield Finding(name, WRONG, f"{directory} is no directory", advice)
+        return
+    import tempfile
+
+    findings: list[Finding] = []
+    try:
+        for problem, advice in private_problems(directory):
+            findings.append(Finding(name, WRONG, problem, advice))
+        with tempfile.TemporaryFile(dir=str(directory)) as file:
+            file.write(bytes(65536))
+            file.flush()
+    except OSError as error:
+        advice = "make room, check its rights, or use another with MOLTIS_DATA_DIR"
+        words = f"cannot write to {directory}: {error.strerror}"
+        findings.append(Finding(name, WRONG, words, advice))
+    yield from findings or [Finding(name, WELL, f"{directory} is private and writable")]
+    disk = os.statvfs(directory)
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    words = f"{format_bytes(free)} of {format_bytes(total)} are free"
+    if free < LITTLE_ROOM:
+        yield Finding("disk", WRONG, words, "make room; --keep-output limits the logs")
+    else:
+        yield Finding("disk", WELL, words)
+    if (directory / STORE_FILE).exists():
+        try:
+            check_database(directory / STORE_FILE)
+        except UserError as error:
+            yield found_error("database", error)
+        else:
+            yield Finding("database", WELL, f"{STORE_FILE} is whole")
+
+
+def check_tls(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Examine the certificate at an address.  Raises UserError, OSError."""
+    target = ServerUrl.parse(url)
+    if not target.secure:
+        if target.host != "localhost" and not is_loopback(target.host):
+            words = "none: the network can read commands and their output"
+            yield Finding(name, NOTE, words, "start the gateway with --tls")
+        return
+    import ssl
+
+    with closing(dial(target.host, target.port, TlsTrust(bound=True))) as sock:
+        assert isinstance(sock, ssl.SSLSocket)
+        shown = sock.getpeercert(binary_form=True)
+    assert shown is not None  # after a handshake
+    certificate = parse_certificate(shown)
+    left = certificate.expires_at - time.time()
+    words = (
+        f"the certificate expires {format_time(round(certificate.expires_at) * 1000)}"
+    )
+    if trust.fingerprint not in (None, certificate.pin):
+        words = f"{target.host} shows {certificate.pin}, not {trust.fingerprint}"
+        advice = "if the gateway was set up anew, run `node add` again; else beware"
+        yield Finding(name, WRONG, words, advice)
+    elif left < EXPIRES_SOON:
+        words = words if left > 0 else words.replace("expires", "expired on")
+        advice = "restart a gateway with --tls; renew a --tls-cert, then send SIGHUP"
+        yield Finding(name, NOTE if left > 0 else WRONG, words, advice)
+    else:
+        yield Finding(name, WELL, words)
+
+
+def check_clock(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Compare our clock with a gateway's.  Raises UserError."""
+    asked = now_ms()
+    try:
+        there = from_json(fetch(f"{page_url(url)}/health", trust)).get("at")
+    except (ValueError, AttributeError) as error:
+        raise Refused(f"{url} is no gateway; correct the address") from error
+    if not isinstance(there, int):
+        return  # a Moltis gateway does not say
+    # It looked at its clock somewhere between our two looks.
+    ahead = (max(0, asked - there) - max(0, there - now_ms())) / 1000
+    if abs(ahead) < 1:
+        yield Finding(name, WELL, "agrees with the gateway's")
+        return
+    side = "ahead of" if ahead > 0 else "behind"
+    words = f"{format_duration(abs(ahead))} {side} the gateway's"
+    advice = "set both from the network: sudo timedatectl set-ntp true"
+    state = WRONG if abs(ahead) > MAX_CLOCK_OFF else NOTE
+    yield Finding(name, state, words, advice)
+
+
+def check_way(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
+    """Examine TLS and clock of a gateway, as far as they can be reached."""
+    for part, check in (("TLS", check_tls), ("clock", check_clock)):
+        try:
+            yield from check(f"{name}{part}", url, trust)
+        except (OSError, Unreachable):
+            return  # that it is away is said already
+        except UserError as error:
+            yield found_error(f"{name}{part}", error)
+
+
+def check_outside(context: Context, url: str) -> Iterator[Finding]:
+    """Examine the address for other machines, of a gateway on this one."""
+    file = GatewayFile.load(context.directory)
+    if file is None or not file.public_url or url != file.url:
+        return
+    name, public = "from outside", file.public_url
+    if is_loopback(urlsplit(public).hostname or ""):
+        words = "only this machine can reach it"
+        yield Finding(name, NOTE, words, "moltis gateway --bind 0.0.0.0 lets others in")
+        return
+    try:
+        fetch(f"{public}/health", TlsTrust(file.fingerprint))
+    except UserError as error:
+        yield found_error(name, error)
+    else:
+        words = f"{public} answers here"
+        yield Finding(name, WELL, f"{words}; a firewall may still keep others out")
+
+
+def models_words(count: int) -> str:
+    return f"{count} language models" if count else "no language model, only Shell"
+
+
+def check_gateway(args: argparse.Namespace, context: Context) -> Iterator[Finding]:
+    """Examine the gateway that the command line uses.  Raises UserError."""
+    name = "gateway"
+    url, _ = gateway_address(args, context)
+    trust = operator_trust(args, context, url)
+    try:
+        with operator_client(args, context) as client:
+            nodes = client.call("node.list", {})
+            models = client.call("models.list", {})
+    except UserError as error:
+        yield found_error(name, error)
+    else:
+        there = sum(node["connected"] for node in nodes)
+        words = f"{url} answers; {there} of {len(nodes)} machines are connected"
+        yield Finding(name, WELL, words)
+        yield Finding("models", WELL, models_words(len(models) - 1))  # but for Shell
+        yield from check_outside(context, url)
+    yield from check_way("", websocket_url(url), trust)
+
+
+def check_service(context: Context) -> Iterator[Finding]:
+    spec, service = local_service(context)
+    if service is None:
+        yield found_error("service", no_service_manager(spec, "none answers"), NOTE)
+        return
+    status = service.status()
+    if not status.installed:
+        words = "not installed: the node does not start on boot"
+        yield Finding("service", NOTE, words, "moltis node add installs it")
+        return
+    state = WELL if status.active and status.enabled else WRONG
+    advice = "" if state == WELL else "run `moltis node add` again; moltis node logs -f"
+    yield Finding("service", state, status.state, advice)
+    if isinstance(service, SystemdService) and not service.lingers():
+        words = "the node ends when you log out, and does not start on boot"
+        user = account_name(os.getuid())
+        yield Finding("lingering", NOTE, words, f"sudo loginctl enable-linger {user}")
+
+
+def check_node(settings: NodeSettings, context: Context) -> Iterator[Finding]:
+    """Examine this machine's node.  Raises UserError."""
+    url = settings.gateway_url
+    state = NodeState.load(context.directory)
+    if state is not None and state.connected:
+        since = format_time(round(state.since * 1000))
+        yield Finding("node", WELL, f"connected to {url} since {since}")
+    else:
+        reason = (state and state.error) or "it does not run"
+        yield Finding("node", WRONG, f"not connected to {url}: {reason}", NODE_ADVICE)
+    for name, value in settings.proxies.items():
+        os.environ.setdefault(name, value)
+    yield from check_way("node's ", url, node_trust(settings))
+    yield from check_service(context)
+    if settings.llm:
+        models, errors = model_catalog(context.environ).models(Cancellation())
+        for provider, reason in errors.items():
+            yield Finding("node's models", NOTE, f"{provider}: {reason}")
+        if not errors:
+            yield Finding("node's models", WELL, models_words(len(models)))
+
+
+def examine(args: argparse.Namespace, context: Context) -> Iterator[Finding]:
+    """Yield what each check finds: of this machine, its gateway and its node."""
+    directory = context.directory
+    yield from check_python(context)
+    yield from check_directory(directory)
+    known = (directory / NodeSettings.FILE).exists()
+    try:
+        yield from check_gateway(args, context)
+    except Unreachable as error:  # none is known, which a node does not need
+        if not known:
+            yield found_error("gateway", error, NOTE)
+    except UserError as error:
+        yield found_error("gateway", error)
+    try:
+        settings = NodeSettings.load(directory)
+        if settings is not None:
+            yield from check_node(settings, context)
+    except UserError as error:
+        yield found_error("node", error)
+
+
+def cmd_doctor(args: argparse.Namespace, context: Context) -> int:
+    """Raises BadConfiguration."""
+    output, findings = context.output, []
+    for finding in examine(args, context):
+        findings.append(finding)
+        if not args.json:
+            state = output.paint(FINDING_TONES[finding.state], f"{finding.state:5}")
+            output.answer(f"{state}  {finding.check:14}  {visible(finding.words)}")
+            if finding.advice:
+                output.answer(f"{'':23}→ {visible(finding.advice)}")
+    if args.json:
+        output.json([finding.to_json() for finding in findings])
+    wrong = any(finding.state == WRONG for finding in findings)
+    return EXIT_FAILURE if wrong else EXIT_OK
+
+
 # -- moltis node cp ------------------------------------------------------------
 
 COPY_UPDATE = 0.2  # s between two updates of the line that shows progress
@@ -35201,6 +35851,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "put a backup into an empty data directory",
         "moltis gateway restore moltis-backup.db",
         (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
+    "doctor": Subcommand(
+        cmd_doctor,
+        "say what is wrong here and what to do; the status is 1 if anything is",
+        "moltis doctor",
+        (*GATEWAY, JSON),
     ),
     "chat": Subcommand(
         cmd_chat,

@@ -182,7 +182,8 @@ def rust_connect(token, node_id="rust-1", **changes):
 def silent_node(gateway, node_id="gone"):
     """A node that takes commands, called "Rust box", and does nothing about them."""
     with gateway.peer() as peer:
-        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        caps = [*moltis.MACHINE_CAPABILITIES, moltis.CAP_TERMINAL]
+        extensions = {"moltis": {"caps": caps}}
         params = rust_connect(gateway.token(), node_id, extensions=extensions)
         assert peer.request("connect", params)["ok"]
         yield peer

@@ -33,10 +33,12 @@ from support import (
     ScriptedServer,
     Terminal,
     clean_environment,
+    launched,
     run_moltis,
     wait_for,
     wait_in_shell,
 )
+from world import SmallDisk
 
 import moltis
 
@@ -608,7 +610,7 @@ def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
     try:
         done = subprocess.run(
             [
-                *(sys.executable, str(PROGRAM), "node", "add", "--foreground"),
+                *(*launched(PROGRAM), "node", "add", "--foreground"),
                 *("--host", "ftp://x", "--token", TOKEN),
             ],
             stdin=read,
@@ -751,7 +753,7 @@ def test_a_terminal_whose_other_end_is_closed_is_the_end_of_input(
     os.close(child)
     with InProcessGateway(tmp_path / ".moltis"), open(parent) as terminal:
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), *words],
+            [*launched(PROGRAM), *words],
             stdin=terminal,
             capture_output=True,
             check=False,
@@ -1025,7 +1027,7 @@ def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
 ):
     command = "echo shown; read x; echo more; exit 7"
     with subprocess.Popen(
-        [sys.executable, PROGRAM, "node", "exec", "local", "--stdin", "--", command],
+        [*launched(PROGRAM), "node", "exec", "local", "--stdin", "--", command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=clean_environment(home),
@@ -1849,3 +1851,163 @@ def test_a_message_whose_answer_was_lost_runs_once(gateway, capsys):
     assert capsys.readouterr().out == "42\n"
     history = gateway.call("chat.history", sessionKey=session["key"])
     assert [m["role"] for m in history] == ["user", "command"]
+
+
+# -- doctor --------------------------------------------------------------------
+
+
+def findings(capsys, *words):
+    """Return status and findings of `moltis doctor` here, by check."""
+    status, out, _ = said(capsys, "doctor", "--json", *words)
+    return status, {found["check"]: found for found in json.loads(out)}
+
+
+def test_a_doctor_finds_a_gateway_well(gateway, capsys):
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_OK
+    assert {f["state"] for f in found.values()} <= {"well", "note"}
+    assert found["gateway"]["words"].endswith("1 of 1 machines are connected")
+    assert found["clock"]["words"] == "agrees with the gateway's"
+    assert found["database"]["state"] == found["data directory"]["state"] == "well"
+    assert "--bind 0.0.0.0" in found["from outside"]["advice"]
+    status, out, _ = said(capsys, "doctor")
+    assert re.search(r"(?m)^well   database        moltis.db is whole$", out)
+    assert re.search(r"(?m)^ {23}→ moltis gateway --bind 0.0.0.0 lets others in$", out)
+
+
+def test_a_doctor_without_a_gateway_says_how_to_start_one(home, capsys):
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_OK
+    assert "moltis gateway" in found["gateway"]["advice"]
+    assert "does not exist yet" in found["data directory"]["words"]
+
+
+def test_a_stopped_gateway_is_wrong_once(home, capsys):
+    with InProcessGateway(home / ".moltis"):
+        pass
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_FAILURE
+    assert [f["check"] for f in found.values() if f["state"] == "wrong"] == ["gateway"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "check", "words", "advice"),
+    [
+        (lambda d: d.chmod(0o755), "data directory", "(755)", "chmod go= "),
+        (
+            lambda d: (d / "gateway.json").chmod(0o644),
+            "data directory",
+            "may read",
+            "gateway.json",
+        ),
+        (
+            lambda d: (d / "moltis.db").write_bytes(b"SQLite format 3\0" + b"x" * 9000),
+            "database",
+            "cannot use the database",
+            "restore a backup",
+        ),
+        (lambda d: (d / "node.json").write_text("{"), "node", "node.json", ""),
+        (lambda d: (d / "gateway.json").write_text("[]"), "gateway", "json", ""),
+    ],
+)
+def test_a_doctor_says_what_is_wrong_in_a_data_directory(
+    home, capsys, break_it, check, words, advice
+):
+    data = home / ".moltis"
+    with InProcessGateway(data):
+        pass
+    for left in data.glob("moltis.db-*"):
+        left.unlink()
+    break_it(data)
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_FAILURE
+    assert found[check]["state"] == "wrong"
+    assert words in found[check]["words"]
+    assert advice in found[check]["advice"]
+
+
+def test_a_data_directory_that_is_none_or_of_another_user_is_wrong(home, capsys):
+    data = home / ".moltis"
+    data.write_text("")
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_FAILURE
+    assert "is no directory" in found["data directory"]["words"]
+    if os.geteuid() == 0:
+        data.unlink()
+        data.mkdir(mode=0o700)
+        os.chown(data, 65534, -1)
+        status, found = findings(capsys)
+        assert status == moltis.EXIT_FAILURE
+        assert "belongs to" in found["data directory"]["words"]
+
+
+@pytest.mark.skipif(not SmallDisk.can_be_made(), reason="mounting takes root")
+def test_a_full_disk_is_wrong(home, capsys):
+    disk = SmallDisk(home / ".moltis")
+    try:
+        disk.fill()
+        status, found = findings(capsys)
+    finally:
+        disk.close()
+    assert status == moltis.EXIT_FAILURE
+    assert "No space left" in found["data directory"]["words"]
+    assert found["disk"]["state"] == "wrong"
+
+
+def test_a_certificate_is_wrong_when_it_has_expired_or_is_another(
+    tmp_path, monkeypatch
+):
+    files = moltis.ensure_certificate(tmp_path, ["localhost", "127.0.0.1"])
+    tls = moltis.ServerTls(lambda: files)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+
+        def found(trust):
+            (finding,) = moltis.check_tls("TLS", gateway.websocket_url, trust)
+            return finding
+
+        assert found(gateway.trust).state == "well"
+        other = found(moltis.TlsTrust("sha256//" + "A" * 43 + "="))
+        assert other.state == "wrong"
+        assert gateway.trust.fingerprint in other.words
+        now = moltis.time.time()
+        monkeypatch.setattr(moltis.time, "time", lambda: now + 20 * 365 * 86400)
+        expired = found(gateway.trust)
+        monkeypatch.undo()
+    assert expired.state == "wrong"
+    assert "expired on 20" in expired.words
+
+
+@pytest.mark.parametrize(
+    ("off", "state", "words"),
+    [(3600, "wrong", "59 min behind"), (-5, "note", "ahead of"), (0, "well", "agrees")],
+)
+def test_a_clock_that_is_off_is_said(off, state, words):  # off: of the gateway's, s
+    def health(_request):
+        at = moltis.now_ms() + off * 1000
+        return 200, {}, [json.dumps({"status": "ok", "at": at}).encode()]
+
+    with ScriptedServer(health) as server:
+        (found,) = moltis.check_clock("clock", server.url, moltis.TlsTrust())
+    assert found.state == state
+    assert words in found.words
+
+
+def test_what_is_no_gateway_is_said_to_be_none():
+    with ScriptedServer(lambda _: (200, {}, [b"<html>"])) as server:
+        found = [*moltis.check_way("", server.url, moltis.TlsTrust())]
+    assert "is no gateway" in found[-1].words
+
+
+def test_a_doctor_says_why_a_node_is_not_connected(home, capsys):
+    data = home / ".moltis"
+    moltis.NodeSettings("ws://127.0.0.1:1/ws", "mdt_x", "id-of-pi").save(data)
+    status, found = findings(capsys)
+    assert status == moltis.EXIT_FAILURE
+    assert "it does not run" in found["node"]["words"]
+    assert "node logs" in found["node"]["advice"]
+    assert "gateway" not in found  # a node needs none of its own
+    reason = "127.0.0.1:1 cannot be reached"
+    moltis.NodeState(os.getpid(), False, 0.0, reason).save(data)
+    assert reason in findings(capsys)[1]["node"]["words"]
+    moltis.NodeState(os.getpid(), True, 0.0).save(data)
+    assert findings(capsys)[1]["node"]["state"] == "well"

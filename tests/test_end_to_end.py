@@ -22,6 +22,7 @@ from support import (
     Program,
     clean_environment,
     free_port,
+    launched,
     process_exists,
     run_moltis,
     wait_for,
@@ -197,7 +198,7 @@ def test_a_cwd_that_is_not_there_is_named(site):
 def test_output_is_binary_safe_in_both_directions(site):
     data = bytes(range(256)) * 4096  # 1 MiB: more than a window at its end
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "node", "exec", "pi", "--stdin", "--", "cat"],
+        [*launched(PROGRAM), "node", "exec", "pi", "--stdin", "--", "cat"],
         input=data,
         capture_output=True,
         check=False,
@@ -232,7 +233,7 @@ def test_exec_prints_while_the_command_runs(site, tmp_path):
 
 def test_one_who_reads_slowly_gets_all_of_it(site):
     """20 MB through a pipe that is drained only after the command has filled it."""
-    command = [sys.executable, str(PROGRAM), "node", "exec", "pi", "--"]
+    command = [*launched(PROGRAM), "node", "exec", "pi", "--"]
     process = subprocess.Popen(
         [*command, "head -c 20000000 /dev/zero"],
         stdout=subprocess.PIPE,

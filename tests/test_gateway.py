@@ -218,6 +218,37 @@ def test_a_node_cannot_make_itself_an_operator(gateway):
         assert peer.request("node.list", {})["error"]["code"] == "FORBIDDEN"
 
 
+CREDENTIALS = [  # as asked for, and what is granted: a role or a refusal
+    ("operator", {}, "FORBIDDEN"),
+    ("node", {}, "FORBIDDEN"),
+    ("operator", {"deviceToken": "KEY"}, "UNAUTHORIZED"),
+    ("node", {"deviceToken": "KEY"}, "UNAUTHORIZED"),
+    ("operator", {"api_key": "TOKEN"}, "UNAUTHORIZED"),
+    ("node", {"api_key": "TOKEN"}, "UNAUTHORIZED"),
+    ("operator", {"pageSecret": "KEY"}, "UNAUTHORIZED"),  # without its cookie
+    ("node", {"pageSecret": "KEY"}, "FORBIDDEN"),
+    ("operator", {"deviceToken": "TOKEN"}, "node"),
+    ("operator", {"deviceToken": "TOKEN", "api_key": "KEY"}, "node"),
+    ("node", {"api_key": "KEY"}, "operator"),
+]
+
+
+def test_a_role_comes_from_the_credential_and_loopback_needs_one(gateway):
+    secrets = {"KEY": gateway.api_key, "TOKEN": gateway.token()}
+    for role, auth, granted in CREDENTIALS:
+        auth = {name: secrets[secret] for name, secret in auth.items()}
+        with gateway.peer() as peer:
+            params = rust_connect("", role=role, auth=auth)
+            answer = peer.request("connect", params)
+            if answer["ok"]:
+                assert answer["payload"]["auth"]["role"] == granted
+                ok = peer.request("node.list", {})["ok"]
+                assert ok == (granted == "operator")
+            else:
+                assert answer["error"]["code"] == granted
+                assert peer.close_code() == 1008
+
+
 def test_a_node_reports_on_itself_only(gateway, rust):
     report = {
         "event": "node.telemetry",
@@ -967,6 +998,25 @@ def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
         view = client.call("job.cancel", id=job_id)
         assert view["cancelledBy"] == "owner"
         assert reader.ending(job_id)["words"] == "cancelled by owner"
+
+
+def test_a_key_that_only_reads_moves_nothing_in_a_terminal(gateway, client):
+    """To draw a screen anew is a signal to programs of the machine."""
+    made = client.call("keys.create", name="eye", scopes=["operator.read"])
+    with silent_node(gateway, "tty") as node, Client(gateway, made["key"]) as reader:
+        spec = {"command": "vi", "tty": {"rows": 24, "cols": 80}}
+        start = {"jobs": [{"node": "tty"}], "work": "run", "spec": spec, "keep": True}
+        (job,) = client.call("job.start", **start)["jobs"]
+        assert reader.call("job.follow", id=job["id"], screen=True)["offset"] == 0
+        resize = {"id": job["id"], "rows": 1, "cols": 1, "redraw": True}
+        assert reader.call("job.resize", **resize) == "FORBIDDEN"
+        typed = moltis.encode_job_data(moltis.INPUT_DATA, job["id"], 0, b":q!\n")
+        reader.peer.send(typed)
+        reader.call("node.list")
+        client.call("job.follow", id=job["id"], screen=True)
+        events = [node.receive() for _ in range(2)]
+        assert [event["event"] for event in events] == ["job.start", "job.resize"]
+        client.call("job.cancel", id=job["id"])
 
 
 def test_output_is_read_in_pieces_that_keep_their_order(client):

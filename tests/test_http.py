@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
+import types
 
 import pytest
 from peers import InProcessGateway, RawPeer
@@ -342,6 +344,17 @@ def test_a_download_says_what_is_missing(tmp_path, monkeypatch):
     assert len(body) < 5_000_000
 
 
+def test_a_download_ends_though_its_command_goes_on(tmp_path):
+    log = moltis.Log(tmp_path / "log")
+    frame = moltis.encode_log_frame(1, b"y\n")
+    log.append(0, frame)
+    pieces = []
+    for piece in itertools.islice(moltis.job_output(types.SimpleNamespace(log=log)), 9):
+        pieces.append(piece)
+        log.append(log.end, frame)  # faster than it is read
+    assert pieces == [b"y\n"]
+
+
 def test_the_audit_is_a_file_in_which_nothing_is_a_formula(gateway):
     gateway.call("device.token.create", displayName="=1+1")
     answer = download(gateway, "/api/audit.csv")
@@ -408,8 +421,10 @@ def test_downloads_need_a_credential(gateway, path, status):
     assert ask(gateway, "GET", path).status in (401, 404)
 
 
+READERS = "operator.read operator.write operator.admin"
 ROUTES = [  # and the scopes that may use them; for anything else, 401 or 403
-    ("GET", "/api/jobs/x/output", 404, "operator.read operator.write operator.admin"),
+    ("GET", "/api/jobs/x/output", 404, READERS),
+    ("GET", "/api/jobs/x/recording", 404, READERS),
     ("GET", "/api/audit.csv", 200, "operator.admin"),
     ("POST", "/api/rpc", 400, " ".join(moltis.SCOPES)),
     ("POST", "/mcp", 400, " ".join(moltis.SCOPES)),

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from peers import InProcessGateway
-from support import PROGRAM, clean_environment, wait_for, wait_in_shell
+from support import PROGRAM, clean_environment, launched, wait_for, wait_in_shell
 
 import moltis
 
@@ -254,7 +254,7 @@ def test_a_line_that_makes_no_sense_gets_an_error_and_the_next_an_answer(
 
 def test_it_is_a_subcommand_that_speaks_on_stdin_and_stdout(gateway, home):
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "mcp"],
+        [*launched(PROGRAM), "mcp"],
         input='{"jsonrpc":"2.0","id":1,"method":"ping"}\n',
         env=clean_environment(
             home, MOLTIS_GATEWAY_URL=gateway.url, MOLTIS_API_KEY=gateway.api_key
@@ -513,7 +513,7 @@ class McpProcess:
     def __init__(self, gateway, home):
         environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "mcp"],
+            [*launched(PROGRAM), "mcp"],
             env=clean_environment(home, **environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

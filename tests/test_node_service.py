@@ -380,7 +380,7 @@ def test_a_relative_data_directory_in_a_deleted_one_is_refused(monkeypatch, home
 
 @pytest.fixture
 def not_lingering(monkeypatch):
-    monkeypatch.setattr(moltis.SystemdService, "_lingers", lambda self: False)
+    monkeypatch.setattr(moltis.SystemdService, "lingers", lambda self: False)
 
 
 @pytest.mark.parametrize(
@@ -618,6 +618,9 @@ def test_systemd_starts_the_node_and_has_it_start_on_boot(real):
     assert Path("/var/lib/systemd/linger", moltis.account_name(os.getuid())).exists()
     wait_for(lambda: "stand-in runs moltis" in moltis.last_log_line(directory))
     assert mode_of(directory / "node.log") == 0o600
+    # FAULTS A20: a command that the kernel ends for its memory ends no node.
+    shown = real._try_systemctl("show", "--property=OOMPolicy", moltis.UNIT_NAME)
+    assert shown.stdout == b"OOMPolicy=continue\n"
 
 
 @pytest.mark.systemd
