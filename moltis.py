@@ -24851,7 +24851,8 @@ summary { cursor: pointer; }
   grid-template-columns: minmax(0, 1fr) 84px 150px 84px 116px; }
 #files-rows .file { position: absolute; left: 0; right: 0; border-top: var(--rule); }
 #files-rows .file:hover { background: var(--hover); }
-#files-rows .file.active { box-shadow: inset 2px 0 var(--accent); }
+#files-rows .file.active { background: var(--tint); }
+#node-files { color: inherit; }
 .file .name { display: flex; gap: 10px; align-items: baseline; min-width: 0; }
 .file .name > * { overflow: hidden; text-overflow: ellipsis; }
 .file .name a { display: flex; flex: 0 1 auto; gap: 9px; align-items: center;
