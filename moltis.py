@@ -24269,7 +24269,8 @@ dials out.</p>
 <h2 id="file-name-title"></h2>
 <label for="file-name-text">Name</label>
 <input id="file-name-text" required autocomplete="off" autofocus>
-<div class="actions"><button class="button" formnovalidate>Cancel</button>
+<div class="actions"><button id="file-name-no" class="button"
+ type="button">Cancel</button>
 <button id="file-name-yes" class="button main" value="yes"></button></div>
 </form>
 </dialog>
@@ -30744,6 +30745,7 @@ const CLICKS = {
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
   "files-make": makeDirectory,
+  "file-name-no": () => $("file-name").close(),
   "files-send": () => $("files-chosen").click(),
   "files-send-all": () => $("files-chosen-all").click(),
   "files-up": () => goToFiles(parentOf(state.route.path)),
