@@ -649,6 +649,51 @@ def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_pa
         page.wait_for("!document.title.startsWith('(')")
 
 
+def test_a_change_of_a_file_is_approved_with_its_whole_diff(
+    own_site, make_page, tmp_path
+):
+    path = tmp_path / "app.conf"
+    path.write_text("".join(f"option_{n} = {n}\n" for n in range(40)))
+    content = path.read_text().replace("= 7\n", "= seven\n").replace("= 30\n", "= 3\n")
+    content = content.replace("option_9 = 9", "option_9 = \u202e" + "long " * 60)
+    wanted = {
+        "name": "file_write",
+        "arguments": {"path": str(path), "content": content},
+    }
+    answers = [{"tool_calls": [{"function": wanted}]}, {"content": "The end."}]
+    with scripted_model(answers) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page = make_page(own_site)
+        type_line(page, "Change it, please")
+        page.wait_for(shows(LAST, "The model wants to make this change on Local"))
+        shown = page.text(f"{LAST} .diff").split("\n")
+        assert "-option_7 = 7" in shown
+        assert "+option_7 = seven" in shown
+        assert "+option_30 = 3" in shown
+        assert any("\\u202elong" in line for line in shown)
+        box = f"document.querySelector('{LAST} .diff')"
+        assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight + 1")
+        assert "Always" not in page.text(LAST)
+        for name, width, dark in (
+            ("diff", 1280, False),
+            ("diff-dark", 1280, True),
+            ("diff-phone", 390, False),
+        ):
+            page.set_viewport(width, 900)
+            page.set_media(dark=dark)
+            take_screenshot(page, name)
+        assert path.read_text() != content
+        page.wait_for(f"document.querySelector('{LAST} .main')?.disabled === false")
+        page.click(f"{LAST} .approval .main")
+        page.wait_for(shows(LAST, "The end."))
+        assert path.read_text() == content
+        page.wait_for(shows(".command", "1 file"))
+        assert page.errors == []
+        take_screenshot(page, "diff-done")
+
+
 @pytest.mark.parametrize(("key", "result"), [("a", "Done"), ("d", "Denied")])
 def test_a_question_names_its_risks_and_is_answered_by_a_key(
     own_site, make_page, tmp_path, key, result
