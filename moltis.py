@@ -24693,6 +24693,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
 <path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
+<path id="i-find" d="M8.5 3.5a5 5 0 1 0 0 10 5 5 0 0 0 0-10M12.5 12.5l4 4"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
@@ -24851,6 +24852,8 @@ is also in a file on the gateway’s machine:</p>
 </div>
 <button id="new-chat" class="button wide" data-needs="write"
  data-icon="plus">New chat</button>
+<button id="to-palette" class="bare" aria-haspopup="dialog" data-icon="find">Go to
+<kbd class="count"></kbd></button>
 <a id="to-activity" href="/activity/" data-icon="list">Activity <span
  id="running-count" class="count"></span></a>
 <ul id="running" aria-label="Running"></ul>
@@ -24886,7 +24889,11 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <button id="open-sidebar" class="bare phone" aria-label="Open menu"
  aria-expanded="false" aria-controls="sidebar" data-icon="menu"></button>
 <h1 id="chat-title"></h1>
-<div class="pickers">
+<button id="fold" class="pick" aria-expanded="false" aria-controls="pickers"
+ data-icon="down">
+<span class="dot" id="fold-dot"></span><span class="pick-label" id="fold-label"></span>
+</button>
+<div id="pickers" class="pickers">
 <div class="picker"><button id="model-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="model-list" class="choices" role="listbox" aria-label="Model" tabindex="-1"
@@ -25111,6 +25118,21 @@ dials out.</p>
 </div>
 </dialog>
 
+<dialog id="palette" aria-label="Go to">
+<input id="palette-text" role="combobox" aria-expanded="true" aria-autocomplete="list"
+ aria-controls="palette-list" aria-label="Machine, chat, command, view or action"
+ placeholder="Machine, chat, command, view or action" autocomplete="off">
+<ul id="palette-list" role="listbox" aria-label="Results"></ul>
+<p id="palette-none" class="lead" hidden>Nothing matches.</p>
+</dialog>
+
+<dialog id="shortcuts" aria-labelledby="shortcuts-title">
+<h2 id="shortcuts-title">Keyboard</h2>
+<dl id="shortcuts-list" class="facts"></dl>
+<div class="actions"><button id="shortcuts-done" class="button main"
+ autofocus>Done</button></div>
+</dialog>
+
 <dialog id="provider" aria-labelledby="provider-title">
 <form id="provider-form">
 <h2 id="provider-title"></h2>
@@ -25314,6 +25336,23 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
   box-shadow: var(--shade); }
 #token { width: min(660px, calc(100vw - 24px)); }
+#palette { width: min(640px, calc(100vw - 24px)); margin-top: 11vh; padding: 8px; }
+#palette-text { width: 100%; padding: 11px 13px; border: 0; font-size: 16px;
+  background: none; outline: none; }
+#palette-list { max-height: min(460px, 60dvh); overflow-y: auto; padding-top: 6px;
+  border-top: var(--rule); }
+#palette-list:empty { display: none; }
+#palette-list li { display: flex; align-items: center; gap: 12px; padding: 8px 12px;
+  border-radius: 9px; cursor: pointer; }
+#palette-list .active { background: var(--tint); }
+#palette-list .name { flex: 0 1 auto; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .detail { flex: 1; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .kind { font-size: 12.5px; color: var(--soft); }
+#palette-none { margin: 8px 13px 10px; }
+#shortcuts dt { color: var(--ink); font: 13px/1.7 var(--mono); }
+#shortcuts dd { color: var(--soft); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
@@ -25347,10 +25386,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li, #sessions a, #to-activity, .side-foot a, .side-foot .bare {
+#sessions li, #sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
   border-radius: 9px; }
-#sessions a, #to-activity, .side-foot a, .side-foot .bare { color: var(--ink);
-  text-decoration: none; }
+#sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
+  color: var(--ink); text-decoration: none; }
 #sessions li:hover, #to-activity:hover, .side-foot a:hover { background: var(--hover); }
 #sessions li.current, :is(#to-activity, .side-foot a)[aria-current] {
   background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
@@ -25381,9 +25420,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .detail .dot.off { border-width: 1.5px; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
 .side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
-#to-activity, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
+#to-palette { margin-bottom: -8px; }
+#to-activity, #to-palette, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
   justify-content: flex-start; align-items: center; width: 100%; padding: 6px 10px; }
-:is(#to-activity, .side-foot) .icon { color: var(--soft); }
+:is(#to-activity, #to-palette, .side-foot) .icon { color: var(--soft); }
 .count { margin-left: auto; }
 .count.asks { padding: 0 7px; border-radius: 9px; background: var(--wait-tint);
   color: var(--wait); font-weight: 600; }
@@ -25410,6 +25450,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick-label { flex: 1; text-align: left; }
 .pick:disabled { opacity: 1; }
+#fold { display: none; }
+#fold .icon { order: 1; }
 .pick:disabled .icon { display: none; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -25852,19 +25894,22 @@ summary { cursor: pointer; }
   #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
     translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
   .menu-open #sidebar { translate: none; visibility: visible;
+    transition: translate .2s; /* visible at once: it takes the focus */
     box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
   .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
-  .pickers { display: contents; }
-  .picker { flex: 1 1 42%; order: 2; position: static; }
-  #chat h1 { flex-basis: calc(100% - 170px); }
-  #approvals { flex: 0 1 auto; order: 1; }
-  #effort { order: 3; }
-  .pick { width: 100%; max-width: none; min-height: 40px; }
-  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
-  .choices li { padding: 10px; }
+  .pickers { display: none; position: absolute; left: 10px; right: 10px;
+    top: calc(100% + 4px); padding: 10px; max-height: 76dvh; overflow-y: auto;
+    border: var(--rule); border-radius: 14px; background: var(--paper);
+    box-shadow: var(--shade); }
+  .pickers.open { display: grid; }
+  .pick { width: 100%; max-width: none; min-height: 44px; }
+  #fold { display: flex; flex: 0 1 auto; width: auto; max-width: 62%; }
+  .choices { position: static; width: auto; max-width: none; max-height: none;
+    margin-top: 4px; box-shadow: none; }
+  .choices li { padding: 11px 10px; }
   #transcript { padding: 18px 12px 10px; }
   #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
@@ -25937,7 +25982,18 @@ summary { cursor: pointer; }
     overflow: hidden; }
   #activity-list .who { display: none; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
-  dialog { padding: 20px; }
+  .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
+    scrollbar-width: none; }
+  .chips button, .tabs button { flex: none; }
+  dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
+    margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
+    border-radius: 18px 18px 0 0; }
+  dialog .actions { position: sticky; bottom: -20px; margin: 12px -20px -20px;
+    padding: 8px 20px max(16px, env(safe-area-inset-bottom));
+    background: var(--surface); }
+  #palette { margin: 8px auto auto; width: calc(100% - 16px); border-width: 1px;
+    border-radius: 18px; padding: 6px; }
+  #palette-list .kind { display: none; }
 }
 @media (forced-colors: active) {
   .dot, .track, .track i { forced-color-adjust: none; }
@@ -28297,6 +28353,7 @@ class Picker {
     this.button.focus();
     this.toggle(false);
     this.choose(value);
+    foldPickers(true);
   }
 
   key(event) {
@@ -28381,6 +28438,17 @@ class Picker {
   }
 }
 
+// Show or hide the pickers of a phone, which one button folds into a line.
+function foldPickers(isFolded) {
+  const box = $("pickers");
+  if (box.classList.contains("open") === !isFolded) return;
+  const hadFocus = box.contains(document.activeElement); // until it is hidden
+  box.classList.toggle("open", !isFolded);
+  $("fold").setAttribute("aria-expanded", String(!isFolded));
+  if (!isFolded) box.querySelector("button").focus();
+  else if (hadFocus) $("fold").focus();
+}
+
 function nodeOptions() {
   const selected = sessionNode(currentSession());
   // A removed machine stays in the list while it is selected.
@@ -28454,9 +28522,16 @@ function effortOptions() {
 
 // == view: frame ==
 
+// Open or close the menu of a phone; it takes the focus, and gives it back.
 function openSidebar(opens) {
+  const wasOpen = !$("veil").hidden;
   $("app").classList.toggle("menu-open", opens);
   $("veil").hidden = !opens;
+  $("frame").inert = opens;
+  const isShown = menu => menu.offsetParent;
+  const giveBack = () =>
+    [...document.querySelectorAll("[aria-label='Open menu']")].find(isShown)?.focus();
+  if (wasOpen && !opens) requestAnimationFrame(giveBack); // its view is drawn by then
   $("open-sidebar").setAttribute("aria-expanded", String(opens));
   if (opens) $("close-sidebar").focus();
 }
@@ -29360,6 +29435,10 @@ function drawComposer(chat) {
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
+  const current = namesOf(currentSession());
+  setText($("fold-label"), `${current.model} on ${current.node}`);
+  $("fold-dot").className =
+    `dot ${sessionNode(currentSession()).connected ? "on" : "off"}`;
 }
 
 // Say that the chat was moved elsewhere while somebody types here.
@@ -31197,10 +31276,12 @@ function filterActivity() {
 }
 
 let againJob = null; // what the dialog asks about
+let againChat = null; // in which its card is; none: in the list of all jobs
 
 // Ask where a command is to run once more.
 function openAgain(row, job) {
   againJob = job;
+  againChat = state.route.page === "chat" ? currentChat() : null;
   fill($("again-line"), visible(row.command.command));
   const nodes = inOrder(state.nodes).filter(node => node.connected);
   fill($("again-node"), choicesOf(nodes.map(node => [node.nodeId, node.displayName])));
@@ -31209,14 +31290,23 @@ function openAgain(row, job) {
   setText($("again-note"), dotted(
     !isHere && `${job.nodeName} is not connected`,
     job.cwd && `in ${job.cwd}`,
-    "Its output appears under Activity."));
+    againChat ? "Its output appears in this chat."
+      : "Its output appears under Activity."));
   $("again").showModal();
 }
 
 async function runAgain() {
   const {command, cwd, timeoutMs} = againJob;
+  const nodeId = $("again-node").value;
+  if (againChat) {
+    $("again").close();
+    const isThere = nodeId === againJob.nodeId && cwd;
+    againChat.post(command, {model: SHELL, nodeId, ...(isThere && {directory: cwd})});
+    transcript.resume();
+    return;
+  }
   const spec = {command, ...(cwd && {cwd}), ...(timeoutMs && {timeout: timeoutMs})};
-  const jobs = [{node: $("again-node").value}];
+  const jobs = [{node: nodeId}];
   const answer = await attempt("job.start", {jobs, work: "run", spec, keep: true});
   if (!answer) return;
   $("again").close();
@@ -31568,6 +31658,171 @@ function forgetKey() {
   $("key-name").value = "";
 }
 
+// == view: palette ==
+
+const isApple = /Mac|iPhone|iPad/.test(navigator.platform);
+const PALETTE_KEY = isApple ? "⌘K" : "Ctrl+K";
+const RESULTS_SHOWN = 50;
+const UNASKED = 5; // of a kind, while nothing is typed
+const SHORTCUTS = [
+  [PALETTE_KEY, "Go to a machine, chat, command, view or action"],
+  ["?", "This help"],
+  ["Enter", "Send; with Shift it begins a new line"],
+  ["↑ ↓", "Earlier messages, from the first or the last line"],
+  ["Ctrl+C", "Stop what runs, while nothing is selected"],
+  ["A, D", "Approve or deny the command that asks"],
+  ["Esc", "Close what is open"],
+];
+const palette = {found: [], active: 0, past: [], timer: 0};
+
+// Return what one can go to or do, by kind; each with its name and a detail.
+function paletteItems() {
+  const machines = inOrder(state.nodes);
+  const view = (name, path) => ["View", name, "", () => go(ROOT + path)];
+  const action = (needs, name, run, detail = "") =>
+    may(needs) && ["Action", name, detail, run];
+  const ran = [...state.jobs.values()].sort((a, b) => b.seq - a.seq);
+  const isCommand = job => (job.work ?? "run") === "run";
+  const commands =
+    [...palette.past, ...ran].filter(isCommand).map(({command}) => command);
+  return [
+    ...state.sessions.filter(entry => !entry.archived).map(entry =>
+      ["Chat", sessionName(entry), sessionNode(entry).displayName,
+        () => go(chatPath(entry.key))]),
+    ...machines.map(node =>
+      ["Machine", node.displayName, nodeDetail(node), () => go(nodePath(node))]),
+    view("Activity", "/activity/"), view("Nodes", "/nodes"),
+    view("Models", "/settings/models"), view("Access", "/settings/access"),
+    action("write", "New chat", newChat),
+    action("pairing", "Add a machine", openToken),
+    action("admin", "Add a provider of models", () => openProvider()),
+    action("read", "Keyboard help", openShortcuts),
+    action("read", wraps() ? "Scroll long lines" : "Wrap long lines", switchWrap),
+    ...machines.filter(node => node.connected).map(node =>
+      action("write", `Use ${node.displayName} in the chat`, () => useNode(node))),
+    ...state.running.map(({id, command, nodeName}) =>
+      action("write", `Stop ${command}`, () => stopJob(id), nodeName)),
+    action("read", "Sign out", signOut),
+    ...[...new Set(may("write") ? commands : [])].map(command =>
+      ["Command", command, "", () => typeCommand(command)]),
+  ].filter(Boolean);
+}
+
+// Return how well an item fits: the lower the better, Infinity if it does not.
+function paletteRank([kind, name, detail], typed) {
+  const label = name.toLowerCase();
+  if (label.startsWith(typed)) return 0;
+  if (label.split(/[^\p{L}\p{N}]+/u).some(word => word.startsWith(typed))) return 1;
+  if (label.includes(typed)) return 2;
+  const all = `${label} ${detail} ${kind}`.toLowerCase();
+  return typed.split(/\s+/).every(word => all.includes(word)) ? 3 : Infinity;
+}
+
+function findInPalette() {
+  const typed = $("palette-text").value.trim().toLowerCase();
+  const items = paletteItems();
+  if (!typed) {
+    const seen = {};
+    return items.filter(([kind]) => (seen[kind] = (seen[kind] || 0) + 1) <= UNASKED);
+  }
+  const ranked = items.map(item => [paletteRank(item, typed), item]);
+  return ranked.filter(([rank]) => rank < Infinity).sort((a, b) => a[0] - b[0])
+    .slice(0, RESULTS_SHOWN).map(([, item]) => item);
+}
+
+function drawPalette() {
+  palette.found = findInPalette();
+  const {found} = palette;
+  palette.active = Math.max(0, Math.min(palette.active, found.length - 1));
+  patch($("palette-list"), found.map(([kind, name, detail], n) =>
+    h("li", {id: `palette-${n}`, role: "option",
+      class: n === palette.active && "active",
+      "aria-selected": String(n === palette.active)},
+      h("span", {class: kind === "Command" ? "name mono" : "name"}, visible(name)),
+      h("span", {class: "detail"}, detail), h("span", {class: "kind"}, kind))));
+  $("palette-none").hidden = found.length > 0;
+  const active = $(`palette-${palette.active}`);
+  $("palette-text").setAttribute("aria-activedescendant", active?.id || "");
+  active?.scrollIntoView({block: "nearest"});
+}
+
+// Look for what is typed, also among the commands that only the gateway knows.
+function searchPalette() {
+  palette.active = 0;
+  drawPalette();
+  clearTimeout(palette.timer);
+  palette.timer = setTimeout(async () => {
+    const query = $("palette-text").value.trim();
+    const params = {query, limit: UNASKED * 4};
+    const past = await link.call("job.list", params).catch(() => []);
+    if (!$("palette").open || $("palette-text").value.trim() !== query) return;
+    palette.past = past;
+    drawPalette();
+  }, 150);
+}
+
+function openPalette() {
+  if ($("palette").open) $("palette").close();
+  else if (!document.querySelector("dialog[open]") && !$("app").hidden) {
+    openSidebar(false);
+    $("palette-text").value = "";
+    $("palette").showModal();
+    searchPalette();
+  }
+}
+
+function choosePalette(n) {
+  const item = palette.found[n];
+  if (!item) return;
+  $("palette").close();
+  item[3]();
+}
+
+function paletteKey(event) {
+  if (isComposing(event)) return;
+  const steps = {ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8};
+  if (event.key in steps) {
+    palette.active += steps[event.key];
+    drawPalette();
+  } else if (event.key === "Enter") choosePalette(palette.active);
+  else return;
+  event.preventDefault();
+}
+
+// Put a command into the composer; ↓ brings back what was typed there.
+function typeCommand(command) {
+  go(chatPath(lastKey()));
+  const chat = currentChat();
+  const before = chat.draft;
+  chat.draft = namesOf(currentSession()).shell ? command : `!${command}`;
+  if (shownChat === chat) {
+    showDraft(chat);
+    keepDraft();
+    const place = earlierTexts().length - 1; // as if ↑ had been pressed
+    if (before) Object.assign(recall, {place, draft: before});
+  }
+  requestAnimationFrame(() => $("text").focus()); // its view is drawn by then
+}
+
+function openShortcuts() {
+  fill($("shortcuts-list"),
+    SHORTCUTS.map(([keys, what]) => [h("dt", keys), h("dd", what)]));
+  $("shortcuts").showModal();
+}
+
+// The keys that work in every view.
+function anyKey(event) {
+  if (event.defaultPrevented || isComposing(event) || event.altKey) return;
+  const {key, ctrlKey, metaKey, target} = event;
+  const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
+  const isHeld = isApple ? metaKey && !ctrlKey : ctrlKey && !metaKey;
+  if (key.toLowerCase() === "k" && isHeld) openPalette();
+  else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
+    !document.querySelector("dialog[open]")) openShortcuts();
+  else return;
+  event.preventDefault();
+}
+
 // == sign-in ==
 
 async function signIn(key) {
@@ -31700,6 +31955,9 @@ const CLICKS = {
   },
   "models-more": () => showModels({limit: Infinity}),
   "key-done": forgetKey,
+  "to-palette": openPalette,
+  "shortcuts-done": () => $("shortcuts").close(),
+  fold: () => foldPickers($("pickers").classList.contains("open")),
 };
 
 function start() {
@@ -31755,6 +32013,17 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", () => useModel($("model-name").value.trim()));
   onSubmit("provider-form", saveProvider);
+  on(document, "keydown", anyKey);
+  on($("palette-text"), "input", searchPalette);
+  on($("palette-text"), "keydown", paletteKey);
+  on($("palette-list"), "click", ({target}) =>
+    choosePalette([...$("palette-list").children].indexOf(target.closest("li"))));
+  on($("palette"), "click", ({target}) =>
+    target === $("palette") && $("palette").close()); // the backdrop
+  setText(document.querySelector("#to-palette kbd"), PALETTE_KEY);
+  on(document, "pointerdown", ({target}) =>
+    target.closest("#pickers, #fold") || foldPickers(true));
+  on($("pickers"), "keydown", event => event.key === "Escape" && foldPickers(true));
   onSubmit("key-form", createKey);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
