@@ -961,7 +961,7 @@ def test_activity_is_live_and_its_rows_open_to_the_log(site, make_page):
     page.wait_for(shows(row, "Running"))
     page.click(f"{row} [data-part=line]")
     page.wait_for(shows(f"{row} .lines", "line 3\n"))
-    page.wait_for(shows(row, "Asked by owner from 127.0.0.1"))
+    page.wait_for(shows(row, "Asked by owner (shell) from 127.0.0.1"))
     page.wait_for(f"location.pathname === '/activity/{job}'")
     take_screenshot(page, "activity-open")
     page.reload()
