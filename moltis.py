@@ -4371,6 +4371,12 @@ def decode_mark(data: bytes) -> Mark | None:
     return None
 
 
+def _mode_sequence(name: str, value: bool) -> bytes:
+    if name == "66":  # the keypad: DECNKM is not known everywhere
+        return b"\x1b=" if value else b"\x1b>"
+    return b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+
+
 class TerminalModes:
     """The modes of a terminal that differ from its start, read from its output.
 
@@ -4411,7 +4417,7 @@ class TerminalModes:
     def restoring(self) -> bytes:
         """Return what a terminal has to be sent to take over these modes."""
         return b"".join(
-            b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+            _mode_sequence(name, value)
             for name, value in self.changed.items()
             if name not in KEYBOARD_OFF
         )
@@ -4419,8 +4425,7 @@ class TerminalModes:
     def undoing(self) -> bytes:
         """Return what switches these modes off in a terminal that has them."""
         return b"".join(
-            KEYBOARD_OFF.get(name)
-            or b"\x1b[?%b%b" % (name.encode("ascii"), b"l" if value else b"h")
+            KEYBOARD_OFF.get(name) or _mode_sequence(name, not value)
             for name, value in self.changed.items()
         )
 
@@ -4875,6 +4880,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+TERMINAL_CHUNK = (
+    2048  # bytes; the same for a terminal, which gives 4095 at most (Linux)
+)
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 USUAL_PLACES = (  # of programs, from the home directory on
@@ -5872,10 +5880,11 @@ class Command:
         self._working_dir = working_dir
         self._inherited = inherited
         self._on_input = on_input
-        self._lock = threading.Lock()  # guards the next six
+        self._lock = threading.Lock()  # guards the next seven
         # At a terminal several may type: each is a window ahead of the program.
         self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
-        self._resizing: tuple[TerminalSize, bool] | None = None  # wanted; redraw anyway
+        self._new_size: TerminalSize | None = None  # wanted
+        self._redraws = False  # its programs are to draw anew
         self._input_reported = 0  # offset
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
@@ -5926,17 +5935,18 @@ class Command:
             self._input.add(offset, data)
         self._wake()
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
-        """Change the terminal's size; `redraw`: have programs draw anew in any case.
+    def resize(self, size: TerminalSize | None) -> None:
+        """Change the terminal's size; None: have programs draw anew at the one it has.
 
         Raises RpcError for a command without a terminal, and for an odd size.
         """
-        size.check()
         if self.spec.tty is None:
             raise RpcError("INVALID_REQUEST", "the command has no terminal")
         with self._lock:
-            before = self._resizing is not None and self._resizing[1]
-            self._resizing = (size, redraw or before)
+            if size is None:
+                self._redraws = True
+            else:
+                self._new_size = size.check()
         self._wake()
 
     def cancel(self, reason: str = "") -> None:
@@ -6075,16 +6085,17 @@ class Command:
         For a redraw it is one column off for REDRAW_PAUSE.
         """
         with self._lock:
-            wanted, self._resizing = self._resizing, None
+            size, self._new_size = self._new_size, None
+            redraws, self._redraws = self._redraws, False
         assert self._size is not None
         if terminal.master not in (self._group.outputs if self._group else ()):
             return False  # it is closed
-        changed = wanted is not None and wanted[0] != self._size
-        if wanted is not None and changed:
-            self._size, self._redraw_at = wanted[0], None
+        changed = size is not None and size != self._size
+        if size is not None and changed:
+            self._size, self._redraw_at = size, None
             terminal.resize(self._size)
             self._mark()
-        elif wanted is not None and wanted[1]:
+        elif redraws:
             cols = self._size.cols - 1 or 2
             terminal.resize(TerminalSize(self._size.rows, cols))
             self._redraw_at = time.monotonic() + REDRAW_PAUSE
@@ -6200,7 +6211,7 @@ class Command:
             self._modes.feed(data)
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        if len(data) < LINE_CHUNK:
+        if len(data) < (LINE_CHUNK if group.terminal is None else TERMINAL_CHUNK):
             now = time.monotonic()
             if now - self._small_read_at < LINE_PAUSE:
                 self._rest_until = now + LINE_PAUSE
@@ -6324,6 +6335,9 @@ MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
 PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
 DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
+MAX_READ_LINES = 2000  # of a text in one answer to a tool; it names the next one
+MAX_READ_TEXT = 50 * 1024  # bytes of them; cut at the end of a line
+MAX_SPLICED = 1024 * 1024  # bytes of a file that a tool changes
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
@@ -6360,12 +6374,28 @@ def file_problem(path: str, problem: OSError | str) -> str:
     return f"{shown_path(path)}: {problem}"
 
 
+class FilePart(Value):
+    """The lines of one text that are read, or all of it."""
+
+    first: int = 0  # line, from 1; 0: the whole file, as it is, if it is there
+    count: int = MAX_READ_LINES
+
+
 class FileRead(Value):
     """The spec of work `file.read`: files and directories to send."""
 
     paths: Sequence[str]  # of encode_path(); relative to the working directory
     recursive: bool = False  # directories with all below, links as links
     patterns: bool = False  # `*`, `?` and `[…]` in the paths are expanded
+    part: FilePart | None = None  # of the one text in `paths`, without an archive
+
+
+class Splice(Value):
+    """Bytes that take the place of others in a file."""
+
+    offset: int  # bytes from the file's beginning as it was
+    length: int  # bytes that are replaced
+    data: str  # base64
 
 
 class FileWrite(Value):
@@ -6375,6 +6405,8 @@ class FileWrite(Value):
     into: bool = False  # it is a directory, or shall be one
     mkdir: bool = False  # make missing directories
     bare: bool = False  # the stream is one file's bytes, without an archive
+    splices: Sequence[Splice] | None = None  # of the file, in order; no stream comes
+    expects: str = ""  # SHA-256 of the file that is spliced; "": there is none yet
 
 
 class FileList(Value):
@@ -6571,6 +6603,196 @@ def tar_header(
     if failed:
         member.pax_headers[PAX_FAILED] = "1"
     return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+# The first bytes of what is no text, though it may hold no NUL.
+FILE_TYPES: Mapping[bytes, str] = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP, WAV or AVI file",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "gzip data",
+    b"\xfd7zXZ": "xz data",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"\x7fELF": "an ELF program",
+    b"SQLite format 3": "an SQLite database",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+def binary_type(head: bytes) -> str:
+    """Return what a file is by its first bytes; "": it may be a text."""
+    known = (words for magic, words in FILE_TYPES.items() if head.startswith(magic))
+    return next(known, "binary data" if b"\0" in head else "")
+
+
+class _Lines:
+    """Keeps some lines of a text that passes, and counts all."""
+
+    def __init__(self, part: FilePart) -> None:
+        self._part = part
+        self._skip = part.first - 1  # line ends before the lines that are kept
+        self._ends = 0
+        self._kept = bytearray()
+        self._last = b"\n"
+
+    def add(self, data: bytes) -> None:
+        self._ends += data.count(b"\n")
+        self._last = data[-1:]
+        if len(self._kept) > MAX_READ_TEXT:
+            return
+        if self._skip:
+            ends = data.count(b"\n")
+            if ends < self._skip:
+                self._skip -= ends
+                return
+            data = data.split(b"\n", self._skip)[-1]
+            self._skip = 0
+        self._kept += data[: MAX_READ_TEXT + 1 - len(self._kept)]
+
+    @property
+    def total(self) -> int:
+        return self._ends + (self._last != b"\n")
+
+    def take(self) -> tuple[bytes, JsonObject]:
+        """Return the lines; where they begin and go on, and what of one is cut."""
+        lines = bytes(self._kept).split(b"\n")
+        lines = [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
+        exceeds = len(self._kept) > MAX_READ_TEXT
+        if exceeds and len(lines) > 1:
+            lines.pop()
+        lines = lines[: max(self._part.count, 1)]
+        text, found = b"".join(lines), {"first": self._part.first, "lines": self.total}
+        following = self._part.first + len(lines)
+        if exceeds and len(text) > MAX_READ_TEXT:
+            text = text[:MAX_READ_TEXT]
+            found["cut"] = following - 1
+        if following <= self.total:
+            found["next"] = following
+        return text, found
+
+
+def text_and_encoding(data: bytes, *, cut: bool = False) -> tuple[str, str]:
+    """Return bytes as text, and the name of their encoding.
+
+    `cut`: the last character may be incomplete, and is left out.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
+        return text, "UTF-8"
+    except UnicodeDecodeError:
+        return data.decode("iso-8859-1"), "ISO-8859-1"  # each byte is a character
+
+
+def has_crlf(data: bytes) -> bool:
+    """Return whether all lines of a text end with CR LF."""
+    return b"\r\n" in data and data.count(b"\r\n") == data.count(b"\n")
+
+
+class TextSource:
+    """One text file, or some of its lines, as a tool reads it."""
+
+    def __init__(self, spec: FileRead, places: FilePlaces) -> None:
+        """Raises RpcError unless one path is named."""
+        if len(spec.paths) != 1 or spec.part is None or spec.part.first < 0:
+            raise RpcError("INVALID_REQUEST", "name one path, and a line from 1 on")
+        self.path = places.absolute(decode_path(spec.paths[0]))
+        self._part = spec.part
+        self._places = places
+
+    def read(self, check: Callable[[], None]) -> tuple[bytes, JsonObject]:
+        """Return the text, of lines as UTF-8 with LF, and what is known of the file.
+
+        `check` is called now and then.  Raises RpcError, OSError.
+        """
+        try:
+            descriptor = self._open()
+        except FileNotFoundError as error:
+            if self._part.first:
+                raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
+            return b"", self._facts(0, b"", 0)
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(self.path, error)) from error
+        try:
+            return self._read(descriptor, check)
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        """Raises OSError."""
+        parent = self._places.open_directory(os.path.dirname(self.path))
+        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
+        flags |= 0 if self._places.follows_links else os.O_NOFOLLOW
+        try:
+            name = os.path.basename(self.path) or "/"
+            return os.open(name, flags, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def _read(
+        self, descriptor: int, check: Callable[[], None]
+    ) -> tuple[bytes, JsonObject]:
+        size = self._check(descriptor)
+        digest, lines, whole, left = hashlib.sha256(), _Lines(self._part), [], size
+        while left:
+            check()
+            data = os.read(descriptor, min(left, 16 * FILE_PIECE))
+            if not data:
+                break
+            if left == size:
+                kind = binary_type(data[:8192])
+                if kind:
+                    length = format_bytes(os.fstat(descriptor).st_size)
+                    raise self._refusal(f"{kind} ({length}), not text")
+            left -= len(data)
+            digest.update(data)
+            if self._part.first:
+                lines.add(data)
+            else:
+                whole.append(data)
+                if size - left > MAX_SPLICED:
+                    raise self._refusal("more than 1 MiB, too much to be changed here")
+        facts = self._facts(size - left, digest.digest(), 1)
+        if not self._part.first:
+            return b"".join(whole), facts
+        if self._part.first > max(1, lines.total):
+            count = "1 line" if lines.total == 1 else f"{lines.total:,} lines"
+            problem = f"has {count}; line {self._part.first} is behind its end"
+            raise RpcError("INVALID_REQUEST", file_problem(self.path, problem))
+        data, found = lines.take()
+        if self._part.first == 1 and data.startswith(codecs.BOM_UTF8):
+            data, facts["bom"] = data[len(codecs.BOM_UTF8) :], True
+        text, facts["encoding"] = text_and_encoding(data, cut="cut" in found)
+        if has_crlf(data):
+            text, facts["lineEnds"] = text.replace("\r\n", "\n"), "CRLF"
+        return text.encode("utf-8"), {**facts, **found}
+
+    def _check(self, descriptor: int) -> int:
+        """Return how many bytes are read at most.  Raises RpcError."""
+        facts = os.fstat(descriptor)
+        if stat.S_ISDIR(facts.st_mode):
+            raise self._refusal("a directory, not a file")
+        if not stat.S_ISREG(facts.st_mode):
+            raise self._refusal("neither a file nor a directory")
+        if not self._part.first and facts.st_size > MAX_SPLICED:
+            size = format_bytes(facts.st_size)
+            most = format_bytes(MAX_SPLICED)
+            raise self._refusal(f"{size} long, and files up to {most} are changed here")
+        return facts.st_size or MAX_UNSIZED  # /proc says 0
+
+    def _refusal(self, what: str) -> RpcError:
+        return RpcError("INVALID_REQUEST", file_problem(self.path, f"is {what}"))
+
+    def _facts(self, size: int, digest: bytes, files: int) -> JsonObject:
+        return {
+            "files": files,
+            "bytes": size,
+            "sha256": digest.hex(),
+            "path": encode_path(self.path),
+        }
 
 
 class FileSource:
@@ -6985,6 +7207,31 @@ class _Pending(Value):
     mtime_ns: int
 
 
+def _identity(facts: os.stat_result | None) -> object:
+    """Return what tells a file from another, and from itself before a change."""
+    if facts is None:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _old_bytes(
+    descriptor: int | None, count: int | None, digest: hashlib._Hash
+) -> Iterator[bytes]:
+    """Yield the next `count` bytes of a file, None: all; feed `digest` with them.
+
+    Raises OSError.
+    """
+    while descriptor is not None and (count is None or count > 0):
+        data = os.read(
+            descriptor, FILE_PIECE if count is None else min(count, FILE_PIECE)
+        )
+        if not data:
+            return
+        count = None if count is None else count - len(data)
+        digest.update(data)
+        yield data
+
+
 class FileTarget:
     """Writes a stream of files, each whole or not at all."""
 
@@ -7018,6 +7265,7 @@ class FileTarget:
         self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
         self._written: set[tuple[int, int]] = set()  # device and inode, at their names
         self._complete = False
+        self._left_out = ""  # the last sentence about a file that was
 
     def receive(self, read: Callable[[int], bytes]) -> JsonObject:
         """Write all files; return what was written.  Raises RpcError, OSError."""
@@ -7042,6 +7290,91 @@ class FileTarget:
             "path": encode_path(path),
         }
 
+    def splice(self) -> JsonObject:
+        """Write one file anew with some bytes replaced; return what was written.
+
+        Raises RpcError if it is not the file that was expected, OSError.
+        """
+        try:
+            self._begin(is_directory=False)
+            present = self._open_present()
+            digest, content = hashlib.sha256(), hashlib.sha256()
+            try:
+                facts = None if present is None else os.fstat(present)
+                if facts is not None and not stat.S_ISREG(facts.st_mode):
+                    raise self._not_expected("is not a file")
+                pieces = self._spliced(present, digest, content)
+                names, mode = (self._name,), 0o666 & ~self._umask
+                self._write(names, mode, time.time_ns(), pieces)
+            finally:
+                if present is not None:
+                    os.close(present)
+            if not self._pending:
+                raise RpcError("FORBIDDEN", self._left_out)
+            found = "" if present is None else digest.hexdigest()
+            now = self._present(self._name, self._root)
+            if found != self._spec.expects or _identity(facts) != _identity(now):
+                raise self._not_expected("is not the file that was read before")
+            self._complete = True
+            self._commit()
+        finally:
+            self._discard()
+        if not self.files:
+            raise RpcError("FORBIDDEN", self._left_out)
+        path = os.path.join(self._parent, self._name)
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "sha256": content.hexdigest(),
+            "path": encode_path(path),
+        }
+
+    def _open_present(self) -> int | None:
+        """Return a descriptor of the file that is there.  Raises RpcError."""
+        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            return os.open(self._name, flags, dir_fd=self._root)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            problem = file_problem(self._shown((self._name,)), error)
+            raise RpcError("FORBIDDEN", problem) from error
+
+    def _spliced(
+        self, present: int | None, digest: hashlib._Hash, content: hashlib._Hash
+    ) -> Iterator[bytes]:
+        """Yield the new bytes; feed `digest` with the old ones, `content` with these.
+
+        Raises RpcError for splices that make no sense, OSError.
+        """
+        at = 0
+        for splice in self._spec.splices or ():
+            try:
+                data = base64.b64decode(splice.data, validate=True)
+            except ValueError as error:
+                problem = "the data of a splice is not base64"
+                raise RpcError("INVALID_REQUEST", problem) from error
+            if splice.offset < at or splice.length < 0:
+                raise RpcError("INVALID_REQUEST", "splices overlap, or go backwards")
+            for piece in _old_bytes(present, splice.offset - at, digest):
+                content.update(piece)
+                yield piece
+            content.update(data)
+            yield data
+            for _ in _old_bytes(present, splice.length, digest):
+                pass
+            at = splice.offset + splice.length
+        for piece in _old_bytes(present, None, digest):
+            content.update(piece)
+            yield piece
+
+    def _not_expected(self, problem: str) -> RpcError:
+        path = self._shown((self._name,))
+        return RpcError(
+            "CONFLICT",
+            file_problem(path, f"{problem}; nothing was written: read it again"),
+        )
+
     # -- where ---------------------------------------------------------------------
 
     def _begin(self, *, is_directory: bool) -> None:
@@ -7053,7 +7386,7 @@ class FileTarget:
             spec.into or typed.endswith("/") or os.path.basename(typed) in (".", "..")
         )
         into = into or places.is_directory(path)
-        if into and spec.bare:
+        if into and (spec.bare or spec.splices is not None):
             problem = file_problem(path, "is a directory; name the file in it as well")
             raise RpcError("INVALID_REQUEST", problem)
         if into:
@@ -7114,7 +7447,8 @@ class FileTarget:
         links = (errno.ELOOP, errno.ENOTDIR)
         if isinstance(problem, OSError) and problem.errno in links:
             problem = IN_THE_WAY
-        self._note(file_problem(self._shown(names), problem))
+        self._left_out = file_problem(self._shown(names), problem)
+        self._note(self._left_out)
 
     # -- what arrives ----------------------------------------------------------------
 
@@ -7249,9 +7583,14 @@ class FileTarget:
         flags = os.O_RDONLY | os.O_NOFOLLOW
         descriptor = os.open(pending.partial, flags, dir_fd=parent)
         try:
+            facts = os.fstat(descriptor)
+            if present is not None and stat.S_ISREG(present.st_mode):
+                owner = present.st_uid, present.st_gid
+                if owner != (facts.st_uid, facts.st_gid):
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(descriptor, *owner)
             os.utime(descriptor, ns=(pending.mtime_ns, pending.mtime_ns))
             os.fchmod(descriptor, mode)
-            facts = os.fstat(descriptor)
         finally:
             os.close(descriptor)
         os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -10028,7 +10367,7 @@ class Task(Protocol):
     def input(self, offset: int, data: bytes) -> None:
         """Raises RpcError."""
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
+    def resize(self, size: TerminalSize | None) -> None:
         """Raises RpcError."""
 
     def cancel(self, reason: str = "") -> None: ...
@@ -10085,7 +10424,7 @@ class Errand:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
-    def resize(self, _size: TerminalSize, *, redraw: bool) -> None:  # noqa: ARG002
+    def resize(self, _size: TerminalSize | None) -> None:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work has no terminal")
 
@@ -10281,6 +10620,11 @@ class Notes:
 
 
 def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> JsonObject:
+    if spec.part is not None:
+        check = partial(errand.cancellation.pause, 0)
+        text, result = TextSource(spec, file_places(options)).read(check)
+        errand.write_bytes(text)
+        return {**result, "notes": 0}
     notes = Notes(errand)
     source = FileSource(spec, file_places(options), notes)
     errand.write({"bytes": source.measure()}, STDERR)
@@ -10295,6 +10639,8 @@ def _write_files(
     notes, inherited = Notes(errand), options.inherited
     umask = 0o022 if inherited is None else inherited.umask
     target = FileTarget(spec, file_places(options), notes, umask=umask)
+    if spec.splices is not None:
+        return {**target.splice(), "notes": 0}
     return notes.end(target.receive(errand.read))
 
 
@@ -10522,11 +10868,14 @@ class Machine:
         if job is not None and job.task is not None:
             job.task.input(offset, data)
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        """Change a terminal's size.  Raises RpcError for a job without one."""
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size, or have it drawn anew (None).
+
+        Raises RpcError for a job without one.
+        """
         job = self._get(job_id)
         if job is not None and job.task is not None:
-            job.task.resize(size, redraw=redraw)
+            job.task.resize(size)
 
     def held(self) -> dict[str, int]:
         """Return the first offset held of each log, by id, the oldest first."""
@@ -10930,11 +11279,9 @@ class GatewayLink:
         )
 
     def _on_resize(self, payload: JsonObject) -> None:
-        self._machine.resize(
-            required(payload, "id", str),
-            TerminalSize.from_json(payload),
-            redraw=optional(payload, "redraw", bool) or False,
-        )
+        has_size = "rows" in payload  # otherwise it is drawn anew
+        size = TerminalSize.from_json(payload) if has_size else None
+        self._machine.resize(required(payload, "id", str), size)
 
 
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
@@ -14236,9 +14583,8 @@ class NodeLink(Protocol):
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size; None: have it drawn anew at the one it has."""
 
     def answers(self, timeout: float) -> bool:
         """Return whether the connection is alive, after `timeout` s at most."""
@@ -15081,7 +15427,8 @@ class Job:
         self.typing = threading.Lock()
         self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
-        self.input_end = 0  # those that were sent to it; of a terminal
+        # Those that were sent to it, of a terminal; None: its node has to say it first.
+        self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # wanted since it was started
         self.input_resumes = 0  # requests of the node to resend input from there
@@ -15118,13 +15465,14 @@ class Job:
     def is_terminal(self) -> bool:
         return self.record.work == TERMINAL
 
-    def people(self) -> list[JsonObject]:
+    def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
-        return [
-            {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
-            for f in self.followers
-            if f.person and self.is_terminal
-        ]
+        people = []
+        for f in self.followers if self.is_terminal else ():
+            if f.person:
+                row = {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+                people.append({**row, "you": True} if f is you else row)
+        return people
 
     def screen(self) -> int:
         """Return where somebody who comes late starts to read a terminal: a mark."""
@@ -15250,6 +15598,19 @@ class Gathering:
             if sum(map(len, self._output.values())) > MAX_GATHERED:
                 problem = f"the answer has more than {format_bytes(MAX_GATHERED)}"
                 self._output = {kind: bytearray() for kind in STREAMS}
+
+
+def gathered_output(gathering: Gathering) -> tuple[JsonObject, bytes]:
+    """Return the result of a job that is done, and its standard output.
+
+    Raises RpcError with the reason why it is not.
+    """
+    job, record = gathering.job, gathering.job.record
+    if record.state != JobState.DONE:
+        code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
+        problem = f"{record.node_name}: {record.reason or record.words()}"
+        raise RpcError(code, problem)
+    return job.result or {}, gathering.output()
 
 
 class Wait:
@@ -15428,8 +15789,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-                    previous.lost_at = job.input_end
-            job.empty_since = None
+                    previous.lost_at = job.input_end or 0
+            if follower.person:
+                job.empty_since = None
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
         if follower.person and job.is_terminal:
@@ -15444,7 +15806,7 @@ class Jobs:
             held = job.holder is follower
             if job.sized_by is follower:
                 job.sized_by = None
-            if not any(f.person for f in job.followers):
+            if follower.person and not any(f.person for f in job.followers):
                 job.empty_since = time.monotonic()
             if held:
                 job.holder = None
@@ -15577,7 +15939,7 @@ class Jobs:
             if job.holder is not follower:
                 raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
             if job.is_terminal:
-                if offset > job.input_end:
+                if job.input_end is None or offset > job.input_end:
                     return  # sent before it was asked to go on elsewhere
                 job.input_end = max(job.input_end, offset + len(data))
             # No follower and no other lock is reached from here.
@@ -15598,14 +15960,8 @@ class Jobs:
 
     def redraw(self, job: Job) -> None:
         """Have the programs of a terminal draw it anew, for one who comes late."""
-        size = self.size_of(job)
-        if size is not None:
-            self._notify(job, lambda link: link.resize(job.id, size, redraw=True))
-
-    def size_of(self, job: Job) -> TerminalSize | None:
-        """Return the size of a terminal that has not ended."""
-        given = (job.record.spec or {}).get("tty")
-        return job.size or (TerminalSize.from_json(given) if given else None)
+        if job.is_terminal:
+            self._notify(job, lambda link: link.resize(job.id, None))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -15891,6 +16247,8 @@ class Jobs:
                     return  # tick() saves it, and sends it
             job.sent_over, job.away_since, job.was_sent = link, None, True
             record = job.record
+        with job.typing:
+            job.input_end = 0
         with contextlib.suppress(ConnectionClosed):  # came() sends it again
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
@@ -16037,7 +16395,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Jobs
+# Uses: Wire protocol, Commands, Files, Language models, Machine, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -16059,6 +16417,10 @@ CHARACTERS_A_TOKEN = 3  # errs on the safe side: English prose has four
 KEPT_RESULTS = 4  # of tools; the newest, which are cut last
 SHORT_RESULT = 400  # characters; cutting it would gain nothing
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
+MAX_CONTENT = 256 * 1024  # bytes of file_write; the job's spec is one message
+MAX_DIFF = 200_000  # characters of a diff; it is shown whole, or the change is refused
+MAX_COMPARED = 4_000_000  # pairs of lines that difflib compares
+MAX_LISTED_FILES = 1000  # entries in an answer of file_list; the others are counted
 SHELL_ID = "shell"  # of the model that is always there
 BROKEN_OFF = "\n\n[broken off]"  # ends an answer in a conversation
 
@@ -16118,12 +16480,18 @@ def command_risks(command: str) -> list[str]:
 
 
 class PlannedCommand(Value):
-    """A command before it runs: what is approved is this, and this is what runs."""
+    """A command before it runs: what is approved is this, and this is what runs.
+
+    Or other work, on a file: `command` has it in words.
+    """
 
     job_id: str
     node_id: str
     node: str  # its name
     command: str
+    work: str = "run"
+    path: str | None = None  # of encode_path(): of the file
+    diff: str | None = None  # what changes in it; see file_diff()
     cwd: str | None = None
     timeout: float | None = None  # s
     background: bool = False  # the run does not wait for its end
@@ -16131,6 +16499,8 @@ class PlannedCommand(Value):
 
     def spec(self) -> JsonObject:
         """Return it as the spec of a job."""
+        if self.work != "run":
+            return {"path": self.path, "paths": [self.path]}
         spec: JsonObject = {"command": self.command}
         if self.moves_chat:
             spec["reportsDirectory"] = True
@@ -16139,6 +16509,20 @@ class PlannedCommand(Value):
         if self.timeout:
             spec["timeout"] = max(1, round(self.timeout * 1000))
         return spec
+
+    @property
+    def reads(self) -> bool:
+        """Whether it changes nothing."""
+        return self.work in ("file.list", "file.read")
+
+    def risks(self) -> list[str]:
+        """Return what a person should notice before it is approved, in words."""
+        if self.work == "run":
+            return command_risks(self.command)
+        outside = re.match(_OUTSIDE, self.path or "")
+        if self.reads or outside is None:
+            return []
+        return [f"writes outside the home directory ({outside[0]})"]
 
 
 class Verdict(Value):
@@ -16247,6 +16631,19 @@ class Machines(Protocol):
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         """Raises RpcError."""
 
+    def transfer(
+        self,
+        planned: PlannedCommand,
+        spec: Value,
+        decided_by: str | None,
+        begun: Callable[[], None],
+        cancel: Cancellation,
+    ) -> tuple[JsonObject, bytes]:
+        """Do work on a file; return its result and its output.
+
+        `begun` may be called once it has a job.  Raises RpcError, Cancelled.
+        """
+
     def wait(
         self, job_id: str, timeout: float | None, cancel: Cancellation
     ) -> JsonObject:
@@ -16291,6 +16688,32 @@ class FleetMachines:
                 job_id=planned.job_id,
             )
         )
+
+    def transfer(
+        self,
+        planned: PlannedCommand,
+        spec: Value,
+        decided_by: str | None,
+        begun: Callable[[], None],
+        cancel: Cancellation,
+    ) -> tuple[JsonObject, bytes]:
+        record = new_job(
+            (planned.node_id, planned.node),
+            planned.work,
+            spec.to_json(),
+            self._origin.replace(decided_by=decided_by),
+            kept=False,
+            job_id=planned.job_id,
+        )
+        future = self._jobs.gather(record)
+        begun()
+        try:
+            gathering = cancel.result_of(future)
+        except Cancelled:
+            with contextlib.suppress(RpcError):  # it has ended
+                self._jobs.cancel(self._jobs.get(record.id), self._origin.name)
+            raise
+        return gathered_output(gathering)
 
     def wait(
         self, job_id: str, timeout: float | None, cancel: Cancellation
@@ -16338,9 +16761,15 @@ class Question(Value):
     expires_at: int  # ms
 
     @property
-    def scope(self) -> tuple[str, str, str]:
-        """The reach of "always"."""
-        return self.chat.key, self.planned.node_id, self.chat.key_id
+    def scope(self) -> tuple[str, str, str, bool]:
+        """The reach of "always": of reading files, only that."""
+        where = self.chat.key, self.planned.node_id, self.chat.key_id
+        return (*where, self.planned.reads)
+
+    @property
+    def scopes(self) -> Sequence[tuple[str, str, str, bool]]:
+        """Those that let it run: who may do all may also read files."""
+        return (self.scope, (*self.scope[:3], False))
 
 
 class Approvals:
@@ -16350,8 +16779,8 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, Question] = {}
-        # Name and key of those who answered, by session, node and key that asked.
-        self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
+        # Name and key of those who answered, by the scope of the question.
+        self._always: dict[tuple[str, str, str, bool], tuple[str, str]] = {}
 
     def ask(
         self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
@@ -16371,7 +16800,8 @@ class Approvals:
                 answer.cancel()
 
         with self._lock:
-            always = self._always.get(question.scope)
+            found = filter(None, map(self._always.get, question.scopes))
+            always = next(found, None)
             if always is None:
                 self._open[job_id] = question
         if always is not None:
@@ -16400,15 +16830,19 @@ class Approvals:
         """Let a command run, or not, in the name of `by`, who holds the key `key_id`.
 
         `always`: here, in this session, without asking.  Raises RpcError NOT_FOUND if
-        the question is closed.
+        the question is closed, INVALID_REQUEST for one that has no such answer.
         """
         with self._lock:
-            question = self._open.pop(job_id, None)
+            question = self._open.get(job_id)
+            if question and always and question.planned.work == "file.write":
+                problem = "each change of a file is allowed for itself, not always"
+                raise RpcError("INVALID_REQUEST", problem)
+            self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
                 scope = question.scope
                 self._always[scope] = by, key_id
-                same = [i for i, other in self._open.items() if other.scope == scope]
+                same = [i for i, other in self._open.items() if scope in other.scopes]
             likewise = [self._open.pop(i).answer for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
@@ -16432,7 +16866,7 @@ class Approvals:
         return [
             {
                 **asked.planned.to_json(),
-                "risks": command_risks(asked.planned.command),
+                "risks": asked.planned.risks(),
                 "sessionKey": asked.chat.key,
                 "expiresAt": asked.expires_at,
             }
@@ -16464,6 +16898,54 @@ def _parameter(kind: str, description: str) -> JsonObject:
 
 
 _text_parameter = partial(_parameter, "string")
+
+
+def file_tools(node: JsonObject) -> tuple[ToolSpec, ...]:
+    """Return the tools for files; `node` has the parameter that names a machine."""
+    path = _text_parameter("Path of the file; ~ is the home directory.")
+    return (
+        _tool(
+            "file_read",
+            "Read a text file, with line numbers that are not part of it. At most "
+            f"{MAX_READ_LINES:,} lines or {MAX_READ_TEXT // 1024} KB come at a time; "
+            "next_offset says where to read on.",
+            ["path"],
+            **node,
+            path=path,
+            offset=_parameter("integer", "First line, from 1."),
+            limit=_parameter("integer", f"Lines, {MAX_READ_LINES:,} at most."),
+        ),
+        _tool(
+            "file_write",
+            "Write a text file: make it, or replace all that is in it. To change a "
+            "part of a file use file_edit.",
+            ["path", "content"],
+            **node,
+            path=path,
+            content=_text_parameter("All that the file shall hold."),
+        ),
+        _tool(
+            "file_edit",
+            "Replace a text in a file by another. All else in the file stays as it is, "
+            "to the byte.",
+            ["path", "old", "new"],
+            **node,
+            path=path,
+            old=_text_parameter(
+                "The text to replace, exactly as it is in the file, without line "
+                "numbers, and with enough around it that it is there only once."
+            ),
+            new=_text_parameter("What takes its place."),
+            all=_parameter("boolean", "Replace it wherever it is in the file."),
+        ),
+        _tool(
+            "file_list",
+            "List a directory: names, kinds, sizes, times of change, modes.",
+            ["path"],
+            **node,
+            path=_text_parameter("Path of the directory; ~ is the home directory."),
+        ),
+    )
 
 
 def tool_specs(*, with_nodes: bool, selects: bool = True) -> tuple[ToolSpec, ...]:
@@ -16503,8 +16985,9 @@ def tool_specs(*, with_nodes: bool, selects: bool = True) -> tuple[ToolSpec, ...
         ),
         cancel=_parameter("boolean", "End it."),
     )
+    files = file_tools(node if with_nodes else {})
     if not with_nodes:
-        return execute, status
+        return (execute, status, *files)
     nodes = (
         _tool(
             "nodes_list",
@@ -16527,7 +17010,7 @@ def tool_specs(*, with_nodes: bool, selects: bool = True) -> tuple[ToolSpec, ...
         [],
         node=_text_parameter("Id or name of the machine; leave it out for Local."),
     )
-    return (execute, status, *nodes, *[select] * selects)
+    return (execute, status, *files, *nodes, *[select] * selects)
 
 
 ARGUMENT_KINDS: Mapping[str, type] = {
@@ -16699,6 +17182,122 @@ def job_for_model(view: JsonObject) -> JsonObject:
     return seen
 
 
+# --- Files ---
+
+
+def numbered(text: str, first: int) -> str:
+    """Return the lines of a text with their numbers, as `cat -n` shows them."""
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return "".join(f"{n:6}\t{line}\n" for n, line in enumerate(lines, first))
+
+
+def find_edits(data: bytes, old: str, new: str, *, every: bool) -> list[Splice]:
+    """Return how a file changes where `old` becomes `new`.
+
+    In a file whose lines end with CR LF, both may be given with LF.  Raises RpcError.
+    """
+    if not old:
+        raise RpcError("INVALID_REQUEST", "old is empty; file_write makes a file")
+    encoding = text_and_encoding(data)[1]
+    try:
+        before, after = old.encode(encoding), new.encode(encoding)
+    except UnicodeEncodeError as error:
+        problem = f"{error.object[error.start]!r} is no character of {encoding}"
+        raise RpcError("INVALID_REQUEST", f"{problem}, which the file has") from error
+    if has_crlf(data):
+        before, after = (re.sub(b"\r?\n", b"\r\n", text) for text in (before, after))
+    if before == after:
+        raise RpcError("INVALID_REQUEST", "old and new are the same; nothing changes")
+    places = []
+    at = data.find(before)
+    while at >= 0:
+        places.append(at)
+        at = data.find(before, at + len(before))
+    if not places:
+        raise RpcError(
+            "NOT_FOUND",
+            "old is not in the file; read it again, and give the text exactly as it "
+            "is there, with its spaces and without line numbers",
+        )
+    if len(places) > 1 and not every:
+        lines = [1 + data.count(b"\n", 0, place) for place in places[:20]]
+        more = f" and {len(places) - 20} more" if len(places) > 20 else ""
+        raise RpcError(
+            "CONFLICT",
+            f"old is in the file {len(places)} times, at the lines "
+            f"{', '.join(map(str, lines))}{more}; give more of the text around the one "
+            "that is meant, or `all`",
+        )
+    return [Splice(place, len(before), b64encode(after)) for place in places]
+
+
+def splice_bytes(data: bytes, splices: Sequence[Splice]) -> bytes:
+    """Return `data` with some bytes replaced."""
+    parts, at = [], 0
+    for splice in splices:
+        parts += [data[at : splice.offset], base64.b64decode(splice.data)]
+        at = splice.offset + splice.length
+    return b"".join([*parts, data[at:]])
+
+
+def _diff_lines(data: bytes, *, shows_ends: bool) -> list[str]:
+    text = text_and_encoding(data)[0]
+    if not shows_ends:
+        text = text.replace("\r\n", "\n")
+    lines = text.replace("\r", "\u240d").split("\n")
+    if lines[-1]:
+        lines[-1] += "\n\\ no line end at the end of the file"
+        return lines
+    return lines[:-1]
+
+
+def _common_lines(some: Sequence[str], others: Sequence[str]) -> int:
+    """Return how many lines are the same at the beginning of both."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(some, others))
+    return sum(1 for _ in pairs)
+
+
+def file_diff(old: bytes, new: bytes) -> str:
+    """Return what changes, as `diff -u` shows it: whole, with three lines around.
+
+    Raises RpcError if it is too long to be looked at.
+    """
+    import difflib
+
+    both_crlf = has_crlf(old or new) and has_crlf(new or old)
+    before = _diff_lines(old, shows_ends=not both_crlf)
+    after = _diff_lines(new, shows_ends=not both_crlf)
+    same = _common_lines(before, after)
+    rest = _common_lines(before[same:][::-1], after[same:][::-1])
+    start = max(0, same - 3)
+    after_rest = max(0, rest - 3)
+    before = before[start : len(before) - after_rest]
+    after = after[start : len(after) - after_rest]
+    if len(before) * len(after) <= MAX_COMPARED:
+        lines = list(difflib.unified_diff(before, after, lineterm="", n=3))[2:]
+    else:
+        # difflib takes time in proportion to the product: all old lines, then all new.
+        lines = [f"@@ -1,{len(before)} +1,{len(after)} @@"]
+        lines += ["-" + line for line in before]
+        lines += ["+" + line for line in after]
+    lines = [
+        re.sub(r"(?<=[-+])\d+", lambda found: str(int(found[0]) + start), line)
+        if line.startswith("@@")
+        else line
+        for line in lines
+    ]
+    diff = "\n".join(lines)
+    if len(diff) > MAX_DIFF:
+        raise RpcError(
+            "PAYLOAD_TOO_LARGE",
+            f"the change has {len(diff):,} characters, and at most {MAX_DIFF:,} can be "
+            "shown to the person who allows it; make it in parts",
+        )
+    return diff
+
+
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
 
 
@@ -16723,9 +17322,14 @@ class Toolbox:
         self._cancel = cancel
         self._approvals = approvals
         self._with_nodes = with_nodes
+        self._seen: set[tuple[str, str]] = set()  # nodes and paths that it may read
         self._tools: Mapping[str, Callable[[ToolCall, JsonObject], ToolJob]] = {
             "exec": self._exec,
             "exec_status": self._exec_status,
+            "file_read": self._file_read,
+            "file_write": self._file_write,
+            "file_edit": self._file_edit,
+            "file_list": self._file_list,
             "nodes_list": self._nodes_list,
             "nodes_describe": self._nodes_describe,
             "nodes_select": self._nodes_select,
@@ -16810,6 +17414,22 @@ class Toolbox:
         connected = self._machines.view(node_id)["connected"]
         return lambda: {"selected": name, "connected": connected}
 
+    def _node(self, arguments: JsonObject) -> tuple[str, str]:
+        """Return id and name of the machine that a call is for.  Raises RpcError."""
+        reference = arguments["node"] if "node" in arguments else self._chat.selected()
+        if "node" not in arguments and not reference:
+            raise RpcError(
+                "INVALID_REQUEST",
+                "there are several machines: name one in `node`; nodes_list shows them",
+            )
+        return self._machines.resolve(reference)
+
+    def _placed(self, node_id: str, path: str) -> str:
+        """Return a path relative to where the next command on a node starts."""
+        if path and not path.startswith(("/", "~")):
+            path = "/".join(filter(None, (self._chat.directory(node_id), path)))
+        return path
+
     def _exec(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         if not arguments["command"].strip():
             raise RpcError("INVALID_REQUEST", "command is empty")
@@ -16818,18 +17438,10 @@ class Toolbox:
             raise RpcError(
                 "INVALID_REQUEST", "timeout must be more than 0 seconds, and finite"
             )
-        reference = arguments["node"] if "node" in arguments else self._chat.selected()
-        if "node" not in arguments and not reference:
-            raise RpcError(
-                "INVALID_REQUEST",
-                "there are several machines: name one in `node`; nodes_list shows them",
-            )
-        node_id, name = self._machines.resolve(reference)
+        node_id, name = self._node(arguments)
         background = arguments.get("background", False)
         directory = self._chat.directory(node_id)
-        named = arguments.get("working_dir", "").strip()
-        if named and not named.startswith(("/", "~")):
-            named = "/".join(filter(None, (directory, named)))
+        named = self._placed(node_id, arguments.get("working_dir", "").strip())
         planned = PlannedCommand(
             job_id=new_id(),
             node_id=node_id,
@@ -16843,15 +17455,23 @@ class Toolbox:
         self._chat.begin_call(call, planned)
         return partial(self._run_command, planned)
 
-    def _run_command(self, planned: PlannedCommand) -> JsonObject:
+    def _decide(self, planned: PlannedCommand) -> str | None:
+        """Return who let it run, None if nobody had to.  Raises RpcError, Cancelled."""
         decided_by = None
         if self._approvals is not None and self._chat.asks_first():
             verdict = self._approvals.ask(self._chat, planned, self._cancel)
             self._chat.decide(planned, verdict)
             if not verdict.allowed:
-                return {"node": planned.node, "error": verdict.words()}
+                raise RpcError("FORBIDDEN", verdict.words())
             decided_by = verdict.by
         self._cancel.pause(0)  # Stop may have come while it waited for its turn
+        return decided_by
+
+    def _run_command(self, planned: PlannedCommand) -> JsonObject:
+        try:
+            decided_by = self._decide(planned)
+        except RpcError as error:
+            return {"node": planned.node, "error": error.message}
         self._machines.start(planned, decided_by)
         self._chat.begin_job(planned)
         if planned.background:
@@ -16879,6 +17499,194 @@ class Toolbox:
             if "endedAt" in view or deadline.expired:
                 return view
             self._chat.waiting(view)
+
+    # -- files --
+
+    def _plan_file(self, work: str, arguments: JsonObject) -> PlannedCommand:
+        """Raises RpcError."""
+        node_id, name = self._node(arguments)
+        path = arguments["path"].strip("\0")
+        if not path.strip():
+            raise RpcError("INVALID_REQUEST", "path is empty")
+        path = self._placed(node_id, path)
+        decode_path(path)
+        planned = PlannedCommand(
+            new_id(), node_id, name, command="", work=work, path=path
+        )
+        return planned.replace(command=work_title(work, planned.spec()))
+
+    def _transfer(
+        self, planned: PlannedCommand, spec: Value, decided_by: str | None
+    ) -> tuple[JsonObject, bytes]:
+        """Raises RpcError, Cancelled."""
+        begun = partial(self._chat.begin_job, planned)
+        return self._machines.transfer(planned, spec, decided_by, begun, self._cancel)
+
+    def _file_list(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        planned = self._plan_file("file.list", arguments)
+        self._chat.begin_call(call, planned)
+        return partial(self._list, planned)
+
+    def _list(self, planned: PlannedCommand) -> JsonObject:
+        spec = FileList(planned.path or "")
+        result, output = self._transfer(planned, spec, self._decide(planned))
+        entries = [FileEntry.from_json(from_json(e)) for e in output.splitlines()]
+        listed = [
+            {
+                "name": shown_path(decode_path(entry.name)),
+                "kind": entry.kind,
+                "size": entry.size,
+                "changed": format_time(entry.changed_at),
+                "mode": f"{entry.mode:03o}",
+                **({"link": shown_path(decode_path(entry.link))} if entry.link else {}),
+            }
+            for entry in entries[:MAX_LISTED_FILES]
+        ]
+        left_out = len(entries) - len(listed) + result["leftOut"]
+        return {
+            "node": planned.node,
+            "path": result["path"],
+            "entries": listed,
+            **({"not_listed": left_out} if left_out else {}),
+        }
+
+    def _file_read(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        first, count = arguments.get("offset", 1), arguments.get("limit")
+        count = MAX_READ_LINES if count is None else count
+        if not (0 < first < MAX_OFFSET and 0 < count <= MAX_READ_LINES):
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"offset is a line from 1 on, limit 1 to {MAX_READ_LINES:,} lines",
+            )
+        planned = self._plan_file("file.read", arguments)
+        self._chat.begin_call(call, planned)
+        return partial(self._read, planned, FilePart(first, count))
+
+    def _read(self, planned: PlannedCommand, part: FilePart) -> JsonObject:
+        spec = FileRead([planned.path or ""], part=part)
+        result, output = self._transfer(planned, spec, self._decide(planned))
+        self._seen.add((planned.node_id, planned.path or ""))
+        names = {"next": "next_offset", "encoding": "encoding", "lineEnds": "line_ends"}
+        found = {to: result[name] for name, to in names.items() if name in result}
+        if "cut" in result:
+            kept = format_bytes(MAX_READ_TEXT)
+            found["cut"] = (
+                f"line {result['cut']} is longer than {kept}; the rest is cut"
+            )
+        return {
+            "node": planned.node,
+            "path": result["path"],
+            "text": numbered(output.decode("utf-8"), part.first),
+            "lines": result["lines"],
+            "size": result["bytes"],
+            **found,
+        }
+
+    def _file_write(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        content = arguments["content"].encode("utf-8", "replace")
+        if len(content) > MAX_CONTENT:
+            raise RpcError(
+                "PAYLOAD_TOO_LARGE",
+                f"content has {len(content):,} bytes, and file_write takes "
+                f"{MAX_CONTENT:,}; write the rest with file_edit or exec",
+            )
+        planned = self._plan_file("file.read", arguments)
+        return partial(
+            self._change,
+            call,
+            planned,
+            lambda data: [Splice(0, len(data), b64encode(content))],
+        )
+
+    def _file_edit(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        planned = self._plan_file("file.read", arguments)
+        every = arguments.get("all", False)
+        edit = partial(
+            find_edits, old=arguments["old"], new=arguments["new"], every=every
+        )
+        if (planned.node_id, planned.path) in self._seen:
+            return partial(self._change, call, planned, edit)
+        # What an edit answers tells about the file: first, it may be read.
+        self._chat.begin_call(call, planned)
+        return partial(self._read_and_change, call, planned, edit)
+
+    def _read_and_change(
+        self,
+        call: ToolCall,
+        planned: PlannedCommand,
+        edit: Callable[[bytes], list[Splice]],
+    ) -> JsonObject:
+        decided_by = self._decide(planned)
+        self._seen.add((planned.node_id, planned.path or ""))
+        change, written = self._look_up(planned, edit, decided_by)
+        return self._apply(call, change, written)
+
+    def _change(
+        self,
+        call: ToolCall,
+        planned: PlannedCommand,
+        edit: Callable[[bytes], list[Splice]],
+    ) -> JsonObject:
+        """Change a file that may be read.  Raises RpcError, Cancelled."""
+        try:
+            change, written = self._look_up(planned, edit, None)
+        except (MoltisError, Cancelled):
+            self._chat.begin_call(call, None)
+            raise
+        return self._apply(call, change, written)
+
+    def _look_up(
+        self,
+        planned: PlannedCommand,
+        edit: Callable[[bytes], list[Splice]],
+        decided_by: str | None,
+    ) -> tuple[PlannedCommand, FileWrite]:
+        """Read a file; return how it changes.  Raises RpcError, Cancelled."""
+        spec = FileRead([planned.path or ""], part=FilePart())
+        before, data = self._transfer(planned, spec, decided_by)
+        splices = edit(data)
+        change = self._plan_change(planned, before, data, splices)
+        # What is not the file of this diff any more is not written.
+        expects = before["sha256"] if before["files"] else ""
+        return change, FileWrite(before["path"], splices=splices, expects=expects)
+
+    def _apply(
+        self, call: ToolCall, change: PlannedCommand, written: FileWrite
+    ) -> JsonObject:
+        """Change a file once a person has seen how.  Raises RpcError, Cancelled."""
+        self._chat.begin_call(call, change)
+        result, _ = self._transfer(change, written, self._decide(change))
+        return {
+            "node": change.node,
+            "path": result["path"],
+            "size": result["bytes"],
+            "sha256": result["sha256"],
+            "replaced": len(written.splices or ()),
+            "made": not written.expects,
+        }
+
+    def _plan_change(
+        self,
+        planned: PlannedCommand,
+        before: JsonObject,
+        data: bytes,
+        splices: Sequence[Splice],
+    ) -> PlannedCommand:
+        """Return a change with its diff.  Raises RpcError if nobody could judge it."""
+        after = splice_bytes(data, splices)
+        if before["files"] and after == data:
+            raise RpcError("INVALID_REQUEST", "the file has that content already")
+        diff = None
+        if self._approvals is not None:
+            try:
+                diff = file_diff(data, after)
+            except RpcError:
+                if self._chat.asks_first():
+                    raise
+        change = planned.replace(
+            job_id=new_id(), work="file.write", path=before["path"], diff=diff
+        )
+        return change.replace(command=work_title("file.write", change.spec()))
 
     def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         wait, offset = arguments.get("wait", 0.0), arguments.get("offset", 0)
@@ -17511,7 +18319,7 @@ class ModelDirectory:
 
 # ==============================================================================
 # Chat
-# Uses: Wire protocol, Language models, Store, Access, Fleet, Jobs, Agent,
+# Uses: Wire protocol, Language models, Machine, Store, Access, Fleet, Jobs, Agent,
 #       Model directory
 #
 # Sessions as people see them: messages whose changes are numbered, so that any client
@@ -18038,7 +18846,7 @@ class TurnChat(Conversation):
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None:
         self._end_answer(MessageState.DONE)
         if planned is None:
-            shown = to_json(call.arguments) if call.arguments else ""
+            shown = clip(to_json(call.arguments), 500) if call.arguments else ""
             # A person who typed a command reads why it did not run, and no JSON.
             text = "" if self._turn.is_typed else f"{call.name} {shown}".rstrip()
             message_id = self._add("tool_call_start", "notice", text=text)
@@ -18054,7 +18862,7 @@ class TurnChat(Conversation):
 
     def ask(self, planned: PlannedCommand, expires_at: int) -> None:
         self._asked.add(planned.job_id)
-        question = {"expiresAt": expires_at, "risks": command_risks(planned.command)}
+        question = {"expiresAt": expires_at, "risks": planned.risks()}
         self._show_approval(planned, {"state": "asked", **question})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
@@ -18067,6 +18875,8 @@ class TurnChat(Conversation):
             self._record_denial(planned, verdict)
 
     def begin_job(self, planned: PlannedCommand) -> None:
+        if not WORKS[planned.work].recorded:
+            return
         job = self._jobs.get(planned.job_id)
         self._log.change("tool_call_start", planned.job_id, job=job)
         if not job.record.is_open:
@@ -18131,7 +18941,7 @@ class TurnChat(Conversation):
         """Put a command that may not run into the audit.  Raises RpcError."""
         record = new_job(
             (planned.node_id, planned.node),
-            "run",
+            planned.work,
             planned.spec(),
             self._turn.origin(self.key).replace(decided_by=verdict.by),
             kept=False,
@@ -18152,10 +18962,11 @@ class TurnChat(Conversation):
             job = self._jobs.get(job_id)
         except RpcError:  # it never started
             stopped = self._turn.cancel.cancelled
-            state = MessageState.ABORTED if stopped else MessageState.ERROR
+            state = MessageState.ERROR if error else MessageState.DONE  # it has no row
+            state = MessageState.ABORTED if stopped else state
             if stopped and self._is_closing():
                 state, error = MessageState.INTERRUPTED, "the gateway stopped"
-            command: JsonObject = {"error": error}
+            command: JsonObject = {"error": error} if error else {}
             if job_id in self._asked:
                 command["approval"] = None
             self._log.change("tool_call_end", job_id, state=state, command=command)
@@ -18726,9 +19537,9 @@ ENDING_FIELDS = (
 )
 
 
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
+def job_state(job: Job, people: Sequence[JsonObject]) -> JsonObject:
+    """Return the payload of the event `job.state`; `people` are those in a terminal."""
+    view = {**job_view(job), **({"people": people} if people else {})}
     state = {name: view[name] for name in STATE_FIELDS if name in view}
     if not job.record.is_open:
         state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
@@ -18797,12 +19608,15 @@ class ClientFollower:
         """Return the next message; only one thread at a time calls it."""
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
+        takes_input = _takes_input(record)
+        if job.is_terminal and job.input_end is None:
+            takes_input = False  # its node has to say how much arrived
         if self._held and not self.holds:
             self._held = False
             return encode_envelope(
                 Event(JOB_INPUT, {"id": job.id, "offset": self.lost_at, "held": False})
             )
-        if consumed != self._input and self.holds and _takes_input(record):
+        if consumed != self._input and self.holds and takes_input:
             payload: JsonObject = {"id": job.id, "offset": consumed[0]}
             if self._input is None or consumed[1] != self._input[1]:
                 payload["resume"] = True
@@ -18811,7 +19625,7 @@ class ClientFollower:
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
         # Read before the log: an ending follows all bytes.
-        people = job.people()
+        people = job.people(self)
         state = (record.state, job.place, job.away_since is not None, people)
         newest = None if self.holds else self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -18830,7 +19644,7 @@ class ClientFollower:
         self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
-        return encode_envelope(Event(JOB_STATE, job_state(job)))
+        return encode_envelope(Event(JOB_STATE, job_state(job, people)))
 
 
 class OperatorPeer:
@@ -18915,7 +19729,9 @@ class OperatorPeer:
             if job.sized_by is before:
                 job.sized_by = follower
             self._jobs.unfollow(job, before, leaves=False)
-        elif not opens:
+        elif opens:
+            job.sized_by = follower  # it was asked for with a size
+        else:
             self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
 
@@ -19397,17 +20213,10 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
 
 
 def gathered_answer(gathering: Gathering) -> JsonObject:
-    """Return what `job.once` answers.
-
-    Raises RpcError unless the job is done.
-    """
-    job = gathering.job
-    name, record = job.record.node_name, job.record
-    if record.state != JobState.DONE:
-        code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
-        raise RpcError(code, f"{name}: {record.reason or record.words()}")
-    output = b64encode(gathering.output())
-    return {"job": job_view(job), "result": job.result or {}, "output": output}
+    """Return what `job.once` answers.  Raises RpcError unless the job is done."""
+    result, output = gathered_output(gathering)
+    job = job_view(gathering.job)
+    return {"job": job, "result": result, "output": b64encode(output)}
 
 
 def caller_origin(caller: Caller) -> Origin:
@@ -19481,11 +20290,16 @@ class JobMethods:
         return job_view(job)
 
     def once(
-        self, caller: Caller, node_id: str, work: str, spec: JsonObject
+        self,
+        caller: Caller,
+        node_id: str,
+        work: str,
+        spec: JsonObject,
+        job_id: str | None,
     ) -> Future[JsonObject]:
         """Start a short job; answer with its whole output and its result."""
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
-        record = new_job(node, work, spec, origin, kept=False)
+        record = new_job(node, work, spec, origin, kept=False, job_id=job_id)
         return mapped(self._jobs.gather(record), gathered_answer)
 
     def follow(
@@ -19560,10 +20374,18 @@ class JobMethods:
         return job_view(job)
 
     def resize(
-        self, call: RpcCall, job: Job, rows: int, cols: int, redraw: bool
+        self, call: RpcCall, job: Job, rows: int | None, cols: int | None, redraw: bool
     ) -> None:
-        by = None if call.peer is None else call.peer.follower_of(job)
-        self._jobs.resize(job, TerminalSize(rows, cols), by)
+        """Give a terminal the caller's size, or have it drawn anew at the one it has.
+
+        Raises RpcError for a job without a terminal, and for half a size.
+        """
+        if rows is None or cols is None:
+            if rows is not cols or not redraw:
+                raise RpcError("INVALID_REQUEST", "a size takes rows and cols")
+        else:
+            by = None if call.peer is None else call.peer.follower_of(job)
+            self._jobs.resize(job, TerminalSize(rows, cols), by)
         if redraw:
             self._jobs.redraw(job)
 
@@ -19914,6 +20736,7 @@ class Rpc:
                 nodeId=str,
                 work=one_of(*FILE_WORKS),
                 spec=dict,
+                jobId=text,
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
@@ -19961,8 +20784,8 @@ class Rpc:
                 *(jobs.resize, write),
                 call=RpcCall,
                 job=jobs.job,
-                rows=int,
-                cols=int,
+                rows=number,
+                cols=number,
                 redraw=flag,
             ),
             "sessions.list": Method(chats.all, read),
@@ -20174,9 +20997,8 @@ class NodePeer:
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        flag = {"redraw": True} if redraw else {}
-        self._notify(JOB_RESIZE, {"id": job_id, **size.to_json(), **flag})
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        self._notify(JOB_RESIZE, {"id": job_id, **(size.to_json() if size else {})})
 
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
@@ -20348,9 +21170,7 @@ class MoltisPeer(NodePeer):
             self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
@@ -20998,6 +21818,23 @@ class RemoteMachines:
         if "error" in view:
             raise decode_error(view["error"])
 
+    def transfer(
+        self,
+        planned: PlannedCommand,
+        spec: Value,
+        _decided_by: str | None,
+        _begun: Callable[[], None],
+        cancel: Cancellation,
+    ) -> tuple[JsonObject, bytes]:
+        request = {
+            "nodeId": planned.node_id,
+            "work": planned.work,
+            "spec": spec.to_json(),
+            "jobId": planned.job_id,
+        }
+        answer = self._gateway.call("job.once", request, cancel)
+        return answer["result"], base64.b64decode(answer["output"])
+
     def wait(
         self, job_id: str, timeout: float | None, cancel: Cancellation
     ) -> JsonObject:
@@ -21077,6 +21914,27 @@ _JOB_RESULT: Mapping[str, str] = {
 }
 
 
+_FILE_TEXT: Mapping[str, str] = {
+    "node": "string",
+    "path": "string",
+    "text": "string",
+    "lines": "integer",
+    "size": "integer",
+    "next_offset": "integer",
+    "encoding": "string",
+    "line_ends": "string",
+    "cut": "string",
+}
+_FILE_CHANGE: Mapping[str, str] = {
+    "node": "string",
+    "path": "string",
+    "size": "integer",
+    "sha256": "string",
+    "replaced": "integer",
+    "made": "boolean",
+}
+
+
 class McpTool(Value):
     """What MCP clients learn about a tool, beside its ToolSpec."""
 
@@ -21105,6 +21963,35 @@ MCP_TOOLS: Mapping[str, McpTool] = {
         "Look at a command in the background",
         _output_schema(["id", "node", "state"], **_JOB_RESULT, next_offset="integer"),
         changes=True,
+    ),
+    "file_read": McpTool(
+        "Read a file",
+        _output_schema(["node", "path", "text"], **_FILE_TEXT),
+        Scope.WRITE,  # files are more than the output of commands
+    ),
+    "file_write": McpTool(
+        "Write a file",
+        _output_schema(["node", "path", "size"], **_FILE_CHANGE),
+        Scope.WRITE,
+        changes=True,
+    ),
+    "file_edit": McpTool(
+        "Change a part of a file",
+        _output_schema(["node", "path", "size"], **_FILE_CHANGE),
+        Scope.WRITE,
+        changes=True,
+        repeatable=False,
+    ),
+    "file_list": McpTool(
+        "List a directory",
+        _output_schema(
+            ["node", "path", "entries"],
+            node="string",
+            path="string",
+            entries="array",
+            not_listed="integer",
+        ),
+        Scope.WRITE,
     ),
     "nodes_list": McpTool(
         "List the machines",
@@ -21175,6 +22062,7 @@ class McpCall(Conversation):
             self._selection.node_id = node_id
 
     def begin_job(self, planned: PlannedCommand) -> None:
+        assert planned.work == "run"  # transfers end with their call
         self.job_id = planned.job_id
         self._tell(
             f"job {planned.job_id} runs on {planned.node}; exec_status has its "
@@ -23397,6 +24285,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
 <path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
+<path id="i-find" d="M8.5 3.5a5 5 0 1 0 0 10 5 5 0 0 0 0-10M12.5 12.5l4 4"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
@@ -23461,6 +24350,7 @@ WEB_HTML = r"""<!doctype html>
 <button class="bare" data-part="fold" data-icon="down" title="Collapse output"
  aria-expanded="true"></button>
 </header>
+<div class="diff" data-part="diff" tabindex="0" role="region" hidden></div>
 <div class="approval" data-part="approval" hidden></div>
 <p class="facts" data-part="facts" hidden></p>
 <div class="screen empty" data-part="screen" tabindex="0" role="region">
@@ -23529,6 +24419,8 @@ is also in a file on the gateway’s machine:</p>
 </div>
 <button id="new-chat" class="button wide" data-needs="write"
  data-icon="plus">New chat</button>
+<button id="to-palette" class="bare" aria-haspopup="dialog" data-icon="find">Go to
+<kbd class="count"></kbd></button>
 <a id="to-activity" href="/activity/" data-icon="list">Activity <span
  id="running-count" class="count"></span></a>
 <ul id="running" aria-label="Running"></ul>
@@ -23564,7 +24456,11 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <button id="open-sidebar" class="bare phone" aria-label="Open menu"
  aria-expanded="false" aria-controls="sidebar" data-icon="menu"></button>
 <h1 id="chat-title"></h1>
-<div class="pickers">
+<button id="fold" class="pick" aria-expanded="false" aria-controls="pickers"
+ data-icon="down">
+<span class="dot" id="fold-dot"></span><span class="pick-label" id="fold-label"></span>
+</button>
+<div id="pickers" class="pickers">
 <div class="picker"><button id="model-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="model-list" class="choices" role="listbox" aria-label="Model" tabindex="-1"
@@ -23756,6 +24652,21 @@ dials out.</p>
 </div>
 </dialog>
 
+<dialog id="palette" aria-label="Go to">
+<input id="palette-text" role="combobox" aria-expanded="true" aria-autocomplete="list"
+ aria-controls="palette-list" aria-label="Machine, chat, command, view or action"
+ placeholder="Machine, chat, command, view or action" autocomplete="off">
+<ul id="palette-list" role="listbox" aria-label="Results"></ul>
+<p id="palette-none" class="lead" hidden>Nothing matches.</p>
+</dialog>
+
+<dialog id="shortcuts" aria-labelledby="shortcuts-title">
+<h2 id="shortcuts-title">Keyboard</h2>
+<dl id="shortcuts-list" class="facts"></dl>
+<div class="actions"><button id="shortcuts-done" class="button main"
+ autofocus>Done</button></div>
+</dialog>
+
 <dialog id="provider" aria-labelledby="provider-title">
 <form id="provider-form">
 <h2 id="provider-title"></h2>
@@ -23937,6 +24848,23 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
   box-shadow: var(--shade); }
 #token { width: min(660px, calc(100vw - 24px)); }
+#palette { width: min(640px, calc(100vw - 24px)); margin-top: 11vh; padding: 8px; }
+#palette-text { width: 100%; padding: 11px 13px; border: 0; font-size: 16px;
+  background: none; outline: none; }
+#palette-list { max-height: min(460px, 60dvh); overflow-y: auto; padding-top: 6px;
+  border-top: var(--rule); }
+#palette-list:empty { display: none; }
+#palette-list li { display: flex; align-items: center; gap: 12px; padding: 8px 12px;
+  border-radius: 9px; cursor: pointer; }
+#palette-list .active { background: var(--tint); }
+#palette-list .name { flex: 0 1 auto; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .detail { flex: 1; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .kind { font-size: 12.5px; color: var(--soft); }
+#palette-none { margin: 8px 13px 10px; }
+#shortcuts dt { color: var(--ink); font: 13px/1.7 var(--mono); }
+#shortcuts dd { color: var(--soft); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
@@ -23970,10 +24898,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li, #sessions a, #to-activity, .side-foot a, .side-foot .bare {
+#sessions li, #sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
   border-radius: 9px; }
-#sessions a, #to-activity, .side-foot a, .side-foot .bare { color: var(--ink);
-  text-decoration: none; }
+#sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
+  color: var(--ink); text-decoration: none; }
 #sessions li:hover, #to-activity:hover, .side-foot a:hover { background: var(--hover); }
 #sessions li.current, :is(#to-activity, .side-foot a)[aria-current] {
   background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
@@ -24004,9 +24932,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .detail .dot.off { border-width: 1.5px; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
 .side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
-#to-activity, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
+#to-palette { margin-bottom: -8px; }
+#to-activity, #to-palette, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
   justify-content: flex-start; align-items: center; width: 100%; padding: 6px 10px; }
-:is(#to-activity, .side-foot) .icon { color: var(--soft); }
+:is(#to-activity, #to-palette, .side-foot) .icon { color: var(--soft); }
 .count { margin-left: auto; }
 .count.asks { padding: 0 7px; border-radius: 9px; background: var(--wait-tint);
   color: var(--wait); font-weight: 600; }
@@ -24033,6 +24962,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick-label { flex: 1; text-align: left; }
 .pick:disabled { opacity: 1; }
+#fold { display: none; }
+#fold .icon { order: 1; }
 .pick:disabled .icon { display: none; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -24153,7 +25084,7 @@ summary { cursor: pointer; }
 [data-kind=bad] .word { color: var(--bad); }
 [data-kind=wait] .word { color: var(--wait); }
 [data-kind=run] .word { color: var(--accent); }
-.folded > :is(.screen, .facts, .approval, .latest) { display: none; }
+.folded > :is(.screen, .facts, .diff, .approval, .latest) { display: none; }
 .folded [aria-expanded] { rotate: -90deg; }
 .command.bare-line .bare[data-part=fold] { display: none; }
 .side { position: relative; align-self: center; }
@@ -24175,6 +25106,17 @@ summary { cursor: pointer; }
 .asks .line { max-height: none; flex-basis: 100%; order: 9; padding: 4px 0 8px;
   font-size: 15px; line-height: 1.6; }
 .asks .verdict { flex: 1; text-align: left; max-width: none; }
+.command .word { overflow-wrap: anywhere; }
+.diff { margin: 0 13px 12px; padding: 6px 0; max-height: 40vh; overflow: auto;
+  border: 1px solid var(--line); border-radius: 8px; font: 13px/1.5 var(--mono);
+  contain: inline-size; }
+.asks > .diff { max-height: none; } /* what is approved is seen before it can be */
+.diff > div { min-height: 1.5em; padding: 0 10px 0 22px; text-indent: -12px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+  unicode-bidi: bidi-override; direction: ltr; }
+.diff > .add { background: color-mix(in srgb, var(--ok) 14%, transparent); }
+.diff > .del { background: color-mix(in srgb, var(--bad) 13%, transparent); }
+.diff > .hunk { color: var(--soft); }
 .approval { display: flex; flex-wrap: wrap; align-items: center; gap: 8px;
   padding: 0 13px 13px; contain: inline-size; }
 .approval p { width: 100%; color: var(--soft); font-size: 14px; }
@@ -24390,19 +25332,22 @@ summary { cursor: pointer; }
   #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
     translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
   .menu-open #sidebar { translate: none; visibility: visible;
+    transition: translate .2s; /* visible at once: it takes the focus */
     box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
   .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
-  .pickers { display: contents; }
-  .picker { flex: 1 1 42%; order: 2; position: static; }
-  #chat h1 { flex-basis: calc(100% - 170px); }
-  #approvals { flex: 0 1 auto; order: 1; }
-  #effort { order: 3; }
-  .pick { width: 100%; max-width: none; min-height: 40px; }
-  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
-  .choices li { padding: 10px; }
+  .pickers { display: none; position: absolute; left: 10px; right: 10px;
+    top: calc(100% + 4px); padding: 10px; max-height: 76dvh; overflow-y: auto;
+    border: var(--rule); border-radius: 14px; background: var(--paper);
+    box-shadow: var(--shade); }
+  .pickers.open { display: grid; }
+  .pick { width: 100%; max-width: none; min-height: 44px; }
+  #fold { display: flex; flex: 0 1 auto; width: auto; max-width: 62%; }
+  .choices { position: static; width: auto; max-width: none; max-height: none;
+    margin-top: 4px; box-shadow: none; }
+  .choices li { padding: 11px 10px; }
   #transcript { padding: 18px 12px 10px; }
   #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
@@ -24455,7 +25400,18 @@ summary { cursor: pointer; }
     overflow: hidden; }
   #activity-list .who { display: none; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
-  dialog { padding: 20px; }
+  .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
+    scrollbar-width: none; }
+  .chips button, .tabs button { flex: none; }
+  dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
+    margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
+    border-radius: 18px 18px 0 0; }
+  dialog .actions { position: sticky; bottom: -20px; margin: 12px -20px -20px;
+    padding: 8px 20px max(16px, env(safe-area-inset-bottom));
+    background: var(--surface); }
+  #palette { margin: 8px auto auto; width: calc(100% - 16px); border-width: 1px;
+    border-radius: 18px; padding: 6px; }
+  #palette-list .kind { display: none; }
 }
 @media (forced-colors: active) {
   .dot, .track, .track i { forced-color-adjust: none; }
@@ -24952,6 +25908,7 @@ function cardStatus({state, command}, job) {
     return ["bad", capitalized(dotted(approval.state, approval.by))];
   if (error) return ["bad", capitalized(error)];
   if (state === "queued") return ["wait", "Waiting for the command before it"];
+  if (state === "done") return ["ok", "Done"];
   return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
@@ -26802,6 +27759,7 @@ class Picker {
     this.button.focus();
     this.toggle(false);
     this.choose(value);
+    foldPickers(true);
   }
 
   key(event) {
@@ -26886,6 +27844,17 @@ class Picker {
   }
 }
 
+// Show or hide the pickers of a phone, which one button folds into a line.
+function foldPickers(isFolded) {
+  const box = $("pickers");
+  if (box.classList.contains("open") === !isFolded) return;
+  const hadFocus = box.contains(document.activeElement); // until it is hidden
+  box.classList.toggle("open", !isFolded);
+  $("fold").setAttribute("aria-expanded", String(!isFolded));
+  if (!isFolded) box.querySelector("button").focus();
+  else if (hadFocus) $("fold").focus();
+}
+
 function nodeOptions() {
   const selected = sessionNode(currentSession());
   // A removed machine stays in the list while it is selected.
@@ -26959,9 +27928,16 @@ function effortOptions() {
 
 // == view: frame ==
 
+// Open or close the menu of a phone; it takes the focus, and gives it back.
 function openSidebar(opens) {
+  const wasOpen = !$("veil").hidden;
   $("app").classList.toggle("menu-open", opens);
   $("veil").hidden = !opens;
+  $("frame").inert = opens;
+  const isShown = menu => menu.offsetParent;
+  const giveBack = () =>
+    [...document.querySelectorAll("[aria-label='Open menu']")].find(isShown)?.focus();
+  if (wasOpen && !opens) requestAnimationFrame(giveBack); // its view is drawn by then
   $("open-sidebar").setAttribute("aria-expanded", String(opens));
   if (opens) $("close-sidebar").focus();
 }
@@ -27362,7 +28338,16 @@ function applyWrap() {
   touch("jobs", "chat");
 }
 
+const DIFF_KINDS = {"+": "add", "-": "del", "@": "hunk", "\\": "hunk"};
+const isFileWork = work => (work || "").startsWith("file.");
+
 const armed = new Set(); // cards whose question is in view and can be answered
+
+const FILE_QUESTIONS = {
+  "file.list": "The model wants to list this directory on ",
+  "file.read": "The model wants to read this file on ",
+  "file.write": "The model wants to make this change on ",
+};
 
 // Return who asked for a job, and through what: shell, MCP, API, page or chat.
 function callerOf({callerName, callerKind}) {
@@ -27427,7 +28412,10 @@ class CommandCard {
     setText(this.word, dotted(words, command.background && "in the background",
       moved && "sent before the chat changed its machine"));
     this.stop.hidden = !this.isOpen || asks;
+    this.isFile = isFileWork(job?.work || command.work);
+    this.copyLine.hidden = this.isFile;
     this.again.hidden = this.isOpen || !job || (job.work ?? "run") !== "run";
+    this.drawDiff(command);
     if (this.isRow) this.drawRow(job);
     this.drawApproval(row, asks);
     this.drawLeftOut();
@@ -27435,11 +28423,20 @@ class CommandCard {
     this.drawOutput(job);
   }
 
+  // Show what a command changes in a file, all of it.
+  drawDiff({command, diff}) {
+    this.diff.hidden = !diff;
+    if (!diff) return;
+    fillIfChanged(this.diff, [diff], () => diff.split("\n").map(line =>
+      h("div", {class: DIFF_KINDS[line[0]] || ""}, visible(line))));
+    this.diff.setAttribute("aria-label", `Changes: ${command}`);
+  }
+
   // Say how much is missing, and that a command waited for input in vain.
   drawLeftOut() {
     const {command} = this.row;
     const job = jobOf(this.row);
-    if (!job || this.isOpen) return;
+    if (!job || this.isOpen || this.isFile) return;
     const shown = new TextEncoder().encode(this.lines.innerText).length;
     const left = outputSize(job) - shown;
     const isKnown = !this.cut.hidden && left > 0;
@@ -27479,20 +28476,21 @@ class CommandCard {
 
   drawOutput(job) {
     const {command} = this.row;
-    if (job && !this.log && !this.isShut) {
+    if (job && !this.log && !this.isShut && !this.isFile) {
       this.log = logOf(this.row);
       this.output = new Screen(this.log, this);
       this.output.onDraw = () => this.drawLeftOut();
       this.save.href = this.whole.href = outputPath(job.id);
     }
-    const total = outputSize(job || {});
+    const total = this.isFile ? 0 : outputSize(job || {}); // of files nothing is kept
     const isComplete = Boolean(this.log?.isComplete);
     this.isIncomplete = Boolean(this.log) && (this.isOpen || total > 0) && !isComplete;
     const loading = this.isIncomplete && !this.isOpen && job.state !== "lost";
-    setText(this.size, !job || this.isOpen ? "" :
+    setText(this.size, !job || this.isOpen || this.isFile ? "" :
       !total ? "no output" : `${loading ? "loading " : ""}${formatBytes(total)}`);
     const hasOutput = Boolean(this.log) && (this.isOpen || total > 0);
-    this.root.classList.toggle("bare-line", !this.isRow && !hasOutput);
+    const isBare = !this.isRow && !hasOutput && !command.diff;
+    this.root.classList.toggle("bare-line", isBare);
     this.wrap.hidden = this.copy.hidden = !hasOutput;
     setText(this.wrap, wraps() ? "Scroll lines" : "Wrap lines");
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
@@ -27540,12 +28538,13 @@ class CommandCard {
   }
 
   drawApproval({jobId: id, command}, asks) {
-    const {node, nodeId, cwd, approval} = command;
+    const {node, nodeId, cwd, approval, work} = command;
     const user = nodeById(nodeId)?.telemetry?.user;
     if (asks) {
       fillIfChanged(this.place, [node, cwd, user], () =>
-        ["The model wants to run this on ", visible(node),
-          cwd ? [" in ", visible(cwd)] : " in its usual directory",
+        [FILE_QUESTIONS[work] || "The model wants to run this on ", visible(node),
+          isFileWork(work) ? "" :
+            cwd ? [" in ", visible(cwd)] : " in its usual directory",
           user && [" as ", visible(user)], "."]);
     }
     if (asks === !this.approval.hidden) return;
@@ -27559,18 +28558,22 @@ class CommandCard {
         "Approve ", h("kbd", "A")),
       h("button", {class: "button", onclick: () => this.answer("deny")},
         "Deny ", h("kbd", "D")),
-      h("button", {class: "link", onclick: () => this.answer("always")},
-        "Always on ", visible(node), " in this chat"),
     ];
+    if (work !== "file.write")
+      buttons.push(h("button", {class: "link", onclick: () => this.answer("always")},
+        isFileWork(work) ? "Always read on " : "Always on ", visible(node),
+        " in this chat"));
     const needs = "approvals";
     const answers = h("div", {class: "answers", "data-needs": needs}, buttons);
     fill(this.approval, this.place,
       (approval.risks || []).map(risk =>
         h("p", {class: "risk"}, icon("warn"), "It ", visible(risk))),
       answers,
-      h("p", {class: "reach"}, may(needs)
-        ? ["Always: whatever a model wants to run on ", visible(node), " in this chat ",
-          "for the key that asked, until the chat is reset or the gateway restarted."]
+      (work !== "file.write" || !may(needs)) && h("p", {class: "reach"}, may(needs)
+        ? [isFileWork(work) ? "Always: whatever file a model wants to read on "
+          : "Always: whatever a model wants to run on ", visible(node), " in this ",
+        "chat for the key that asked, until the chat is reset or the gateway ",
+        "restarted."]
         : "Whoever holds a key with the scope approvals answers it."));
     // A click or key that was meant for something else must not answer.
     let timer;
@@ -27844,6 +28847,10 @@ function drawComposer(chat) {
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
+  const current = namesOf(currentSession());
+  setText($("fold-label"), `${current.model} on ${current.node}`);
+  $("fold-dot").className =
+    `dot ${sessionNode(currentSession()).connected ? "on" : "off"}`;
 }
 
 // Say that the chat was moved elsewhere while somebody types here.
@@ -28537,7 +29544,7 @@ function factsOf(job) {
   const total = outputSize(job);
   const isGone = !isOpen(job) && total > 0 && state.logs.get(job.id)?.isComplete &&
     !state.logs.get(job.id).terminal.count;
-  const output = !isKept
+  const output = isFileWork(job.work) ? "" : !isKept
     ? "its output goes to the client that started it, and is not kept"
     : isGone
       ? "its output is no longer kept"
@@ -28645,10 +29652,12 @@ function filterActivity() {
 }
 
 let againJob = null; // what the dialog asks about
+let againChat = null; // in which its card is; none: in the list of all jobs
 
 // Ask where a command is to run once more.
 function openAgain(row, job) {
   againJob = job;
+  againChat = state.route.page === "chat" ? currentChat() : null;
   fill($("again-line"), visible(row.command.command));
   const nodes = inOrder(state.nodes).filter(node => node.connected);
   fill($("again-node"), choicesOf(nodes.map(node => [node.nodeId, node.displayName])));
@@ -28657,14 +29666,23 @@ function openAgain(row, job) {
   setText($("again-note"), dotted(
     !isHere && `${job.nodeName} is not connected`,
     job.cwd && `in ${job.cwd}`,
-    "Its output appears under Activity."));
+    againChat ? "Its output appears in this chat."
+      : "Its output appears under Activity."));
   $("again").showModal();
 }
 
 async function runAgain() {
   const {command, cwd, timeoutMs} = againJob;
+  const nodeId = $("again-node").value;
+  if (againChat) {
+    $("again").close();
+    const isThere = nodeId === againJob.nodeId && cwd;
+    againChat.post(command, {model: SHELL, nodeId, ...(isThere && {directory: cwd})});
+    transcript.resume();
+    return;
+  }
   const spec = {command, ...(cwd && {cwd}), ...(timeoutMs && {timeout: timeoutMs})};
-  const jobs = [{node: $("again-node").value}];
+  const jobs = [{node: nodeId}];
   const answer = await attempt("job.start", {jobs, work: "run", spec, keep: true});
   if (!answer) return;
   $("again").close();
@@ -29016,6 +30034,171 @@ function forgetKey() {
   $("key-name").value = "";
 }
 
+// == view: palette ==
+
+const isApple = /Mac|iPhone|iPad/.test(navigator.platform);
+const PALETTE_KEY = isApple ? "⌘K" : "Ctrl+K";
+const RESULTS_SHOWN = 50;
+const UNASKED = 5; // of a kind, while nothing is typed
+const SHORTCUTS = [
+  [PALETTE_KEY, "Go to a machine, chat, command, view or action"],
+  ["?", "This help"],
+  ["Enter", "Send; with Shift it begins a new line"],
+  ["↑ ↓", "Earlier messages, from the first or the last line"],
+  ["Ctrl+C", "Stop what runs, while nothing is selected"],
+  ["A, D", "Approve or deny the command that asks"],
+  ["Esc", "Close what is open"],
+];
+const palette = {found: [], active: 0, past: [], timer: 0};
+
+// Return what one can go to or do, by kind; each with its name and a detail.
+function paletteItems() {
+  const machines = inOrder(state.nodes);
+  const view = (name, path) => ["View", name, "", () => go(ROOT + path)];
+  const action = (needs, name, run, detail = "") =>
+    may(needs) && ["Action", name, detail, run];
+  const ran = [...state.jobs.values()].sort((a, b) => b.seq - a.seq);
+  const isCommand = job => (job.work ?? "run") === "run";
+  const commands =
+    [...palette.past, ...ran].filter(isCommand).map(({command}) => command);
+  return [
+    ...state.sessions.filter(entry => !entry.archived).map(entry =>
+      ["Chat", sessionName(entry), sessionNode(entry).displayName,
+        () => go(chatPath(entry.key))]),
+    ...machines.map(node =>
+      ["Machine", node.displayName, nodeDetail(node), () => go(nodePath(node))]),
+    view("Activity", "/activity/"), view("Nodes", "/nodes"),
+    view("Models", "/settings/models"), view("Access", "/settings/access"),
+    action("write", "New chat", newChat),
+    action("pairing", "Add a machine", openToken),
+    action("admin", "Add a provider of models", () => openProvider()),
+    action("read", "Keyboard help", openShortcuts),
+    action("read", wraps() ? "Scroll long lines" : "Wrap long lines", switchWrap),
+    ...machines.filter(node => node.connected).map(node =>
+      action("write", `Use ${node.displayName} in the chat`, () => useNode(node))),
+    ...state.running.map(({id, command, nodeName}) =>
+      action("write", `Stop ${command}`, () => stopJob(id), nodeName)),
+    action("read", "Sign out", signOut),
+    ...[...new Set(may("write") ? commands : [])].map(command =>
+      ["Command", command, "", () => typeCommand(command)]),
+  ].filter(Boolean);
+}
+
+// Return how well an item fits: the lower the better, Infinity if it does not.
+function paletteRank([kind, name, detail], typed) {
+  const label = name.toLowerCase();
+  if (label.startsWith(typed)) return 0;
+  if (label.split(/[^\p{L}\p{N}]+/u).some(word => word.startsWith(typed))) return 1;
+  if (label.includes(typed)) return 2;
+  const all = `${label} ${detail} ${kind}`.toLowerCase();
+  return typed.split(/\s+/).every(word => all.includes(word)) ? 3 : Infinity;
+}
+
+function findInPalette() {
+  const typed = $("palette-text").value.trim().toLowerCase();
+  const items = paletteItems();
+  if (!typed) {
+    const seen = {};
+    return items.filter(([kind]) => (seen[kind] = (seen[kind] || 0) + 1) <= UNASKED);
+  }
+  const ranked = items.map(item => [paletteRank(item, typed), item]);
+  return ranked.filter(([rank]) => rank < Infinity).sort((a, b) => a[0] - b[0])
+    .slice(0, RESULTS_SHOWN).map(([, item]) => item);
+}
+
+function drawPalette() {
+  palette.found = findInPalette();
+  const {found} = palette;
+  palette.active = Math.max(0, Math.min(palette.active, found.length - 1));
+  patch($("palette-list"), found.map(([kind, name, detail], n) =>
+    h("li", {id: `palette-${n}`, role: "option",
+      class: n === palette.active && "active",
+      "aria-selected": String(n === palette.active)},
+      h("span", {class: kind === "Command" ? "name mono" : "name"}, visible(name)),
+      h("span", {class: "detail"}, detail), h("span", {class: "kind"}, kind))));
+  $("palette-none").hidden = found.length > 0;
+  const active = $(`palette-${palette.active}`);
+  $("palette-text").setAttribute("aria-activedescendant", active?.id || "");
+  active?.scrollIntoView({block: "nearest"});
+}
+
+// Look for what is typed, also among the commands that only the gateway knows.
+function searchPalette() {
+  palette.active = 0;
+  drawPalette();
+  clearTimeout(palette.timer);
+  palette.timer = setTimeout(async () => {
+    const query = $("palette-text").value.trim();
+    const params = {query, limit: UNASKED * 4};
+    const past = await link.call("job.list", params).catch(() => []);
+    if (!$("palette").open || $("palette-text").value.trim() !== query) return;
+    palette.past = past;
+    drawPalette();
+  }, 150);
+}
+
+function openPalette() {
+  if ($("palette").open) $("palette").close();
+  else if (!document.querySelector("dialog[open]") && !$("app").hidden) {
+    openSidebar(false);
+    $("palette-text").value = "";
+    $("palette").showModal();
+    searchPalette();
+  }
+}
+
+function choosePalette(n) {
+  const item = palette.found[n];
+  if (!item) return;
+  $("palette").close();
+  item[3]();
+}
+
+function paletteKey(event) {
+  if (isComposing(event)) return;
+  const steps = {ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8};
+  if (event.key in steps) {
+    palette.active += steps[event.key];
+    drawPalette();
+  } else if (event.key === "Enter") choosePalette(palette.active);
+  else return;
+  event.preventDefault();
+}
+
+// Put a command into the composer; ↓ brings back what was typed there.
+function typeCommand(command) {
+  go(chatPath(lastKey()));
+  const chat = currentChat();
+  const before = chat.draft;
+  chat.draft = namesOf(currentSession()).shell ? command : `!${command}`;
+  if (shownChat === chat) {
+    showDraft(chat);
+    keepDraft();
+    const place = earlierTexts().length - 1; // as if ↑ had been pressed
+    if (before) Object.assign(recall, {place, draft: before});
+  }
+  requestAnimationFrame(() => $("text").focus()); // its view is drawn by then
+}
+
+function openShortcuts() {
+  fill($("shortcuts-list"),
+    SHORTCUTS.map(([keys, what]) => [h("dt", keys), h("dd", what)]));
+  $("shortcuts").showModal();
+}
+
+// The keys that work in every view.
+function anyKey(event) {
+  if (event.defaultPrevented || isComposing(event) || event.altKey) return;
+  const {key, ctrlKey, metaKey, target} = event;
+  const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
+  const isHeld = isApple ? metaKey && !ctrlKey : ctrlKey && !metaKey;
+  if (key.toLowerCase() === "k" && isHeld) openPalette();
+  else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
+    !document.querySelector("dialog[open]")) openShortcuts();
+  else return;
+  event.preventDefault();
+}
+
 // == sign-in ==
 
 async function signIn(key) {
@@ -29143,6 +30326,9 @@ const CLICKS = {
   },
   "models-more": () => showModels({limit: Infinity}),
   "key-done": forgetKey,
+  "to-palette": openPalette,
+  "shortcuts-done": () => $("shortcuts").close(),
+  fold: () => foldPickers($("pickers").classList.contains("open")),
 };
 
 function start() {
@@ -29187,6 +30373,17 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", () => useModel($("model-name").value.trim()));
   onSubmit("provider-form", saveProvider);
+  on(document, "keydown", anyKey);
+  on($("palette-text"), "input", searchPalette);
+  on($("palette-text"), "keydown", paletteKey);
+  on($("palette-list"), "click", ({target}) =>
+    choosePalette([...$("palette-list").children].indexOf(target.closest("li"))));
+  on($("palette"), "click", ({target}) =>
+    target === $("palette") && $("palette").close()); // the backdrop
+  setText(document.querySelector("#to-palette kbd"), PALETTE_KEY);
+  on(document, "pointerdown", ({target}) =>
+    target.closest("#pickers, #fold") || foldPickers(true));
+  on($("pickers"), "keydown", event => event.key === "Escape" && foldPickers(true));
   onSubmit("key-form", createKey);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
@@ -32310,8 +33507,12 @@ ESCAPE_HELP = """\
 ~d  leave it running; `moltis node attach {id}` goes back in
 ~?  show this
 ~~  type ~
-(each after Enter; the terminal is recorded; in it: {people})
+(each after Enter; the terminal is recorded; in it: {people};
+whose window changes last sets the size)
 """
+
+# Resets margins, characters, insert mode and attributes; the cursor stays.
+PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
 # What asks a terminal for an answer, which would be typed into the program: device
 # attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).
@@ -32402,6 +33603,33 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
+def person_words(person: JsonObject) -> str:
+    """Return who is in a terminal, as one of Job.people()."""
+    notes = [
+        *(["you"] if person.get("you") else []),
+        *(["sets the size"] if person.get("sizes") else []),
+    ]
+    name = printable(str(person.get("name")), 40)
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def people_news(before: Sequence[JsonObject], after: Sequence[JsonObject]) -> str:
+    """Return who came into a terminal, who left, and who took over its size."""
+    came = [printable(str(person.get("name")), 40) for person in after]
+    left = []
+    for person in before:
+        name = printable(str(person.get("name")), 40)
+        if name in came:
+            came.remove(name)
+        else:
+            left.append(name)
+    said = [*(f"{name} came in" for name in came), *(f"{name} left" for name in left)]
+    if any(person.get("you") and person.get("sizes") for person in before):
+        others = [p for p in after if p.get("sizes") and not p.get("you")]
+        said += [f"{printable(str(p.get('name')), 40)} sets the size" for p in others]
+    return "; ".join(said)
+
+
 class LeaveTerminal(Exception):
     """The person leaves: `how` is an action of EscapeKeys."""
 
@@ -32426,7 +33654,7 @@ class TerminalSession:
         self._away: dict[str, float] = {}  # monotonic, by name: since when
         self._notice = ""  # on the last line
         self._notice_until = 0.0  # monotonic
-        self._people: list[str] = []
+        self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
         self._is_fresh = job.position == 0 and not job.holds  # draw from nothing
@@ -32529,12 +33757,12 @@ class TerminalSession:
             action = self._actions.get()
             if action != "?":
                 raise LeaveTerminal(action)
-            people = ", ".join(self._people) or "you"
-            text = ESCAPE_HELP.format(id=self._job.id[:8], people=visible(people))
+            people = ", ".join(map(person_words, self._people)) or "you"
+            text = ESCAPE_HELP.format(id=self._job.id[:8], people=people)
             self._write(b"\r\n" + text.replace("\n", "\r\n").encode())
         if self._resized and self._may_type and not self._away and self._job.known:
             self._resized = False
-            self._send_size()
+            self._resize(**terminal_size(self._screen).to_json())
         if self._away:
             name, since = next(iter(self._away.items()))
             waited = time.monotonic() - since
@@ -32542,11 +33770,8 @@ class TerminalSession:
         elif self._notice and time.monotonic() >= self._notice_until:
             self._clear_notice()
 
-    def _send_size(self, *, redraw: bool = False) -> None:
-        size = terminal_size(self._screen)
-        flag = {"redraw": True} if redraw else {}
-        params = {"id": self._job.id, **size.to_json(), **flag}
-        self._feed.client.notify(JOB_RESIZE, params)
+    def _resize(self, **params: object) -> None:
+        self._feed.client.notify(JOB_RESIZE, {"id": self._job.id, **params})
 
     def _show(self, news: JobOutput) -> None:
         if news.cut:  # from here on it is another screen
@@ -32567,7 +33792,7 @@ class TerminalSession:
 
     def _begin_screen(self, mark: Mark | None) -> None:
         self._is_fresh = False
-        self._write(self._modes.undoing() + b"\x1b[!p\x1b[m\x1b[H\x1b[2J")
+        self._write(self._plain() + b"\x1b[H\x1b[2J")
         self._filter = QueryFilter()
         self._modes = TerminalModes(mark.modes if mark is not None else NOTHING)
         self._write(self._modes.restoring())
@@ -32581,17 +33806,10 @@ class TerminalSession:
         people = state.get("people")
         if people is None:
             return
-        names = [printable(str(person.get("name")), 40) for person in people]
-        came, left = ([*names], [*self._people])
-        for name in self._people:
-            if name in came:
-                came.remove(name)
-                left.remove(name)
-        if self._people:
-            said = [*(f"{n} came in" for n in came), *(f"{n} left" for n in left)]
-            if said and not self._away:
-                self._say("; ".join(said))
-        self._people = names
+        said = people_news(self._people, people)
+        if self._people and said and not self._away:
+            self._say(said)
+        self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
         """Note a link that was lost `before` ms ago, or that is back."""
@@ -32614,7 +33832,7 @@ class TerminalSession:
             rows = terminal_size(self._screen).rows
             self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % rows)
             if self._may_type:
-                self._send_size(redraw=True)
+                self._resize(redraw=True)
 
     def _write(self, data: bytes) -> None:
         """Raises LeaveTerminal where our terminal was closed."""
@@ -32624,13 +33842,17 @@ class TerminalSession:
         except OSError:
             raise LeaveTerminal(".") from None
 
+    def _plain(self) -> bytes:
+        """Return what gives our terminal its own modes back, after any cut (CAN)."""
+        return b"\x18" + self._modes.undoing() + PLAIN_SCREEN
+
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
             if self._notice:
                 self._may_type = False  # nothing is to be drawn for us
                 self._clear_notice()
-            self._write(self._filter.flush() + self._modes.undoing() + b"\x1b[m")
+            self._write(self._filter.flush() + self._plain())
 
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
@@ -33907,12 +35129,18 @@ def ask_approval(output: Output, command: JsonObject) -> str:
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    work = command.get("work", "run")
+    if "diff" in command:
+        output.say(visible(command["diff"]))
     risks = command.get("approval", {}).get("risks")
     if risks:
         output.say(f"It {visible(', '.join(risks))}.")
     drop_typed_input()
     while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        always = ", [a]lways on this node in this session"
+        if work in ("file.list", "file.read"):
+            always = ", [a]lways read files on this node in this session"
+        sys.stderr.write(f"[y]es, [n]o{'' if work == 'file.write' else always}: ")
         sys.stderr.flush()
         try:
             line = sys.stdin.readline()
@@ -33920,8 +35148,9 @@ def ask_approval(output: Output, command: JsonObject) -> str:
             continue
         if not line:
             return "deny"
-        if line.strip().lower() in APPROVAL_ANSWERS:
-            return APPROVAL_ANSWERS[line.strip().lower()]
+        answer = APPROVAL_ANSWERS.get(line.strip().lower())
+        if answer and (answer, work) != ("always", "file.write"):
+            return answer
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:

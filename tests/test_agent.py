@@ -493,7 +493,7 @@ def test_a_stream_without_end_is_no_answer(chat):
         ("nodes_describe", {}, "node is missing"),
         ("nodes_select", {"node": "mars"}, "there is Local, GPU box, Pi"),
         ("nodes_list", {"all": True}, "it has filter"),
-        ("reboot", {}, "there is exec, exec_status, nodes_list"),
+        ("reboot", {}, "there is exec, exec_status, file_read"),
     ],
 )
 def test_a_wrong_call_gets_a_sentence_that_helps(chat, name, arguments, sentence):
@@ -520,7 +520,8 @@ def test_without_nodes_no_node_is_offered(machines):
     model = Scripted(says("ok"))
     chat.run(model)
     tools = model.asked[0][1]
-    assert [tool.name for tool in tools] == ["exec", "exec_status"]
+    names = ["exec", "exec_status", "file_read", "file_write", "file_edit", "file_list"]
+    assert [tool.name for tool in tools] == names
     assert not any("node" in tool.parameters["properties"] for tool in tools)
 
 

@@ -114,6 +114,10 @@ def test_the_tools_are_those_of_the_agent(client):
     assert [tool["name"] for tool in tools] == [
         "exec",
         "exec_status",
+        "file_read",
+        "file_write",
+        "file_edit",
+        "file_list",
         "nodes_list",
         "nodes_describe",
         "nodes_select",
@@ -384,7 +388,9 @@ def test_a_tool_that_is_not_there_is_an_error_that_lists_those_that_are(client):
     assert "nodes_list" in error["message"]
 
 
-def test_each_tool_has_a_title_and_annotations_and_results_that_fit_its_schema(client):
+def test_each_tool_has_a_title_and_annotations_and_results_that_fit_its_schema(
+    client, tmp_path
+):
     tools = {
         tool["name"]: tool
         for tool in client.request("t", "tools/list")["result"]["tools"]
@@ -393,6 +399,10 @@ def test_each_tool_has_a_title_and_annotations_and_results_that_fit_its_schema(c
     assert reads == {
         "exec": False,
         "exec_status": False,
+        "file_read": True,
+        "file_write": False,
+        "file_edit": False,
+        "file_list": True,
         "nodes_list": True,
         "nodes_describe": True,
         "nodes_select": True,
@@ -402,6 +412,10 @@ def test_each_tool_has_a_title_and_annotations_and_results_that_fit_its_schema(c
     calls = {
         "exec": {"command": "echo out; echo err >&2; kill -9 $$"},
         "exec_status": {"id": started["id"], "wait": 30},
+        "file_write": {"path": f"{tmp_path}/f", "content": "a\r\nb\r\n"},
+        "file_read": {"path": f"{tmp_path}/f", "limit": 1},
+        "file_edit": {"path": f"{tmp_path}/f", "old": "a", "new": "b"},
+        "file_list": {"path": str(tmp_path)},
         "nodes_list": {},
         "nodes_describe": {"node": "local"},
         "nodes_select": {"node": "local"},
@@ -683,7 +697,7 @@ def test_each_version_of_the_older_era_is_agreed_on(web):
         result = web.request("initialize", {"protocolVersion": version}).json["result"]
         assert result["protocolVersion"] == version
         answer = web.request("tools/list", MCP_Protocol_Version=version)
-        assert len(answer.json["result"]["tools"]) == 4
+        assert len(answer.json["result"]["tools"]) == 8
     answer = web.request("initialize", {"protocolVersion": "1999-01-01"})
     assert answer.json["result"]["protocolVersion"] == "2025-11-25"
     assert answer.headers["Mcp-Session-Id"] is None
