@@ -5844,6 +5844,18 @@ def terminal_environment(
     return env
 
 
+def _read_what_waits(descriptor: int, most: int) -> bytes:
+    """Return what a terminal has, which gives it in pieces of 4095 bytes (Linux)."""
+    data = b""
+    with contextlib.suppress(OSError):  # nothing now, or its end: the next read says it
+        while len(data) < most:
+            piece = os.read(descriptor, most - len(data))
+            if not piece:
+                break
+            data += piece
+    return data
+
+
 def _bytes_ready(descriptor: int) -> int:
     import fcntl
     import termios
@@ -6192,6 +6204,8 @@ class Command:
             return False
         try:
             data = os.read(descriptor, min(room, READ_PAGES))
+            if group.terminal is not None:
+                data += _read_what_waits(descriptor, min(room, READ_PAGES) - len(data))
         except BlockingIOError:
             return False
         except OSError as error:
@@ -6223,6 +6237,7 @@ class Command:
             data = self._input.peek()
         try:
             self._consume(os.write(descriptor, data))
+            self._small_read_at = -math.inf  # the echo of a key does not rest
         except BlockingIOError:
             return
         except OSError as error:
