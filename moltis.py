@@ -12663,7 +12663,7 @@ class JobRecord(Value):
     id: str  # UUID, chosen by the caller
     node_id: str
     node_name: str
-    caller_kind: str  # "operator", "chat" or "model"
+    caller_kind: str  # "shell", "MCP", "page", "API", "chat", "model"; once "operator"
     caller_name: str
     asked_at: int
     caller_id: str = ""  # of the operator key
@@ -14196,6 +14196,13 @@ SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
 
 DEVICE = "device"
 OPERATOR = "operator"
+# What an operator asks through, as History shows it.
+CLIENTS: Mapping[str, str] = {  # by the first word of a WebSocket client's id
+    "shell": "shell",
+    "mcp": "MCP",
+    "page": "page",
+}
+API = "API"  # any other client
 
 
 class Caller(Value):
@@ -14207,6 +14214,7 @@ class Caller(Value):
     scopes: Sequence[str] = ()
     login_id: str | None = None  # of a browser's sign-in
     address: str = ""
+    client: str = API  # of CLIENTS, or API
 
     def may(self, scope: str) -> bool:
         """Return whether the caller has `scope`, or one that includes it."""
@@ -15494,7 +15502,7 @@ def log_text(data: bytes) -> str:
 class Origin(Value):
     """The caller of a job, for its row."""
 
-    kind: str  # "operator", "chat" (a person's command in a chat), "model"
+    kind: str  # the caller's client, "chat" (a person's command there), "model"
     id: str  # of the key
     name: str
     address: str = ""
@@ -18804,9 +18812,7 @@ class Turn(Value):
     def origin(self, session_key: str) -> Origin:
         """Return who asks for the commands, for the audit."""
         caller = self.asked_by
-        origin = Origin(
-            caller.kind, caller.id, caller.name, caller.address, session_key
-        )
+        origin = Origin("chat", caller.id, caller.name, caller.address, session_key)
         if self.is_typed:
             return origin
         return origin.replace(
@@ -20377,7 +20383,7 @@ def gathered_answer(gathering: Gathering) -> JsonObject:
 
 
 def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
+    return Origin(caller.client, caller.id, caller.name, caller.address)
 
 
 def check_reader(job: Job, caller: Caller) -> None:
@@ -21717,7 +21723,8 @@ class Gateway:
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
-        caller = identity.caller
+        client = CLIENTS.get(identity.params.client_id.partition("-")[0], API)
+        caller = identity.caller.replace(client=client)
         peer = OperatorPeer(ws, caller, self.rpc.call, self._jobs)
         if not caller.may(Scope.ADMIN):
             ws.shared_room = partial(self._shares.room, caller.id)
@@ -23727,15 +23734,17 @@ class HttpApp:
     def caller(self, request: HttpRequest) -> Caller:
         """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
         caller = self._bearer(request)
+        client = CLIENTS["mcp"] if request.path == MCP_PATH else API
         # A page at this path could not be told from a program that has the cookie.
         if caller is None and request.path != MCP_PATH:
             caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
+            client = CLIENTS["page"]
         if caller is None:
             raise RpcError(
                 "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
             )
         request.on_identified(caller)
-        return caller
+        return caller.replace(client=client)
 
     def _bearer(self, request: HttpRequest) -> Caller | None:
         """Return the operator whose key was sent, or None.  Raises RpcError."""
@@ -28959,6 +28968,13 @@ const FILE_QUESTIONS = {
   "file.write": "The model wants to make this change on ",
 };
 
+// Return who asked for a job, and through what: shell, MCP, API, page or chat.
+function callerOf({callerName, callerKind}) {
+  // A model's name says it; older rows do not know.
+  const isPlain = !callerKind || ["model", "operator"].includes(callerKind);
+  return isPlain ? callerName || "" : `${callerName} (${callerKind})`;
+}
+
 // One command from the first moment to its last: machine, command line, state, output.
 class CommandCard {
   // In a chat, `box` scrolls; a row of the list of all jobs is shut at first.
@@ -29064,9 +29080,9 @@ class CommandCard {
 
   // Show what a list of all jobs says more than a chat.
   drawRow(job) {
-    const {askedAt, sessionKey, callerName} = job || this.row;
+    const {askedAt, sessionKey} = job || this.row;
     const chat = sessionKey && {href: chatPath(sessionKey)};
-    const by = callerName || "";
+    const by = callerOf(job || this.row);
     fillIfChanged(this.who, [by, sessionKey], () =>
       chat ? h("a", chat, by || "Chat") : by);
     this.who.title = by;
@@ -31179,7 +31195,7 @@ const RESULTS = {
 
 // Return what an opened row says of its job.
 function factsOf(job) {
-  const {callerName, address, askedAt, decidedBy, timeoutMs, kept: isKept} = job;
+  const {address, askedAt, decidedBy, timeoutMs, kept: isKept} = job;
   const total = outputSize(job);
   const isGone = !isOpen(job) && total > 0 && state.logs.get(job.id)?.isComplete &&
     !state.logs.get(job.id).terminal.count;
@@ -31189,7 +31205,7 @@ function factsOf(job) {
       ? "its output is no longer kept"
       : !isOpen(job) && !total && "no output";
   return capitalized(dotted(
-    `asked by ${callerName}${address ? ` from ${address}` : ""}`,
+    `asked by ${callerOf(job)}${address ? ` from ${address}` : ""}`,
     fullFormat.format(askedAt), decidedBy && `decided by ${decidedBy}`,
     timeoutMs && `ends after ${formatDuration(timeoutMs / 1000)}`, output));
 }
@@ -32137,14 +32153,18 @@ class OperatorClient:
         api_key: str,
         trust: TlsTrust | None = None,
         on_news: NewsHandler = ignore_news,
+        client: str = "shell",
     ) -> None:
         """`url` is the gateway's address; `on_news` runs in the reading thread.
+
+        `client`, of CLIENTS, is what the gateway records of jobs.
 
         Raises Unreachable, or Refused for a key that is not accepted or a certificate
         that is not trusted.
         """
         self._url = url
         self._on_news = on_news
+        self._client = client
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
         self.scopes: Sequence[str] = ()
@@ -32224,7 +32244,7 @@ class OperatorClient:
     def _connect(self, api_key: str) -> None:
         params = ConnectParams(
             role="operator",
-            client_id=f"cli-{os.getpid()}",
+            client_id=f"{self._client}-{os.getpid()}",
             version=__version__,
             platform=platform_name(),
         )
@@ -33231,7 +33251,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
 #       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
-#       Fleet, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -33663,14 +33683,18 @@ def warn_about_plain_text(url: str, output: Output) -> None:
 
 
 def operator_client(
-    args: argparse.Namespace, context: Context, on_news: NewsHandler = ignore_news
+    args: argparse.Namespace,
+    context: Context,
+    on_news: NewsHandler = ignore_news,
+    client: str = "shell",
 ) -> OperatorClient:
     """Raises Unreachable or Refused."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
     try:
-        return OperatorClient(url, key, operator_trust(args, context, url), on_news)
+        trust = operator_trust(args, context, url)
+        return OperatorClient(url, key, trust, on_news, client)
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -35111,12 +35135,20 @@ def people_words(row: JsonObject) -> str:
     return ", ".join(person["name"] for person in row.get("people", ())) or "nobody"
 
 
+def caller_words(row: JsonObject) -> str:
+    """Return who asked for a job, and through what."""
+    name, kind = row["callerName"], row["callerKind"]
+    # A model's name says it; older rows do not know.
+    return str(name) if kind in (MODEL_CALLER, OPERATOR) else f"{name} ({kind})"
+
+
 JOB_COLUMNS: Mapping[str, Column] = {
     ID: "id",
     "NODE": "nodeName",
     "STATE": lambda row: one_line(row["words"], 40),
     "IN IT": lambda row: one_line(people_words(row), 40) or "-",
     "ASKED": time_column("askedAt"),
+    "BY": lambda row: one_line(caller_words(row), 30),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
 }
@@ -36253,7 +36285,7 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 
     Raises UserError, BrokenPipeError.
     """
-    client = LastingClient(partial(operator_client, args, context))
+    client = LastingClient(partial(operator_client, args, context, client="mcp"))
     stop, broken = StopSignal(), []
 
     def write(line: str) -> None:
