@@ -534,7 +534,7 @@ def test_commands_of_chats_are_in_the_audit(gateway, chat):
     assert row["command"] == "exit 4"
     assert row["exitCode"] == 4
     assert row["sessionKey"] == "main"
-    assert row["callerKind"] == "operator"
+    assert row["callerKind"] == "chat"
     assert gateway.call("job.list", state="failed") == [row]
     assert gateway.call("job.list", state="cancelled") == []
     assert gateway.call("job.list", before=row["seq"]) == []
