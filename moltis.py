@@ -4371,6 +4371,12 @@ def decode_mark(data: bytes) -> Mark | None:
     return None
 
 
+def _mode_sequence(name: str, value: bool) -> bytes:
+    if name == "66":  # the keypad: DECNKM is not known everywhere
+        return b"\x1b=" if value else b"\x1b>"
+    return b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+
+
 class TerminalModes:
     """The modes of a terminal that differ from its start, read from its output.
 
@@ -4411,7 +4417,7 @@ class TerminalModes:
     def restoring(self) -> bytes:
         """Return what a terminal has to be sent to take over these modes."""
         return b"".join(
-            b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
+            _mode_sequence(name, value)
             for name, value in self.changed.items()
             if name not in KEYBOARD_OFF
         )
@@ -4419,8 +4425,7 @@ class TerminalModes:
     def undoing(self) -> bytes:
         """Return what switches these modes off in a terminal that has them."""
         return b"".join(
-            KEYBOARD_OFF.get(name)
-            or b"\x1b[?%b%b" % (name.encode("ascii"), b"l" if value else b"h")
+            KEYBOARD_OFF.get(name) or _mode_sequence(name, not value)
             for name, value in self.changed.items()
         )
 
@@ -4875,6 +4880,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+TERMINAL_CHUNK = (
+    2048  # bytes; the same for a terminal, which gives 4095 at most (Linux)
+)
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 USUAL_PLACES = (  # of programs, from the home directory on
@@ -5872,10 +5880,11 @@ class Command:
         self._working_dir = working_dir
         self._inherited = inherited
         self._on_input = on_input
-        self._lock = threading.Lock()  # guards the next six
+        self._lock = threading.Lock()  # guards the next seven
         # At a terminal several may type: each is a window ahead of the program.
         self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
-        self._resizing: tuple[TerminalSize, bool] | None = None  # wanted; redraw anyway
+        self._new_size: TerminalSize | None = None  # wanted
+        self._redraws = False  # its programs are to draw anew
         self._input_reported = 0  # offset
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
@@ -5926,17 +5935,18 @@ class Command:
             self._input.add(offset, data)
         self._wake()
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
-        """Change the terminal's size; `redraw`: have programs draw anew in any case.
+    def resize(self, size: TerminalSize | None) -> None:
+        """Change the terminal's size; None: have programs draw anew at the one it has.
 
         Raises RpcError for a command without a terminal, and for an odd size.
         """
-        size.check()
         if self.spec.tty is None:
             raise RpcError("INVALID_REQUEST", "the command has no terminal")
         with self._lock:
-            before = self._resizing is not None and self._resizing[1]
-            self._resizing = (size, redraw or before)
+            if size is None:
+                self._redraws = True
+            else:
+                self._new_size = size.check()
         self._wake()
 
     def cancel(self, reason: str = "") -> None:
@@ -6075,16 +6085,17 @@ class Command:
         For a redraw it is one column off for REDRAW_PAUSE.
         """
         with self._lock:
-            wanted, self._resizing = self._resizing, None
+            size, self._new_size = self._new_size, None
+            redraws, self._redraws = self._redraws, False
         assert self._size is not None
         if terminal.master not in (self._group.outputs if self._group else ()):
             return False  # it is closed
-        changed = wanted is not None and wanted[0] != self._size
-        if wanted is not None and changed:
-            self._size, self._redraw_at = wanted[0], None
+        changed = size is not None and size != self._size
+        if size is not None and changed:
+            self._size, self._redraw_at = size, None
             terminal.resize(self._size)
             self._mark()
-        elif wanted is not None and wanted[1]:
+        elif redraws:
             cols = self._size.cols - 1 or 2
             terminal.resize(TerminalSize(self._size.rows, cols))
             self._redraw_at = time.monotonic() + REDRAW_PAUSE
@@ -6200,7 +6211,7 @@ class Command:
             self._modes.feed(data)
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        if len(data) < LINE_CHUNK:
+        if len(data) < (LINE_CHUNK if group.terminal is None else TERMINAL_CHUNK):
             now = time.monotonic()
             if now - self._small_read_at < LINE_PAUSE:
                 self._rest_until = now + LINE_PAUSE
@@ -10356,7 +10367,7 @@ class Task(Protocol):
     def input(self, offset: int, data: bytes) -> None:
         """Raises RpcError."""
 
-    def resize(self, size: TerminalSize, *, redraw: bool) -> None:
+    def resize(self, size: TerminalSize | None) -> None:
         """Raises RpcError."""
 
     def cancel(self, reason: str = "") -> None: ...
@@ -10413,7 +10424,7 @@ class Errand:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
-    def resize(self, _size: TerminalSize, *, redraw: bool) -> None:  # noqa: ARG002
+    def resize(self, _size: TerminalSize | None) -> None:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work has no terminal")
 
@@ -10857,11 +10868,14 @@ class Machine:
         if job is not None and job.task is not None:
             job.task.input(offset, data)
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        """Change a terminal's size.  Raises RpcError for a job without one."""
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size, or have it drawn anew (None).
+
+        Raises RpcError for a job without one.
+        """
         job = self._get(job_id)
         if job is not None and job.task is not None:
-            job.task.resize(size, redraw=redraw)
+            job.task.resize(size)
 
     def held(self) -> dict[str, int]:
         """Return the first offset held of each log, by id, the oldest first."""
@@ -11265,11 +11279,9 @@ class GatewayLink:
         )
 
     def _on_resize(self, payload: JsonObject) -> None:
-        self._machine.resize(
-            required(payload, "id", str),
-            TerminalSize.from_json(payload),
-            redraw=optional(payload, "redraw", bool) or False,
-        )
+        has_size = "rows" in payload  # otherwise it is drawn anew
+        size = TerminalSize.from_json(payload) if has_size else None
+        self._machine.resize(required(payload, "id", str), size)
 
 
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
@@ -14563,9 +14575,8 @@ class NodeLink(Protocol):
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        """Change a terminal's size; None: have it drawn anew at the one it has."""
 
     def answers(self, timeout: float) -> bool:
         """Return whether the connection is alive, after `timeout` s at most."""
@@ -15408,7 +15419,8 @@ class Job:
         self.typing = threading.Lock()
         self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
-        self.input_end = 0  # those that were sent to it; of a terminal
+        # Those that were sent to it, of a terminal; None: its node has to say it first.
+        self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # wanted since it was started
         self.input_resumes = 0  # requests of the node to resend input from there
@@ -15445,13 +15457,14 @@ class Job:
     def is_terminal(self) -> bool:
         return self.record.work == TERMINAL
 
-    def people(self) -> list[JsonObject]:
+    def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
-        return [
-            {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
-            for f in self.followers
-            if f.person and self.is_terminal
-        ]
+        people = []
+        for f in self.followers if self.is_terminal else ():
+            if f.person:
+                row = {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+                people.append({**row, "you": True} if f is you else row)
+        return people
 
     def screen(self) -> int:
         """Return where somebody who comes late starts to read a terminal: a mark."""
@@ -15768,8 +15781,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-                    previous.lost_at = job.input_end
-            job.empty_since = None
+                    previous.lost_at = job.input_end or 0
+            if follower.person:
+                job.empty_since = None
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
         if follower.person and job.is_terminal:
@@ -15784,7 +15798,7 @@ class Jobs:
             held = job.holder is follower
             if job.sized_by is follower:
                 job.sized_by = None
-            if not any(f.person for f in job.followers):
+            if follower.person and not any(f.person for f in job.followers):
                 job.empty_since = time.monotonic()
             if held:
                 job.holder = None
@@ -15917,7 +15931,7 @@ class Jobs:
             if job.holder is not follower:
                 raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
             if job.is_terminal:
-                if offset > job.input_end:
+                if job.input_end is None or offset > job.input_end:
                     return  # sent before it was asked to go on elsewhere
                 job.input_end = max(job.input_end, offset + len(data))
             # No follower and no other lock is reached from here.
@@ -15938,14 +15952,8 @@ class Jobs:
 
     def redraw(self, job: Job) -> None:
         """Have the programs of a terminal draw it anew, for one who comes late."""
-        size = self.size_of(job)
-        if size is not None:
-            self._notify(job, lambda link: link.resize(job.id, size, redraw=True))
-
-    def size_of(self, job: Job) -> TerminalSize | None:
-        """Return the size of a terminal that has not ended."""
-        given = (job.record.spec or {}).get("tty")
-        return job.size or (TerminalSize.from_json(given) if given else None)
+        if job.is_terminal:
+            self._notify(job, lambda link: link.resize(job.id, None))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -16231,6 +16239,8 @@ class Jobs:
                     return  # tick() saves it, and sends it
             job.sent_over, job.away_since, job.was_sent = link, None, True
             record = job.record
+        with job.typing:
+            job.input_end = 0
         with contextlib.suppress(ConnectionClosed):  # came() sends it again
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
@@ -19521,9 +19531,9 @@ ENDING_FIELDS = (
 )
 
 
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
+def job_state(job: Job, people: Sequence[JsonObject]) -> JsonObject:
+    """Return the payload of the event `job.state`; `people` are those in a terminal."""
+    view = {**job_view(job), **({"people": people} if people else {})}
     state = {name: view[name] for name in STATE_FIELDS if name in view}
     if not job.record.is_open:
         state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
@@ -19592,12 +19602,15 @@ class ClientFollower:
         """Return the next message; only one thread at a time calls it."""
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
+        takes_input = _takes_input(record)
+        if job.is_terminal and job.input_end is None:
+            takes_input = False  # its node has to say how much arrived
         if self._held and not self.holds:
             self._held = False
             return encode_envelope(
                 Event(JOB_INPUT, {"id": job.id, "offset": self.lost_at, "held": False})
             )
-        if consumed != self._input and self.holds and _takes_input(record):
+        if consumed != self._input and self.holds and takes_input:
             payload: JsonObject = {"id": job.id, "offset": consumed[0]}
             if self._input is None or consumed[1] != self._input[1]:
                 payload["resume"] = True
@@ -19606,7 +19619,7 @@ class ClientFollower:
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
         # Read before the log: an ending follows all bytes.
-        people = job.people()
+        people = job.people(self)
         state = (record.state, job.place, job.away_since is not None, people)
         newest = None if self.holds else self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -19625,7 +19638,7 @@ class ClientFollower:
         self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
-        return encode_envelope(Event(JOB_STATE, job_state(job)))
+        return encode_envelope(Event(JOB_STATE, job_state(job, people)))
 
 
 class OperatorPeer:
@@ -19710,7 +19723,9 @@ class OperatorPeer:
             if job.sized_by is before:
                 job.sized_by = follower
             self._jobs.unfollow(job, before, leaves=False)
-        elif not opens:
+        elif opens:
+            job.sized_by = follower  # it was asked for with a size
+        else:
             self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
 
@@ -20353,10 +20368,18 @@ class JobMethods:
         return job_view(job)
 
     def resize(
-        self, call: RpcCall, job: Job, rows: int, cols: int, redraw: bool
+        self, call: RpcCall, job: Job, rows: int | None, cols: int | None, redraw: bool
     ) -> None:
-        by = None if call.peer is None else call.peer.follower_of(job)
-        self._jobs.resize(job, TerminalSize(rows, cols), by)
+        """Give a terminal the caller's size, or have it drawn anew at the one it has.
+
+        Raises RpcError for a job without a terminal, and for half a size.
+        """
+        if rows is None or cols is None:
+            if rows is not cols or not redraw:
+                raise RpcError("INVALID_REQUEST", "a size takes rows and cols")
+        else:
+            by = None if call.peer is None else call.peer.follower_of(job)
+            self._jobs.resize(job, TerminalSize(rows, cols), by)
         if redraw:
             self._jobs.redraw(job)
 
@@ -20755,8 +20778,8 @@ class Rpc:
                 *(jobs.resize, write),
                 call=RpcCall,
                 job=jobs.job,
-                rows=int,
-                cols=int,
+                rows=number,
+                cols=number,
                 redraw=flag,
             ),
             "sessions.list": Method(chats.all, read),
@@ -20968,9 +20991,8 @@ class NodePeer:
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
 
-    def resize(self, job_id: str, size: TerminalSize, *, redraw: bool = False) -> None:
-        flag = {"redraw": True} if redraw else {}
-        self._notify(JOB_RESIZE, {"id": job_id, **size.to_json(), **flag})
+    def resize(self, job_id: str, size: TerminalSize | None) -> None:
+        self._notify(JOB_RESIZE, {"id": job_id, **(size.to_json() if size else {})})
 
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
@@ -21142,9 +21164,7 @@ class MoltisPeer(NodePeer):
             self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
-    def resize(
-        self, job_id: str, size: TerminalSize, *, redraw: bool = False
-    ) -> None: ...
+    def resize(self, job_id: str, size: TerminalSize | None) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
@@ -24256,6 +24276,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-close" d="m5 5 10 10M15 5 5 15"/>
 <path id="i-down" d="m6 8 4 4 4-4"/>
 <path id="i-back" d="m11 5-5 5 5 5M6 10h10"/>
+<path id="i-find" d="M8.5 3.5a5 5 0 1 0 0 10 5 5 0 0 0 0-10M12.5 12.5l4 4"/>
 <path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
 <path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
@@ -24389,6 +24410,8 @@ is also in a file on the gateway’s machine:</p>
 </div>
 <button id="new-chat" class="button wide" data-needs="write"
  data-icon="plus">New chat</button>
+<button id="to-palette" class="bare" aria-haspopup="dialog" data-icon="find">Go to
+<kbd class="count"></kbd></button>
 <a id="to-activity" href="/activity/" data-icon="list">Activity <span
  id="running-count" class="count"></span></a>
 <ul id="running" aria-label="Running"></ul>
@@ -24424,7 +24447,11 @@ ends?</p><button id="notify-yes" class="button small">Notify me</button>
 <button id="open-sidebar" class="bare phone" aria-label="Open menu"
  aria-expanded="false" aria-controls="sidebar" data-icon="menu"></button>
 <h1 id="chat-title"></h1>
-<div class="pickers">
+<button id="fold" class="pick" aria-expanded="false" aria-controls="pickers"
+ data-icon="down">
+<span class="dot" id="fold-dot"></span><span class="pick-label" id="fold-label"></span>
+</button>
+<div id="pickers" class="pickers">
 <div class="picker"><button id="model-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="model-list" class="choices" role="listbox" aria-label="Model" tabindex="-1"
@@ -24616,6 +24643,21 @@ dials out.</p>
 </div>
 </dialog>
 
+<dialog id="palette" aria-label="Go to">
+<input id="palette-text" role="combobox" aria-expanded="true" aria-autocomplete="list"
+ aria-controls="palette-list" aria-label="Machine, chat, command, view or action"
+ placeholder="Machine, chat, command, view or action" autocomplete="off">
+<ul id="palette-list" role="listbox" aria-label="Results"></ul>
+<p id="palette-none" class="lead" hidden>Nothing matches.</p>
+</dialog>
+
+<dialog id="shortcuts" aria-labelledby="shortcuts-title">
+<h2 id="shortcuts-title">Keyboard</h2>
+<dl id="shortcuts-list" class="facts"></dl>
+<div class="actions"><button id="shortcuts-done" class="button main"
+ autofocus>Done</button></div>
+</dialog>
+
 <dialog id="provider" aria-labelledby="provider-title">
 <form id="provider-form">
 <h2 id="provider-title"></h2>
@@ -24797,6 +24839,23 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
   box-shadow: var(--shade); }
 #token { width: min(660px, calc(100vw - 24px)); }
+#palette { width: min(640px, calc(100vw - 24px)); margin-top: 11vh; padding: 8px; }
+#palette-text { width: 100%; padding: 11px 13px; border: 0; font-size: 16px;
+  background: none; outline: none; }
+#palette-list { max-height: min(460px, 60dvh); overflow-y: auto; padding-top: 6px;
+  border-top: var(--rule); }
+#palette-list:empty { display: none; }
+#palette-list li { display: flex; align-items: center; gap: 12px; padding: 8px 12px;
+  border-radius: 9px; cursor: pointer; }
+#palette-list .active { background: var(--tint); }
+#palette-list .name { flex: 0 1 auto; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .detail { flex: 1; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#palette-list .kind { font-size: 12.5px; color: var(--soft); }
+#palette-none { margin: 8px 13px 10px; }
+#shortcuts dt { color: var(--ink); font: 13px/1.7 var(--mono); }
+#shortcuts dd { color: var(--soft); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
@@ -24830,10 +24889,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li, #sessions a, #to-activity, .side-foot a, .side-foot .bare {
+#sessions li, #sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
   border-radius: 9px; }
-#sessions a, #to-activity, .side-foot a, .side-foot .bare { color: var(--ink);
-  text-decoration: none; }
+#sessions a, #to-activity, #to-palette, .side-foot a, .side-foot .bare {
+  color: var(--ink); text-decoration: none; }
 #sessions li:hover, #to-activity:hover, .side-foot a:hover { background: var(--hover); }
 #sessions li.current, :is(#to-activity, .side-foot a)[aria-current] {
   background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
@@ -24864,9 +24923,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .detail .dot.off { border-width: 1.5px; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
 .side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
-#to-activity, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
+#to-palette { margin-bottom: -8px; }
+#to-activity, #to-palette, .side-foot a, .side-foot .bare { display: flex; gap: 10px;
   justify-content: flex-start; align-items: center; width: 100%; padding: 6px 10px; }
-:is(#to-activity, .side-foot) .icon { color: var(--soft); }
+:is(#to-activity, #to-palette, .side-foot) .icon { color: var(--soft); }
 .count { margin-left: auto; }
 .count.asks { padding: 0 7px; border-radius: 9px; background: var(--wait-tint);
   color: var(--wait); font-weight: 600; }
@@ -24893,6 +24953,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick-label { flex: 1; text-align: left; }
 .pick:disabled { opacity: 1; }
+#fold { display: none; }
+#fold .icon { order: 1; }
 .pick:disabled .icon { display: none; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -25261,19 +25323,22 @@ summary { cursor: pointer; }
   #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
     translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
   .menu-open #sidebar { translate: none; visibility: visible;
+    transition: translate .2s; /* visible at once: it takes the focus */
     box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
   .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
-  .pickers { display: contents; }
-  .picker { flex: 1 1 42%; order: 2; position: static; }
-  #chat h1 { flex-basis: calc(100% - 170px); }
-  #approvals { flex: 0 1 auto; order: 1; }
-  #effort { order: 3; }
-  .pick { width: 100%; max-width: none; min-height: 40px; }
-  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
-  .choices li { padding: 10px; }
+  .pickers { display: none; position: absolute; left: 10px; right: 10px;
+    top: calc(100% + 4px); padding: 10px; max-height: 76dvh; overflow-y: auto;
+    border: var(--rule); border-radius: 14px; background: var(--paper);
+    box-shadow: var(--shade); }
+  .pickers.open { display: grid; }
+  .pick { width: 100%; max-width: none; min-height: 44px; }
+  #fold { display: flex; flex: 0 1 auto; width: auto; max-width: 62%; }
+  .choices { position: static; width: auto; max-width: none; max-height: none;
+    margin-top: 4px; box-shadow: none; }
+  .choices li { padding: 11px 10px; }
   #transcript { padding: 18px 12px 10px; }
   #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
@@ -25326,7 +25391,18 @@ summary { cursor: pointer; }
     overflow: hidden; }
   #activity-list .who { display: none; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
-  dialog { padding: 20px; }
+  .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
+    scrollbar-width: none; }
+  .chips button, .tabs button { flex: none; }
+  dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
+    margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
+    border-radius: 18px 18px 0 0; }
+  dialog .actions { position: sticky; bottom: -20px; margin: 12px -20px -20px;
+    padding: 8px 20px max(16px, env(safe-area-inset-bottom));
+    background: var(--surface); }
+  #palette { margin: 8px auto auto; width: calc(100% - 16px); border-width: 1px;
+    border-radius: 18px; padding: 6px; }
+  #palette-list .kind { display: none; }
 }
 @media (forced-colors: active) {
   .dot, .track, .track i { forced-color-adjust: none; }
@@ -27674,6 +27750,7 @@ class Picker {
     this.button.focus();
     this.toggle(false);
     this.choose(value);
+    foldPickers(true);
   }
 
   key(event) {
@@ -27758,6 +27835,17 @@ class Picker {
   }
 }
 
+// Show or hide the pickers of a phone, which one button folds into a line.
+function foldPickers(isFolded) {
+  const box = $("pickers");
+  if (box.classList.contains("open") === !isFolded) return;
+  const hadFocus = box.contains(document.activeElement); // until it is hidden
+  box.classList.toggle("open", !isFolded);
+  $("fold").setAttribute("aria-expanded", String(!isFolded));
+  if (!isFolded) box.querySelector("button").focus();
+  else if (hadFocus) $("fold").focus();
+}
+
 function nodeOptions() {
   const selected = sessionNode(currentSession());
   // A removed machine stays in the list while it is selected.
@@ -27831,9 +27919,16 @@ function effortOptions() {
 
 // == view: frame ==
 
+// Open or close the menu of a phone; it takes the focus, and gives it back.
 function openSidebar(opens) {
+  const wasOpen = !$("veil").hidden;
   $("app").classList.toggle("menu-open", opens);
   $("veil").hidden = !opens;
+  $("frame").inert = opens;
+  const isShown = menu => menu.offsetParent;
+  const giveBack = () =>
+    [...document.querySelectorAll("[aria-label='Open menu']")].find(isShown)?.focus();
+  if (wasOpen && !opens) requestAnimationFrame(giveBack); // its view is drawn by then
   $("open-sidebar").setAttribute("aria-expanded", String(opens));
   if (opens) $("close-sidebar").focus();
 }
@@ -28736,6 +28831,10 @@ function drawComposer(chat) {
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
+  const current = namesOf(currentSession());
+  setText($("fold-label"), `${current.model} on ${current.node}`);
+  $("fold-dot").className =
+    `dot ${sessionNode(currentSession()).connected ? "on" : "off"}`;
 }
 
 // Say that the chat was moved elsewhere while somebody types here.
@@ -29537,10 +29636,12 @@ function filterActivity() {
 }
 
 let againJob = null; // what the dialog asks about
+let againChat = null; // in which its card is; none: in the list of all jobs
 
 // Ask where a command is to run once more.
 function openAgain(row, job) {
   againJob = job;
+  againChat = state.route.page === "chat" ? currentChat() : null;
   fill($("again-line"), visible(row.command.command));
   const nodes = inOrder(state.nodes).filter(node => node.connected);
   fill($("again-node"), choicesOf(nodes.map(node => [node.nodeId, node.displayName])));
@@ -29549,14 +29650,23 @@ function openAgain(row, job) {
   setText($("again-note"), dotted(
     !isHere && `${job.nodeName} is not connected`,
     job.cwd && `in ${job.cwd}`,
-    "Its output appears under Activity."));
+    againChat ? "Its output appears in this chat."
+      : "Its output appears under Activity."));
   $("again").showModal();
 }
 
 async function runAgain() {
   const {command, cwd, timeoutMs} = againJob;
+  const nodeId = $("again-node").value;
+  if (againChat) {
+    $("again").close();
+    const isThere = nodeId === againJob.nodeId && cwd;
+    againChat.post(command, {model: SHELL, nodeId, ...(isThere && {directory: cwd})});
+    transcript.resume();
+    return;
+  }
   const spec = {command, ...(cwd && {cwd}), ...(timeoutMs && {timeout: timeoutMs})};
-  const jobs = [{node: $("again-node").value}];
+  const jobs = [{node: nodeId}];
   const answer = await attempt("job.start", {jobs, work: "run", spec, keep: true});
   if (!answer) return;
   $("again").close();
@@ -29908,6 +30018,171 @@ function forgetKey() {
   $("key-name").value = "";
 }
 
+// == view: palette ==
+
+const isApple = /Mac|iPhone|iPad/.test(navigator.platform);
+const PALETTE_KEY = isApple ? "⌘K" : "Ctrl+K";
+const RESULTS_SHOWN = 50;
+const UNASKED = 5; // of a kind, while nothing is typed
+const SHORTCUTS = [
+  [PALETTE_KEY, "Go to a machine, chat, command, view or action"],
+  ["?", "This help"],
+  ["Enter", "Send; with Shift it begins a new line"],
+  ["↑ ↓", "Earlier messages, from the first or the last line"],
+  ["Ctrl+C", "Stop what runs, while nothing is selected"],
+  ["A, D", "Approve or deny the command that asks"],
+  ["Esc", "Close what is open"],
+];
+const palette = {found: [], active: 0, past: [], timer: 0};
+
+// Return what one can go to or do, by kind; each with its name and a detail.
+function paletteItems() {
+  const machines = inOrder(state.nodes);
+  const view = (name, path) => ["View", name, "", () => go(ROOT + path)];
+  const action = (needs, name, run, detail = "") =>
+    may(needs) && ["Action", name, detail, run];
+  const ran = [...state.jobs.values()].sort((a, b) => b.seq - a.seq);
+  const isCommand = job => (job.work ?? "run") === "run";
+  const commands =
+    [...palette.past, ...ran].filter(isCommand).map(({command}) => command);
+  return [
+    ...state.sessions.filter(entry => !entry.archived).map(entry =>
+      ["Chat", sessionName(entry), sessionNode(entry).displayName,
+        () => go(chatPath(entry.key))]),
+    ...machines.map(node =>
+      ["Machine", node.displayName, nodeDetail(node), () => go(nodePath(node))]),
+    view("Activity", "/activity/"), view("Nodes", "/nodes"),
+    view("Models", "/settings/models"), view("Access", "/settings/access"),
+    action("write", "New chat", newChat),
+    action("pairing", "Add a machine", openToken),
+    action("admin", "Add a provider of models", () => openProvider()),
+    action("read", "Keyboard help", openShortcuts),
+    action("read", wraps() ? "Scroll long lines" : "Wrap long lines", switchWrap),
+    ...machines.filter(node => node.connected).map(node =>
+      action("write", `Use ${node.displayName} in the chat`, () => useNode(node))),
+    ...state.running.map(({id, command, nodeName}) =>
+      action("write", `Stop ${command}`, () => stopJob(id), nodeName)),
+    action("read", "Sign out", signOut),
+    ...[...new Set(may("write") ? commands : [])].map(command =>
+      ["Command", command, "", () => typeCommand(command)]),
+  ].filter(Boolean);
+}
+
+// Return how well an item fits: the lower the better, Infinity if it does not.
+function paletteRank([kind, name, detail], typed) {
+  const label = name.toLowerCase();
+  if (label.startsWith(typed)) return 0;
+  if (label.split(/[^\p{L}\p{N}]+/u).some(word => word.startsWith(typed))) return 1;
+  if (label.includes(typed)) return 2;
+  const all = `${label} ${detail} ${kind}`.toLowerCase();
+  return typed.split(/\s+/).every(word => all.includes(word)) ? 3 : Infinity;
+}
+
+function findInPalette() {
+  const typed = $("palette-text").value.trim().toLowerCase();
+  const items = paletteItems();
+  if (!typed) {
+    const seen = {};
+    return items.filter(([kind]) => (seen[kind] = (seen[kind] || 0) + 1) <= UNASKED);
+  }
+  const ranked = items.map(item => [paletteRank(item, typed), item]);
+  return ranked.filter(([rank]) => rank < Infinity).sort((a, b) => a[0] - b[0])
+    .slice(0, RESULTS_SHOWN).map(([, item]) => item);
+}
+
+function drawPalette() {
+  palette.found = findInPalette();
+  const {found} = palette;
+  palette.active = Math.max(0, Math.min(palette.active, found.length - 1));
+  patch($("palette-list"), found.map(([kind, name, detail], n) =>
+    h("li", {id: `palette-${n}`, role: "option",
+      class: n === palette.active && "active",
+      "aria-selected": String(n === palette.active)},
+      h("span", {class: kind === "Command" ? "name mono" : "name"}, visible(name)),
+      h("span", {class: "detail"}, detail), h("span", {class: "kind"}, kind))));
+  $("palette-none").hidden = found.length > 0;
+  const active = $(`palette-${palette.active}`);
+  $("palette-text").setAttribute("aria-activedescendant", active?.id || "");
+  active?.scrollIntoView({block: "nearest"});
+}
+
+// Look for what is typed, also among the commands that only the gateway knows.
+function searchPalette() {
+  palette.active = 0;
+  drawPalette();
+  clearTimeout(palette.timer);
+  palette.timer = setTimeout(async () => {
+    const query = $("palette-text").value.trim();
+    const params = {query, limit: UNASKED * 4};
+    const past = await link.call("job.list", params).catch(() => []);
+    if (!$("palette").open || $("palette-text").value.trim() !== query) return;
+    palette.past = past;
+    drawPalette();
+  }, 150);
+}
+
+function openPalette() {
+  if ($("palette").open) $("palette").close();
+  else if (!document.querySelector("dialog[open]") && !$("app").hidden) {
+    openSidebar(false);
+    $("palette-text").value = "";
+    $("palette").showModal();
+    searchPalette();
+  }
+}
+
+function choosePalette(n) {
+  const item = palette.found[n];
+  if (!item) return;
+  $("palette").close();
+  item[3]();
+}
+
+function paletteKey(event) {
+  if (isComposing(event)) return;
+  const steps = {ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8};
+  if (event.key in steps) {
+    palette.active += steps[event.key];
+    drawPalette();
+  } else if (event.key === "Enter") choosePalette(palette.active);
+  else return;
+  event.preventDefault();
+}
+
+// Put a command into the composer; ↓ brings back what was typed there.
+function typeCommand(command) {
+  go(chatPath(lastKey()));
+  const chat = currentChat();
+  const before = chat.draft;
+  chat.draft = namesOf(currentSession()).shell ? command : `!${command}`;
+  if (shownChat === chat) {
+    showDraft(chat);
+    keepDraft();
+    const place = earlierTexts().length - 1; // as if ↑ had been pressed
+    if (before) Object.assign(recall, {place, draft: before});
+  }
+  requestAnimationFrame(() => $("text").focus()); // its view is drawn by then
+}
+
+function openShortcuts() {
+  fill($("shortcuts-list"),
+    SHORTCUTS.map(([keys, what]) => [h("dt", keys), h("dd", what)]));
+  $("shortcuts").showModal();
+}
+
+// The keys that work in every view.
+function anyKey(event) {
+  if (event.defaultPrevented || isComposing(event) || event.altKey) return;
+  const {key, ctrlKey, metaKey, target} = event;
+  const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
+  const isHeld = isApple ? metaKey && !ctrlKey : ctrlKey && !metaKey;
+  if (key.toLowerCase() === "k" && isHeld) openPalette();
+  else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
+    !document.querySelector("dialog[open]")) openShortcuts();
+  else return;
+  event.preventDefault();
+}
+
 // == sign-in ==
 
 async function signIn(key) {
@@ -30035,6 +30310,9 @@ const CLICKS = {
   },
   "models-more": () => showModels({limit: Infinity}),
   "key-done": forgetKey,
+  "to-palette": openPalette,
+  "shortcuts-done": () => $("shortcuts").close(),
+  fold: () => foldPickers($("pickers").classList.contains("open")),
 };
 
 function start() {
@@ -30079,6 +30357,17 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", () => useModel($("model-name").value.trim()));
   onSubmit("provider-form", saveProvider);
+  on(document, "keydown", anyKey);
+  on($("palette-text"), "input", searchPalette);
+  on($("palette-text"), "keydown", paletteKey);
+  on($("palette-list"), "click", ({target}) =>
+    choosePalette([...$("palette-list").children].indexOf(target.closest("li"))));
+  on($("palette"), "click", ({target}) =>
+    target === $("palette") && $("palette").close()); // the backdrop
+  setText(document.querySelector("#to-palette kbd"), PALETTE_KEY);
+  on(document, "pointerdown", ({target}) =>
+    target.closest("#pickers, #fold") || foldPickers(true));
+  on($("pickers"), "keydown", event => event.key === "Escape" && foldPickers(true));
   onSubmit("key-form", createKey);
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
@@ -33186,8 +33475,12 @@ ESCAPE_HELP = """\
 ~d  leave it running; `moltis node attach {id}` goes back in
 ~?  show this
 ~~  type ~
-(each after Enter; the terminal is recorded; in it: {people})
+(each after Enter; the terminal is recorded; in it: {people};
+whose window changes last sets the size)
 """
+
+# Resets margins, characters, insert mode and attributes; the cursor stays.
+PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
 # What asks a terminal for an answer, which would be typed into the program: device
 # attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).
@@ -33278,6 +33571,33 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
+def person_words(person: JsonObject) -> str:
+    """Return who is in a terminal, as one of Job.people()."""
+    notes = [
+        *(["you"] if person.get("you") else []),
+        *(["sets the size"] if person.get("sizes") else []),
+    ]
+    name = printable(str(person.get("name")), 40)
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def people_news(before: Sequence[JsonObject], after: Sequence[JsonObject]) -> str:
+    """Return who came into a terminal, who left, and who took over its size."""
+    came = [printable(str(person.get("name")), 40) for person in after]
+    left = []
+    for person in before:
+        name = printable(str(person.get("name")), 40)
+        if name in came:
+            came.remove(name)
+        else:
+            left.append(name)
+    said = [*(f"{name} came in" for name in came), *(f"{name} left" for name in left)]
+    if any(person.get("you") and person.get("sizes") for person in before):
+        others = [p for p in after if p.get("sizes") and not p.get("you")]
+        said += [f"{printable(str(p.get('name')), 40)} sets the size" for p in others]
+    return "; ".join(said)
+
+
 class LeaveTerminal(Exception):
     """The person leaves: `how` is an action of EscapeKeys."""
 
@@ -33302,7 +33622,7 @@ class TerminalSession:
         self._away: dict[str, float] = {}  # monotonic, by name: since when
         self._notice = ""  # on the last line
         self._notice_until = 0.0  # monotonic
-        self._people: list[str] = []
+        self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
         self._is_fresh = job.position == 0 and not job.holds  # draw from nothing
@@ -33405,12 +33725,12 @@ class TerminalSession:
             action = self._actions.get()
             if action != "?":
                 raise LeaveTerminal(action)
-            people = ", ".join(self._people) or "you"
-            text = ESCAPE_HELP.format(id=self._job.id[:8], people=visible(people))
+            people = ", ".join(map(person_words, self._people)) or "you"
+            text = ESCAPE_HELP.format(id=self._job.id[:8], people=people)
             self._write(b"\r\n" + text.replace("\n", "\r\n").encode())
         if self._resized and self._may_type and not self._away and self._job.known:
             self._resized = False
-            self._send_size()
+            self._resize(**terminal_size(self._screen).to_json())
         if self._away:
             name, since = next(iter(self._away.items()))
             waited = time.monotonic() - since
@@ -33418,11 +33738,8 @@ class TerminalSession:
         elif self._notice and time.monotonic() >= self._notice_until:
             self._clear_notice()
 
-    def _send_size(self, *, redraw: bool = False) -> None:
-        size = terminal_size(self._screen)
-        flag = {"redraw": True} if redraw else {}
-        params = {"id": self._job.id, **size.to_json(), **flag}
-        self._feed.client.notify(JOB_RESIZE, params)
+    def _resize(self, **params: object) -> None:
+        self._feed.client.notify(JOB_RESIZE, {"id": self._job.id, **params})
 
     def _show(self, news: JobOutput) -> None:
         if news.cut:  # from here on it is another screen
@@ -33443,7 +33760,7 @@ class TerminalSession:
 
     def _begin_screen(self, mark: Mark | None) -> None:
         self._is_fresh = False
-        self._write(self._modes.undoing() + b"\x1b[!p\x1b[m\x1b[H\x1b[2J")
+        self._write(self._plain() + b"\x1b[H\x1b[2J")
         self._filter = QueryFilter()
         self._modes = TerminalModes(mark.modes if mark is not None else NOTHING)
         self._write(self._modes.restoring())
@@ -33457,17 +33774,10 @@ class TerminalSession:
         people = state.get("people")
         if people is None:
             return
-        names = [printable(str(person.get("name")), 40) for person in people]
-        came, left = ([*names], [*self._people])
-        for name in self._people:
-            if name in came:
-                came.remove(name)
-                left.remove(name)
-        if self._people:
-            said = [*(f"{n} came in" for n in came), *(f"{n} left" for n in left)]
-            if said and not self._away:
-                self._say("; ".join(said))
-        self._people = names
+        said = people_news(self._people, people)
+        if self._people and said and not self._away:
+            self._say(said)
+        self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
         """Note a link that was lost `before` ms ago, or that is back."""
@@ -33490,7 +33800,7 @@ class TerminalSession:
             rows = terminal_size(self._screen).rows
             self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % rows)
             if self._may_type:
-                self._send_size(redraw=True)
+                self._resize(redraw=True)
 
     def _write(self, data: bytes) -> None:
         """Raises LeaveTerminal where our terminal was closed."""
@@ -33500,13 +33810,17 @@ class TerminalSession:
         except OSError:
             raise LeaveTerminal(".") from None
 
+    def _plain(self) -> bytes:
+        """Return what gives our terminal its own modes back, after any cut (CAN)."""
+        return b"\x18" + self._modes.undoing() + PLAIN_SCREEN
+
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
             if self._notice:
                 self._may_type = False  # nothing is to be drawn for us
                 self._clear_notice()
-            self._write(self._filter.flush() + self._modes.undoing() + b"\x1b[m")
+            self._write(self._filter.flush() + self._plain())
 
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""

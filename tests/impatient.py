@@ -24,6 +24,7 @@ def be_impatient(module=moltis):
     module.RECONNECT_LIMIT = 0.3
     module.CONNECT_TIMEOUT = 3.0
     module.LOST_AFTER = 20.0
+    module.NOTICE_SHOWN = 0.5
     module.Backoff.__init__.__defaults__ = (0.05, 0.3)
     # Two commands run side by side; the third has to wait in line.
     run = module.WORKS["run"].replace(side_by_side=2)

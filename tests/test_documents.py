@@ -124,6 +124,12 @@ def test_readme_says_nothing_of_what_is_not_there():
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
+def test_readme_shows_small_pictures_that_are_there():
+    pictures = [ROOT / name for name in re.findall(r'<img src="(.*?)"', README)]
+    assert len(pictures) == 3
+    assert sum(picture.stat().st_size for picture in pictures) <= 200 * 1024
+
+
 def test_the_version_is_printed(home):
     done = run_moltis("--version", home=home)
     assert done.returncode == 0

@@ -1230,6 +1230,99 @@ def test_a_run_of_cards_names_its_machine_once(site, make_page):
     assert page.evaluate(height) < 50
 
 
+def test_a_card_of_a_chat_is_run_again_in_that_chat(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "echo $((3 * 41))")
+    page.evaluate(f"document.querySelector('{LAST} [data-part=again]').click()")
+    page.wait_for(shows("#again-note", "in this chat"))
+    choose_in(page, "#again-node", nodes(site)["Demo node"]["nodeId"])
+    page.click("#again .main")
+    page.wait_for(f"{shows(LAST, 'Demo node')} && {shows(LAST, 'Done')}")
+    assert "/chat/" in page.evaluate("location.pathname")
+    assert page.text(f"{LAST} .lines") == "123"
+
+
+# -- the palette, the keyboard -------------------------------------------------
+
+FOUND = "[...document.querySelectorAll('#palette-list li')].map(li => li.innerText)"
+
+
+def open_palette(page, typed=""):
+    page.press("Control+k")
+    page.wait_for("document.activeElement.id === 'palette-text'")
+    page.type(typed)
+
+
+def test_the_palette_finds_machines_chats_commands_views_and_actions(site, make_page):
+    old = "echo $((7 * 11)) palette"
+    site.call("job.wait", id=start(site, old))
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "true")
+    page.click("#text")
+    page.type("half typed")
+    open_palette(page, "demo")
+    # What begins with it comes first.
+    page.wait_for(f"{FOUND}[0].startsWith('Demo node')")
+    listed = page.evaluate(FOUND)
+    assert any(text.startswith("Use Demo node in the chat") for text in listed)
+    page.press("Enter")
+    page.wait_for(shows("#node-title", "Demo node"))
+    open_palette(page, "activ")
+    page.press("Enter")
+    page.wait_for("!document.querySelector('#activity').hidden")
+    open_palette(page, "77")  # an action or a command that nothing here names
+    page.press("Escape")
+    open_palette(page, "palette")
+    page.wait_for(f"{FOUND}.some(text => text.startsWith({json.dumps(old)}))")
+    page.click("#palette-list li")
+    page.wait_for(f"document.querySelector('#text').value === {json.dumps(old)}")
+    page.wait_for("document.activeElement.id === 'text'")
+    page.press("ArrowDown")  # nothing ran, and what was typed is still there
+    assert page.evaluate("document.querySelector('#text').value") == "half typed"
+    page.fill("#text", "")
+
+
+def test_the_palette_is_a_combobox_for_keyboard_and_pointer(site, make_page):
+    page = make_page(site)
+    open_palette(page)
+    page.wait_for(f"{FOUND}.length > 5")
+    active = (
+        "document.getElementById(document.querySelector('#palette-text')"
+        ".getAttribute('aria-activedescendant')).getAttribute('aria-selected')"
+    )
+    chosen = "document.querySelector('#palette-list .active').id"
+    assert page.evaluate(active) == "true"
+    page.press("ArrowDown")
+    page.press("ArrowDown")
+    assert page.evaluate(chosen) == "palette-2"
+    page.press("ArrowUp")
+    assert page.evaluate(chosen) == "palette-1"
+    page.type("no such thing at all")
+    page.wait_for(shows("#palette-none", "Nothing matches."))
+    page.press("Enter")
+    page.press("Escape")
+    page.wait_for("!document.querySelector('#palette').open")
+    page.click("#to-palette")
+    page.wait_for("document.querySelector('#palette').open")
+    page.press("Control+k")
+    page.wait_for("!document.querySelector('#palette').open")
+
+
+def test_a_question_mark_shows_the_keys_but_not_to_who_types(site, make_page):
+    page = make_page(site)
+    page.click("#text")
+    page.type("?")
+    assert not page.evaluate("document.querySelector('#shortcuts').open")
+    page.fill("#text", "")
+    page.evaluate("document.activeElement.blur()")
+    page.press("?")
+    page.wait_for(shows("#shortcuts", "Ctrl+K"))
+    page.press("Enter")
+    page.wait_for("!document.querySelector('#shortcuts').open")
+
+
 # -- models, access ------------------------------------------------------------
 
 
@@ -1545,11 +1638,27 @@ def test_it_works_on_a_phone(site, make_page):
     page.set_viewport(390, 844, mobile=True, scale=2)
     page.click("#open-sidebar")
     open_new_chat(page)
+    focus = "document.activeElement.id"
+    page.wait_for(shows("#fold", " on "))
+    page.click("#fold")
+    page.wait_for(f"{focus} === 'model-button'")
+    page.press("Escape")
+    page.wait_for(f"{focus} === 'fold'")
+    page.click("#fold")
     page.click("#node-button")
     option = "[...document.querySelectorAll('#node-list li')]"
     page.wait_for(f"{option}.length === 2")
     take_screenshot(page, "phone-picker")
     page.click("#node-list li:last-child")
+    page.wait_for(shows("#fold", "Shell on Demo node"))
+    page.wait_for(f"{focus} === 'fold'")
+    assert not page.evaluate("document.querySelector('#node-button').offsetParent")
+    # The menu takes the focus, keeps it, and gives it back.
+    page.click("#open-sidebar")
+    page.wait_for(f"{focus} === 'close-sidebar'")
+    assert page.evaluate("document.querySelector('#frame').inert")
+    page.press("Escape")
+    page.wait_for(f"{focus} === 'open-sidebar'")
     run(page, "uname -a")
     take_screenshot(page, "phone-chat")
     views = ("nodes", "models", "access")
@@ -1558,6 +1667,13 @@ def test_it_works_on_a_phone(site, make_page):
         page.wait_for(LISTED)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     take_screenshot(page, "phone-activity")
+    # A dialog ends where a thumb reaches it, with its buttons in view.
+    page.goto(f"{site.url}/nodes")
+    page.click("#new-token")
+    bottom = "document.querySelector('%s').getBoundingClientRect().bottom"
+    page.wait_for(bottom % "#token" + " === innerHeight")
+    assert page.evaluate(bottom % "#token-form .main") <= 844
+    page.press("Escape")
 
 
 @pytest.fixture(scope="module")
@@ -1586,6 +1702,9 @@ def findings(page, axe):
         "['serious', 'critical'].includes(v.impact)).map(v => "
         "[v.id, v.nodes.map(n => n.html + ' ' + n.failureSummary).slice(0, 3)]))"
     )
+
+
+AXE_DIALOGS = {"#to-palette": "#palette", "#add-provider": "#provider"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -1617,6 +1736,29 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
             page.wait_for(shows(f"{row_of('exit 1')} .lines", "99\n100"))
         assert findings(page, axe) == []
         take_screenshot(page, f"{name}-{size}-{scheme}")
+    for button, dialog in AXE_DIALOGS.items():
+        page.evaluate(f"document.querySelector('{button}').click()")
+        page.wait_for(f"document.querySelector('{dialog}').open")
+        page.wait_for(f"document.querySelector('{dialog}').innerText !== ''")
+        assert findings(page, axe) == []
+        take_screenshot(page, f"{dialog[1:]}-{size}-{scheme}")
+        page.evaluate(f"document.querySelector('{dialog}').close()")
+    page.goto(site.url + chat)
+    page.wait_for(LISTED)
+    page.evaluate("document.activeElement.blur()")
+    page.press("?")
+    page.wait_for("document.querySelector('#shortcuts').open")
+    assert findings(page, axe) == []
+    page.press("Enter")
+    if size == "phone":
+        page.click("#fold")
+        page.click("#model-button")
+        page.wait_for("document.activeElement.id === 'model-list'")
+        assert findings(page, axe) == []
+        page.click("#open-sidebar")
+        page.wait_for("document.activeElement.id === 'close-sidebar'")
+        assert findings(page, axe) == []
+        page.press("Escape")
     if size == "desktop":
         page.goto(f"{site.url}/nodes")
         page.click("#new-token")

@@ -2,148 +2,917 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
+import json
 import os
+import pwd
+import re
+import signal
 import subprocess
 import sys
 import termios
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from unittest import mock
 
 import pexpect
+import pyte
 import pytest
-from peers import InProcessGateway
-from support import PROGRAM, clean_environment, run_moltis, wait_for
+from peers import InProcessGateway, rust_connect
+from proxy import FaultyProxy
+from support import (
+    Program,
+    clean_environment,
+    free_port,
+    process_exists,
+    run_moltis,
+    wait_for,
+)
 
 import moltis
 
-
-@pytest.fixture
-def gateway(tmp_path):
-    with InProcessGateway(tmp_path / ".moltis") as running:
-        yield running
+IMPATIENT = Path(__file__).with_name("impatient.py")
+NOTICE = re.compile(rb"\x1b7\x1b\[\d+;1H\x1b\[(?:7m[^\x1b]*\x1b\[K\x1b\[m|2K)\x1b8")
 
 
-@pytest.fixture
-def far(gateway):
-    with gateway.node("far") as node:
-        yield node
+class Site:
+    """A gateway with the node "far" behind a link that can be cut, shared by tests."""
+
+    def __init__(self, home):
+        self.home = home
+        with contextlib.ExitStack() as stack:
+            # Whoever runs the tests keeps a shell's history without them.
+            entry = pwd.getpwuid(os.getuid())
+            login = pwd.struct_passwd((*entry[:5], str(home), "/bin/bash"))
+            patches = [
+                mock.patch.object(pwd, "getpwuid", lambda _: login),
+                mock.patch.object(moltis, "WORKER_LINGER", 0.01),
+                mock.patch.object(moltis, "RECONNECT_AFTER", 0.05),
+                mock.patch.object(moltis.Backoff.__init__, "__defaults__", (0.05, 0.3)),
+            ]
+            for patch in patches:
+                stack.enter_context(patch)
+            self.gateway = stack.enter_context(InProcessGateway(home / ".moltis"))
+            self.port = int(self.gateway.url.rpartition(":")[2])
+            environ = {**clean_environment(home), "MOLTIS_DATA_DIR": str(home / "node")}
+            stack.enter_context(self.gateway.node("far", environ=environ))
+            self._stack = stack.pop_all()
+
+    def close(self):
+        self._stack.close()
+
+    def person(self, *words, **how):
+        return Person(self.home, *words, **how)
+
+    def shell(self, *command, **how):
+        return self.person("node", "shell", "far", "--", *command, **how)
+
+    @contextlib.contextmanager
+    def bash(self, **how):
+        """Yield a person at the prompt of a shell that knows nothing of its user."""
+        with self.shell("bash --norc", **how) as shell:
+            shell.type("PS1='pro''mpt> '\r")
+            shell.expect("prompt> ")
+            yield shell
+
+    def key(self, scope):
+        """Return the secret of a new key."""
+        name = f"{scope} {next(NUMBERS)}"
+        made = self.gateway.call("keys.create", name=name, scopes=[scope])
+        return made["key"]
+
+    def terminals(self, state="open"):
+        jobs = self.gateway.call("job.list", state=state)
+        return [job for job in jobs if job["work"] == "terminal"]
+
+
+class Link(FaultyProxy):
+    """A link to a gateway that can be cut."""
+
+    @contextlib.contextmanager
+    def away(self):
+        target, self.target = self.target, free_port()
+        self.cut()
+        try:
+            yield
+        finally:
+            self.target = target
+
+
+NUMBERS = itertools.count()
+SIZE = {"rows": 24, "cols": 80}
 
 
 class Person:
-    """A person at a terminal of 24 rows and 80 columns."""
+    """A person at a terminal, which shows what a terminal of that size would."""
 
-    def __init__(self, home, *words):
-        self._reader = pexpect.spawn(
+    def __init__(self, home, *words, size=(24, 80), program=(str(IMPATIENT),), **env):
+        self.screen = pyte.Screen(size[1], size[0])
+        self._stream = pyte.ByteStream(self.screen)
+        self.bytes = b""  # all that was shown
+        self._drawn = 0  # of these on the screen
+        self.spawned = pexpect.spawn(
             sys.executable,
-            [str(PROGRAM), *words],
-            env=clean_environment(home, TERM="xterm-256color"),
-            dimensions=(24, 80),
+            [*program, *map(str, words)],
+            env=clean_environment(home, TERM="xterm-256color", **env),
+            dimensions=size,
             timeout=30,
         )
+        self.spawned.logfile_read = self
+        self.cooked = termios.tcgetattr(self.spawned.child_fd)
+
+    def write(self, data):
+        """As a file that pexpect writes to."""
+        self.bytes += data
+
+    def flush(self): ...
+
+    def type(self, text):
+        data = text if isinstance(text, bytes) else text.encode()
+        while data:  # a terminal takes what it has room for
+            data = data[os.write(self.spawned.child_fd, data) :]
+
+    def expect(self, pattern):
+        self.spawned.expect(pattern)
+        return self.spawned.match
+
+    def has_size(self, size):
+        """Ask programs for their size, until it is that; to redraw, it is one off."""
+        wait_for(
+            lambda: (
+                self.type("stty size\r")
+                or self.spawned.expect([rf"[\r\n]{size}\r", r"[\r\n]\d+ \d+\r"]) == 0
+            )
+        )
+
+    def shows(self, condition, what=""):
+        """Wait until the screen, as text, fulfils a condition, or has a text."""
+
+        def fulfilled():
+            self.spawned.expect([pexpect.TIMEOUT, pexpect.EOF], timeout=0.02)
+            fresh, self._drawn = self.bytes[self._drawn :], len(self.bytes)
+            with contextlib.suppress(Exception):  # of what pyte does not know
+                self._stream.feed(fresh)
+            text = "\n".join(self.screen.display)
+            return condition in text if isinstance(condition, str) else condition(text)
+
+        wait_for(
+            fulfilled,
+            what=lambda: f"{what or condition} in\n" + "\n".join(self.screen.display),
+        )
+
+    def end(self):
+        """Return the exit status of the program, once it has ended by itself."""
+        self.spawned.expect(pexpect.EOF)
+        self._settings_at_the_end = self.settings()
+        self.spawned.close()
+        return self.spawned.exitstatus
+
+    @property
+    def is_restored(self):
+        """Whether our terminal is as it was: its settings, and what programs set."""
+        modes = moltis.TerminalModes()
+        modes.feed(self.bytes)
+        return modes.changed == {} and self.settings() == self.cooked
+
+    def settings(self):
+        if self.spawned.closed:
+            return self._settings_at_the_end
+        return termios.tcgetattr(self.spawned.child_fd)
 
     def __enter__(self):
-        return self._reader
+        return self
 
     def __exit__(self, *_):
-        self._reader.close(force=True)
+        self.spawned.close(force=True)
 
 
-def open_terminals(gateway):
-    jobs = gateway.call("job.list", state="open")
-    return [job for job in jobs if job["work"] == "terminal"]
+class Client:
+    """An operator at the gateway's own socket."""
+
+    def __init__(self, gateway):
+        self.peer = gateway.peer()
+        auth = {"api_key": gateway.api_key}
+        answer = self.peer.request("connect", {"role": "operator", "auth": auth})
+        assert answer["ok"], answer
+
+    def call(self, method, **params):
+        answer = self.peer.request(method, params)
+        assert answer["ok"], answer
+        return answer["payload"]
+
+    def start(self, node, command, *, spec, **params):
+        jobs = [{"id": moltis.new_id(), "node": node}]
+        spec = {"command": command, **spec}
+        self.call("job.start", jobs=jobs, work="run", spec=spec, **params)
+        return jobs[0]["id"]
+
+    def send_input(self, job_id, offset, data):
+        self.peer.send(moltis.encode_job_data(moltis.INPUT_DATA, job_id, offset, data))
+
+    def close(self):
+        self.peer.__exit__()
 
 
-def test_a_shell_has_a_terminal_with_our_size_and_passes_its_status_on(far, tmp_path):
-    with Person(tmp_path, "node", "shell", "far") as shell:
-        shell.sendline("test -t 0 && stty size; echo $((6*7)); exit 3")
-        shell.expect("24 80")
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory):
+    with contextlib.closing(Site(tmp_path_factory.mktemp("terminals"))) as site:
+        yield site
+
+
+@pytest.fixture
+def site(shared_site):
+    yield shared_site
+    for job in shared_site.terminals():
+        shared_site.gateway.call("job.cancel", id=job["id"])
+    wait_for(lambda: not shared_site.terminals(), what="the end of all terminals")
+
+
+# --- The shell and its terminal ---
+
+
+def test_a_shell_has_a_terminal_with_our_size_and_passes_its_status_on(site):
+    with site.shell(size=(31, 97)) as shell:
+        shell.type("test -t 0 && stty size; echo $((6*7)); exit 3\r")
+        shell.expect("31 97")
         shell.expect("42")
-        shell.expect(pexpect.EOF)
-        shell.close()
-        assert shell.exitstatus == 3
+        assert shell.end() == 3
+        assert shell.is_restored
 
 
-def test_a_command_gets_a_controlling_terminal_and_a_session_of_its_own(far, tmp_path):
+def test_a_signal_that_ended_the_command_is_in_the_status_as_in_a_shell(site):
+    with site.shell("kill -9 $$") as shell:
+        assert shell.end() == 128 + 9
+
+
+def test_a_command_gets_a_controlling_terminal_and_a_session_of_its_own(site):
     command = 'echo "$(ps -o sid= -p $$)" $$ >/dev/tty'
-    with Person(tmp_path, "node", "shell", "far", "--", command) as shell:
-        shell.expect(r"(\d+) (\d+)\r")
-        assert shell.match[1] == shell.match[2]
+    with site.shell(command) as shell:
+        match = shell.expect(r"(\d+) (\d+)\r")
+        assert match[1] == match[2]
 
 
-def test_an_interrupt_ends_a_flood_within_a_second(far, tmp_path):
-    with Person(tmp_path, "node", "shell", "far", "--", "yes; echo over") as shell:
-        shell.expect("y\r\ny\r\n")
-        shell.sendintr()
-        begun = time.monotonic()
-        shell.expect(r"\^C")
-        assert time.monotonic() - begun < 10  # on a machine that is busy with others
-        shell.expect(pexpect.EOF)
+def test_the_environment_is_that_of_a_login(site):
+    names = "HOME SHELL LOGNAME USER LANG TERM COLORTERM PWD XDG_RUNTIME_DIR LINES"
+    report = "; ".join(f'echo "{name}=${name}."' for name in names.split())
+    with site.shell(COLORTERM="truecolor", LANG="de_DE.ISO-8859-1") as shell:
+        # In two parts: what is typed is shown as well.
+        shell.type(f"stty -echo; shopt login_shell; {report}; echo al''l\r")
+        shell.expect("all\r")
+        shown = shell.bytes.decode()
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert re.search(r"login_shell\s+on", shown)
+    for line in (
+        f"HOME={site.home}.",
+        "SHELL=/bin/bash.",
+        f"LOGNAME={user}.",
+        f"USER={user}.",
+        "TERM=xterm-256color.",
+        "COLORTERM=truecolor.",
+        "LINES=24.",  # bash's own, of the size
+    ):
+        assert line in shown
+    assert re.search(r"LANG=[\w.]*UTF-8\.", shown)
+    runtime = f"/run/user/{os.getuid()}"
+    assert f"XDG_RUNTIME_DIR={runtime if os.path.isdir(runtime) else ''}." in shown
 
 
-def test_a_terminal_goes_on_when_it_is_left_and_is_entered_again(
-    gateway, far, tmp_path
-):
-    with Person(tmp_path, "node", "shell", "far", "--", "cat") as first:
-        first.sendline("kept")
+def test_a_users_runtime_directory_is_named_where_it_is_theirs():
+    root = os.stat("/")
+    with mock.patch.multiple(
+        os, stat=lambda _: root, getuid=lambda: root.st_uid
+    ), mock.patch.object(os.path, "isdir", lambda path: path.startswith("/run/user/")):
+        variables = moltis.login_shell()[1]
+    assert variables["XDG_RUNTIME_DIR"] == f"/run/user/{root.st_uid}"
+
+
+def test_job_control_works_as_in_any_terminal(site):
+    with site.bash() as shell:
+        shell.type("sleep 60\r")
+        shell.spawned.expect_exact("\x1b[?2004l")  # bash reads no more
+        time.sleep(0.2)  # nor tells when the program has the terminal
+        shell.type("\x1a")
+        shell.expect("Stopped.*prompt> ")
+        shell.type("fg; echo do''ne\r")
+        shell.spawned.expect_exact("\x1b[?2004l")
+        shell.expect("sleep 60\r")
+        shell.type("\x03")
+        shell.expect("prompt> ")
+        shell.type("exit 4\r")
+        assert shell.end() == 4
+
+
+def test_an_interrupt_ends_a_flood_within_a_second(site):
+    with site.bash() as shell:
+        times = []
+        for _ in range(5):  # a machine that is busy with others takes its time
+            shell.type("yes\r")
+            shell.expect("y\r\ny\r\n")
+            begun = time.monotonic()
+            shell.type("\x03")
+            shell.expect(r"prompt> ")
+            times.append(time.monotonic() - begun)
+            if times[-1] < 1:
+                break
+        assert min(times) < 1
+
+
+def test_whoever_ends_a_terminal_hangs_up_on_its_programs(site, tmp_path):
+    heard = tmp_path / "heard"
+    trap = f"trap 'echo hup >{heard}; exit' HUP"
+    command = f"{trap}; echo re''ady; while :; do sleep 0.05; done"
+    with site.shell(command) as shell:
+        shell.expect("ready")
+        shell.type("\r~.")
+        shell.expect("ended")
+        assert shell.end() == moltis.INTERRUPTED
+        assert shell.is_restored
+    wait_for(heard.exists)
+    [job] = site.terminals("ended")[:1]
+    assert job["state"] == "cancelled"
+
+
+def test_a_program_that_ignores_the_hangup_is_killed_two_seconds_later(site):
+    command = "trap '' HUP TERM; echo pid $$; while :; do sleep 0.2; done"
+    with site.shell(command) as shell:
+        pid = int(shell.expect(r"pid (\d+)")[1])
+        shell.type("\r~.")
+        shell.end()
+        wait_for(lambda: not process_exists(pid), timeout=10)
+
+
+# --- Real programs ---
+
+
+def test_vim_less_and_tmux_work_as_they_do_in_any_terminal(site, tmp_path):
+    text = tmp_path / "text"
+    with site.bash() as shell:
+        shell.type(f"vim -u NONE -N {text}\r")
+        shell.shows("~")
+        shell.type("iline of vim\x1b:wq\r")
+        shell.expect("written.*prompt> ")
+        assert text.read_text() == "line of vim\n"
+        shell.type("seq 1000 | less\r")
+        shell.shows(lambda text: text.splitlines()[-1].startswith(":"), "less")
+        shell.type("/777\r")
+        shell.shows("777")
+        shell.type("q")
+        tmux = f"tmux -f /dev/null -S {tmp_path}/socket"
+        shell.type(f"{tmux} new 'echo in tmux $((6*7)); cat'\r")
+        shell.shows("in tmux 42")
+        shell.shows("[0]")
+        shell.type("\x02d")
+        shell.shows("detached")
+        shell.type(f"{tmux} kill-server; exit 5\r")
+        assert shell.end() == 5
+        assert shell.is_restored
+
+
+def test_htop_draws_itself_anew_for_whoever_comes_late(site):
+    with site.shell("htop -d 50") as first:
+        first.shows("F10")
+        job_id = site.terminals()[0]["id"]
+        with site.person("node", "attach", job_id, size=(30, 100)) as second:
+            second.shows(lambda text: "F10" in text.splitlines()[-1], "its last line")
+            second.type("q")
+            assert second.end() == 0
+            assert second.is_restored
+        assert first.end() == 0
+        assert first.is_restored
+
+
+# --- Leaving and coming back ---
+
+
+def test_a_terminal_goes_on_when_it_is_left_and_is_entered_again(site):
+    with site.shell("cat") as first:
+        first.type("kept\r")
         first.expect("kept.*kept")
-        first.send("\r~d")
-        first.expect("node attach ([0-9a-f]+)")
-        job_id = first.match[1].decode()
-        first.expect(pexpect.EOF)
-    wait_for(lambda: "people" not in open_terminals(gateway)[0])
-    with Person(tmp_path, "node", "attach", job_id) as second:
+        first.type("\r~d")
+        job_id = first.expect("node attach ([0-9a-f]+)")[1].decode()
+        assert first.end() == 0
+        assert first.is_restored
+    wait_for(lambda: "people" not in site.terminals()[0])
+    listed = run_moltis("node", "jobs", "far", home=site.home).stdout
+    assert "nobody" in listed
+    with site.person("node", "attach", job_id) as second:
         second.expect("kept.*kept")
-        second.sendline("again")
+        second.type("again\r")
         second.expect("again.*again")
-        assert [p["name"] for p in open_terminals(gateway)[0]["people"]] == ["owner"]
-        second.send("\r~.")
+        [person] = site.terminals()[0]["people"]
+        assert person == {"name": "owner", "types": True, "sizes": True}
+        second.type("\r~.")
         second.expect("ended")
-        second.expect(pexpect.EOF)
-    wait_for(lambda: not open_terminals(gateway))
-    events = [entry["event"] for entry in gateway.call("audit.list")]
-    assert {f"terminal.{e}" for e in ("opened", "joined", "left", "closed")} <= {
-        *events
+        second.end()
+    with site.person("node", "attach", job_id) as third:  # its last screen stays
+        third.shows("again")
+        third.end()
+        assert third.is_restored
+
+
+def test_the_audit_names_who_came_and_left_and_from_where(site):
+    with site.shell("cat") as first:
+        first.type("\r~d")
+        first.end()
+        job_id = site.terminals()[0]["id"][:8]
+    reader = site.key("operator.read")
+    with site.person(
+        "node",
+        "attach",
+        job_id,
+        MOLTIS_API_KEY=reader,
+        MOLTIS_GATEWAY_URL=site.gateway.url,
+    ) as second:
+        second.expect("only watch")
+        second.type("\r~d")
+        second.end()
+    wait_for(lambda: "people" not in site.terminals()[0])
+    site.gateway.call("job.cancel", id=site.terminals()[0]["id"])
+    wait_for(lambda: not site.terminals())
+
+    def rows():
+        return [
+            (row["event"], row["caller"].partition(" ")[0], row["address"])
+            for row in reversed(site.gateway.call("audit.list"))
+            if job_id in str(row.get("subject"))
+        ]
+
+    wait_for(lambda: len(rows()) >= 5)
+    assert rows() == [
+        ("terminal.opened", "owner", "127.0.0.1"),
+        ("terminal.left", "owner", "127.0.0.1"),
+        ("terminal.joined", "operator.read", "127.0.0.1"),
+        ("terminal.left", "operator.read", "127.0.0.1"),
+        ("terminal.closed", "moltis", ""),
+    ]
+
+
+def test_escapes_are_shown_and_a_tilde_can_be_typed(site):
+    with site.shell("stty -echo; echo re''ady; cat") as shell:
+        shell.expect("ready")
+        wait_for(lambda: "people" in site.terminals()[0])
+        shell.type("\r~?")
+        shell.shows("in it: owner (you, sets the size)")
+        shell.type("\r~~home\r")
+        shell.expect("\r\n~home\r")
+        shell.type("~.")
+        shell.expect("ended")
+
+
+WAYS_OUT = {
+    "end": lambda shell: shell.type("x"),
+    "disconnect": lambda shell: shell.type("\r~."),
+    "detach": lambda shell: shell.type("\r~d"),
+    "SIGTERM": lambda shell: shell.spawned.kill(signal.SIGTERM),
+    "SIGHUP": lambda shell: shell.spawned.kill(signal.SIGHUP),
+    "SIGINT": lambda shell: shell.spawned.kill(signal.SIGINT),
+    "crash": lambda shell: None,
+}
+CRASHING = """
+import sys
+sys.path[:0] = %r
+import moltis
+show = moltis.TerminalSession._show
+def crash(self, news):
+    show(self, news)
+    if any(b"ready" in data for _, data in news.frames):
+        raise RuntimeError("crashed")
+moltis.TerminalSession._show = crash
+sys.exit(moltis.main())
+"""
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_our_terminal_is_restored_on_every_way_out(site, way):
+    modes = r"\033[?1049h\033[?1h\033=\033[?1002;1006h\033[?1004h\033[?2004h\033[?25l"
+    odd = r"\033[>4;1m\033[>1u\033[2;5r\033(0\033[4h\033]2;half a tit"
+    code = CRASHING % [str(IMPATIENT.parent.parent)]
+    program = ("-c", code) if way == "crash" else (str(IMPATIENT),)
+    command = f"stty -echo; printf 'ready{modes}{odd}'; head -c 1 >/dev/null"
+    with site.shell(f"stty raw; {command}", program=program) as shell:
+        shell.expect_exact = shell.spawned.expect_exact
+        shell.expect_exact("half a tit")
+        assert way == "crash" or not shell.is_restored
+        WAYS_OUT[way](shell)
+        shell.spawned.expect(pexpect.EOF)
+        assert shell.is_restored
+        after = shell.bytes.rpartition(b"half a tit")[2]
+        # It ends what was cut, and resets margins, line drawing and insert mode.
+        assert after.startswith(b"\x18")
+        for sequence in (b"\x1b[r", b"\x1b(B", b"\x1b[4l", b"\x1b[m", b"\x1b[?1049l"):
+            assert sequence in after
+
+
+# --- Links that break ---
+
+
+def test_what_is_typed_while_the_node_is_away_arrives_once_and_whole(site):
+    command = "stty raw -echo; echo ready; head -c 6; head -c 4096 | sha256sum; cat"
+    with Link(site.port) as link, mock.patch.object(
+        site.gateway, "websocket_url", f"ws://127.0.0.1:{link.port}/ws"
+    ), site.gateway.node("away"), site.person(
+        "node", "shell", "away", "--", command
+    ) as shell:
+        shell.expect("ready")
+        shell.type("before")
+        shell.expect("before")
+        with link.away():
+            shell.shows("waiting for away to come back (")
+            at = len(shell.bytes)
+            shell.type("k" * 4096)
+            time.sleep(0.3)  # nothing tells when the keys are kept
+            assert b"\a" not in shell.bytes[at:]
+            shell.type("lost")
+            shell.spawned.expect_exact("\a")
+        digest = hashlib.sha256(b"k" * 4096).hexdigest()
+        shell.expect(digest)
+        shell.shows(lambda text: "waiting for" not in text, "no notice")
+
+
+def test_output_continues_at_the_exact_byte_and_keys_go_on_over_a_new_link(site):
+    numbers = "seq 50000; head -c 4 | od -c; echo ov''er"
+    command = f"stty raw -echo; echo ready; head -c 3; {numbers}"
+    with Link(site.port) as link, site.shell(
+        command,
+        MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{link.port}",
+        MOLTIS_API_KEY=site.gateway.api_key,
+    ) as shell:
+        shell.expect("ready")
+        shell.type("a")
+        with link.away():
+            shell.shows("waiting for the gateway to come back")
+            shell.type("bc")
+        for _ in range(3):
+            link.cut_after(50_000, "down")
+            shell.spawned.expect("waiting for")
+        shell.expect("\n50000\n")
+        with link.away():
+            shell.shows("waiting for the gateway to come back")
+            shell.type("wxyz")
+        shell.expect("over")
+    shown = NOTICE.sub(b"", shell.bytes).replace(b"\a", b"")
+    numbers = b"".join(b"%d\n" % number for number in range(1, 50_001))
+    assert numbers in shown
+    assert b"w   x   y   z" in shown
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A gateway that can be killed, and its node: processes of their own."""
+    port = free_port()
+
+    def gateway():
+        program = Program("gateway", "--port", port, home=tmp_path, program=IMPATIENT)
+        program.wait_for_output("http")
+        return program
+
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(gateway())
+        made = run_moltis("node", "generate-token", "--name", "far", home=tmp_path)
+        token = re.search(r"mdt_[\w-]+", made.stdout + made.stderr)[0]
+        node = (
+            Program(
+                *("node", "add", "--foreground", "--host", f"ws://127.0.0.1:{port}/ws"),
+                *("--token", token, "--name", "far"),
+                home=tmp_path / "node_home",
+                program=IMPATIENT,
+            )
+            if (tmp_path / "node_home").mkdir() is None
+            else None
+        )
+        stack.enter_context(node)
+        node.wait_for_output("onnected")
+        yield first, lambda: stack.enter_context(gateway())
+
+
+def test_a_terminal_survives_a_gateway_that_is_killed(killed, tmp_path):
+    first, start_again = killed
+    command = "stty raw -echo; echo ready; head -c 8 | od -c; sleep 60"
+    with Person(tmp_path, "node", "shell", "far", "--", command) as shell:
+        shell.expect("ready")
+        shell.type("abcd")
+        time.sleep(0.3)  # what the node has, and what it has not: both are tested
+        first.end(signal.SIGKILL)
+        shell.shows("waiting for the gateway to come back")
+        shell.type("efgh")
+        start_again()
+        shell.shows("a   b   c   d   e   f   g   h")
+        shell.type("\r~.")
+        shell.expect("ended")
+        shell.end()
+        assert shell.is_restored
+
+
+def test_a_terminal_whose_gateway_is_gone_can_be_left(killed, tmp_path):
+    first, start_again = killed
+    with Person(tmp_path, "node", "shell", "far", "--", "cat") as shell:
+        shell.type("up\r")
+        shell.expect("up.*up")
+        first.end(signal.SIGKILL)
+        shell.shows("waiting for the gateway to come back")
+        shell.type("\r~.")
+        shell.expect("goes on")
+        shell.end()
+        assert shell.is_restored
+    start_again()
+
+
+# --- Several people ---
+
+
+def test_one_at_a_time_owns_the_size_and_each_sees_who(site):
+    with site.bash() as first:
+        first.type("stty size\r")
+        first.expect("24 80\r")
+        first.spawned.setwinsize(33, 99)
+        wait_for(
+            lambda: [
+                first.type("stty size\r"),
+                first.spawned.expect(["33 99\r", pexpect.TIMEOUT], timeout=0.5) == 0,
+            ][1]
+        )
+        job_id = site.terminals()[0]["id"]
+        with site.person("node", "attach", job_id, size=(40, 120)) as second:
+            first.expect("owner sets the size")
+            second.shows("24 80")
+            # Clearing the notice draws anew, and takes the size from nobody.
+            first.spawned.expect(r"\x1b\[2K")
+            second.type("\r~?")
+            second.shows("owner (you, sets the size)")
+            second.has_size("40 120")
+            first.spawned.setwinsize(22, 77)
+            second.expect("owner sets the size")
+            first.has_size("22 77")
+            sizes = [p["sizes"] for p in site.terminals()[0]["people"]]
+            assert sorted(sizes) == [False, True]
+
+
+def test_what_two_type_by_turns_arrives_once_and_in_order(site):
+    with site.shell("stty raw -echo; echo ready; cat -v") as first:
+        first.expect("ready")
+        job_id = site.terminals()[0]["id"]
+        with site.person("node", "attach", job_id) as second:
+            second.shows("ready")
+            for number in range(20):
+                person = (first, second)[number % 2]
+                person.type(f"<{number}>")
+                first.expect(f"<{number}>")
+            second.expect("<19>")
+        everything = "".join(f"<{number}>" for number in range(20)).encode()
+        assert everything in NOTICE.sub(b"", first.bytes)
+
+
+def test_of_two_who_look_one_answers_and_nobody_what_is_over(site):
+    command = (
+        r"stty raw -echo; printf 'old\033[6nready'; head -c 1; printf 'new\033[6n'; cat"
+    )
+    with site.shell(command) as first:
+        first.expect("ready")
+        assert b"old\x1b[6nready" in first.bytes
+        job_id = site.terminals()[0]["id"]
+        with site.person("node", "attach", job_id) as second:
+            second.expect("oldready")
+            second.type("x")  # from now on it is the one who types, and answers
+            second.spawned.expect_exact("new\x1b[6n")
+            first.expect("new")
+            assert b"new\x1b[6n" not in first.bytes
+
+
+def test_following_takes_a_key_that_reads_and_typing_one_that_writes(site):
+    reads = {
+        "MOLTIS_API_KEY": site.key("operator.read"),
+        "MOLTIS_GATEWAY_URL": site.gateway.url,
     }
+    with site.shell("echo secret; cat") as first:
+        first.expect("secret")
+        job_id = site.terminals()[0]["id"]
+        with site.person("node", "attach", job_id, **reads) as second:
+            second.expect("only watch")
+            second.expect("secret")
+            second.type("typed")
+            second.spawned.expect_exact("\a")
+            first.type("\r")
+            assert b"typed" not in first.bytes
+            second.type("\r~.")
+            second.expect("it goes on")
+        with moltis.OperatorClient(
+            site.gateway.url, reads["MOLTIS_API_KEY"], None, moltis.ignore_news
+        ) as client:
+            for method, params in (
+                ("job.resize", {"rows": 9, "cols": 9}),
+                ("job.cancel", {}),
+                ("job.follow", {"hold": True}),
+            ):
+                with pytest.raises(moltis.UserError, match=r"operator\.write"):
+                    client.call(method, {"id": job_id, **params})
+    with site.shell(**reads) as third:
+        third.expect(r"operator\.write")
 
 
-def test_our_terminal_is_restored_when_we_are_ended_by_a_signal(far, tmp_path):
-    with Person(
-        tmp_path, "node", "shell", "far", "--", "printf '\\033[?1049hin'; cat"
-    ) as s:
-        s.expect("in")
-        s.kill(15)
-        s.expect_exact("\x1b[?1049l")
-        s.expect(pexpect.EOF)
+def test_a_key_that_does_not_read_follows_nothing(site):
+    other = site.key("operator.pairing")
+    with site.shell("cat") as _, moltis.OperatorClient(
+        site.gateway.url, other, None, moltis.ignore_news
+    ) as client:
+        wait_for(site.terminals)
+        with pytest.raises(moltis.UserError, match=r"operator\.read"):
+            client.call("job.follow", {"id": site.terminals()[0]["id"]})
 
 
-def test_a_recording_is_taken_by_asciinema(gateway, far, tmp_path):
-    with Person(tmp_path, "node", "shell", "far", "--", "echo shown") as shell:
-        shell.expect(pexpect.EOF)
-    [job] = gateway.call("job.list", state="ended")
-    cast = tmp_path / "x.cast"
-    done = run_moltis("node", "recording", job["id"], home=tmp_path)
-    cast.write_text(done.stdout)
+# --- Much at once ---
+
+
+def test_a_paste_of_a_megabyte_arrives_whole_while_another_terminal_is_usable(site):
+    pasted = (b"0123456789abcdef" * 65536)[:1_000_000]
+    command = "stty raw -echo; echo ready; head -c 1000000 | sha256sum; cat"
+    with site.shell(command) as shell, site.shell("cat") as other:
+        shell.expect("ready")
+        other.type("warm\r")
+        other.expect("warm.*warm")
+        for at in range(0, len(pasted), 4096):
+            shell.type(pasted[at : at + 4096])
+            if at == 40 * 4096:
+                begun = time.monotonic()
+                other.type("meanwhile\r")
+                other.expect("meanwhile.*meanwhile")
+                assert time.monotonic() - begun < 5
+        shell.expect(hashlib.sha256(pasted).hexdigest())
+
+
+def test_a_viewer_that_is_too_slow_skips_to_a_screen(site, monkeypatch):
+    monkeypatch.setattr(moltis, "SCREEN", 160 * 1024)  # some marks
+    command = "head -c 1 >/dev/null; yes 0123456789 | head -c 12000000; echo over"
+    with contextlib.ExitStack() as stack:
+        quick = stack.enter_context(contextlib.closing(Client(site.gateway)))
+        slow = stack.enter_context(contextlib.closing(Client(site.gateway)))
+        job_id = quick.start("far", command, keep=True, spec={"tty": SIZE})
+        slow.call("job.follow", id=job_id, skip=True, screen=True)
+        # Held by nobody, it is not slowed down by whoever looks.
+        quick.call("job.follow", id=job_id, hold=True, offset=0)
+        quick.send_input(job_id, 0, b"\r")
+        quick.call("job.unfollow", id=job_id)
+        ended = quick.call("job.wait", id=job_id, wait=25)
+        assert ended["stdoutBytes"] > 12_000_000
+        gaps = []  # what followed each
+        last = None
+        while last != ended["end"]:
+            message = slow.peer.receive()
+            if isinstance(message, bytes):
+                _, _, offset, data = moltis.decode_job_data(message)
+                if last is not None and offset != last:
+                    gaps.append(next(iter(moltis.log_frames(data)))[0])
+                last = offset + len(data)
+        assert gaps
+        assert set(gaps) == {moltis.MARK}
+
+
+# --- Recordings ---
+
+
+def test_a_recording_is_taken_by_asciinema(site, tmp_path):
+    command = "printf '%s\\n' 'shown \"\\ ü'; head -c 1; stty size"
+    with site.shell(command) as shell:
+        shell.expect("shown")
+        shell.spawned.setwinsize(33, 99)
+        shell.type("never shown\x7f\r")
+        shell.expect("33 99")
+        shell.end()
+    job = site.terminals("ended")[0]
+    done = run_moltis("node", "recording", job["id"], home=site.home)
+    url = f"{site.gateway.url}/api/jobs/{job['id']}/recording"
+    request = urllib.request.Request(
+        url, headers={"Authorization": f"Bearer {site.gateway.api_key}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.headers["Content-Disposition"].endswith('.cast"')
+        cast = answer.read()
+    assert cast.decode() == done.stdout
+    header, *events = map(json.loads, cast.decode().splitlines())
+    assert (header["version"], header["width"], header["height"]) == (2, 80, 24)
+    assert [time for time, *_ in events] == sorted(time for time, *_ in events)
+    assert {kind for _, kind, _ in events} == {"o", "r"}  # no input
+    assert [text for _, kind, text in events if kind == "r"] == ["99x33"]
+    (tmp_path / "x.cast").write_bytes(cast)
     player = os.path.join(os.path.dirname(sys.executable), "asciinema")
     shown = subprocess.run(
-        [player, "cat", str(cast)],
+        [player, "cat", str(tmp_path / "x.cast")],
         check=True,
         capture_output=True,
         env=clean_environment(tmp_path),
     )
-    assert b"shown" in shown.stdout
+    assert 'shown "\\ ü' in shown.stdout.decode()
 
 
-@pytest.mark.parametrize("settings", [{"terminals": False}, {"allow": ("true",)}])
-def test_an_owner_can_switch_terminals_off(gateway, tmp_path, settings):
-    with gateway.node("closed", **settings), Person(
-        tmp_path, "node", "shell", "closed"
+def test_only_terminals_have_a_recording(site):
+    job_id = site.gateway.call(
+        "job.start",
+        jobs=[{"id": moltis.new_id(), "node": "far"}],
+        work="run",
+        spec={"command": "true"},
+        keep=True,
+    )["jobs"][0]["id"]
+    site.gateway.call("job.wait", id=job_id, wait=30)
+    done = run_moltis("node", "recording", job_id, home=site.home)
+    assert "is no terminal: only terminals are recorded" in done.stderr
+    url = f"{site.gateway.url}/api/jobs/{job_id}/recording"
+    headers = {"Authorization": f"Bearer {site.gateway.api_key}"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    with contextlib.closing(refused.value) as error:
+        assert error.code == 404
+
+
+# --- What may be opened, and for how long ---
+
+
+def test_a_terminal_with_nobody_in_it_is_ended(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis", idle_terminal=1.5) as gateway:
+        client = Client(gateway)
+        with contextlib.closing(client):
+            job_id = client.start("local", "cat", hold=True, spec={"tty": SIZE})
+            followed = time.monotonic()
+            while time.monotonic() < followed + 3:  # not while somebody is in it
+                time.sleep(0.2)
+                assert gateway.call("job.list", state="open")
+        # Nor does a question about it count as being in it.
+        ended = gateway.call("job.wait", id=job_id, wait=20)
+        assert ended["state"] == "cancelled"
+        assert "nobody was in it for" in ended["words"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("closed", {"terminals": False}), ("strict", {"allow": ("true",)})],
+)
+def test_an_owner_can_switch_terminals_off(site, name, settings):
+    with site.gateway.node(name, **settings), site.person(
+        "node", "shell", name
     ) as shell:
         shell.expect("opens no terminals")
+        assert shell.end() == 2
 
 
-def test_without_a_terminal_here_there_is_none_there(far, tmp_path):
-    done = run_moltis("node", "shell", "far", home=tmp_path)
+def test_an_owner_who_allows_few_commands_can_allow_terminals(site):
+    settings = {"allow": ("true",), "terminals": True}
+    with site.gateway.node("open", **settings), site.person(
+        "node", "shell", "open", "--", "echo in''side"
+    ) as shell:
+        shell.expect("inside")
+        assert shell.end() == 0
+
+
+def test_a_machine_without_terminals_refuses_one_by_itself():
+    options = moltis.MachineOptions(environ={}, inventory=None, terminals=False)
+    spec = moltis.CommandSpec("", tty=moltis.TerminalSize(24, 80))
+    with pytest.raises(moltis.RpcError, match="allows no terminals"):
+        moltis._run(options, None, None, spec)
+
+
+def test_it_is_said_which_of_two_opposite_options_counts(tmp_path):
+    done = run_moltis(
+        *("node", "add", "--host", "ws://127.0.0.1:1/ws", "--token", "mdt_" + "x" * 43),
+        *("--no-terminal", "--allow-terminal"),
+        home=tmp_path,
+    )
+    assert "say --no-terminal or --allow-terminal, not both" in done.stderr
+
+
+def test_a_node_of_moltis_has_no_terminals_and_that_is_said(site):
+    with contextlib.closing(site.gateway.peer()) as peer:
+        token = site.gateway.token("Rust box")
+        assert peer.request("connect", rust_connect(token))["ok"]
+        with site.person("node", "shell", "Rust box") as shell:
+            shell.expect("Rust box has no terminals: [^\r]*\r\n$")
+            assert shell.end() == 2
+
+
+def test_without_a_terminal_here_there_is_none_there(site):
+    done = run_moltis("node", "shell", "far", home=site.home)
     assert "node exec" in done.stderr
     assert done.returncode == moltis.UsageError.exit_code
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 80), (24, 1001), (24, None)])
+def test_an_odd_size_is_refused_in_one_sentence(site, rows, cols):
+    with site.shell("cat"):
+        wait_for(site.terminals)
+        with pytest.raises(moltis.UserError, match="rows"):
+            job_id = site.terminals()[0]["id"]
+            size = {"rows": rows, "cols": cols}
+            site.gateway.call("job.resize", id=job_id, **size)
+
+
+def test_a_terminal_never_belongs_to_a_model():
+    view = {"work": "terminal", "nodeName": "far", "state": "running"}
+    with pytest.raises(moltis.RpcError, match="the terminal of a person"):
+        moltis.job_for_model(view)
+
+
+# --- Pieces ---
 
 
 def test_modes_are_read_wherever_the_output_is_cut():
@@ -154,6 +923,16 @@ def test_modes_are_read_wherever_the_output_is_cut():
         modes.feed(text[:cut])
         modes.feed(text[cut:])
         assert modes.changed == expected
+
+
+def test_modes_that_are_restored_and_undone_are_none():
+    modes = moltis.TerminalModes()
+    modes.feed(b"\x1b[?1049;1002h\x1b=\x1b[?7l\x1b[>1u\x1b[>4;2m")
+    others = moltis.TerminalModes()
+    others.feed(modes.restoring())
+    assert others.changed == {"1049": True, "1002": True, "66": True, "7": False}
+    modes.feed(modes.undoing())
+    assert modes.changed == {}
 
 
 def test_queries_are_removed_wherever_the_output_is_cut():
@@ -173,14 +952,3 @@ def test_escape_keys_count_at_the_beginning_of_a_line_only():
     assert sent(b"a\r~d") == [(b"a\r", "d"), (b"", "")]
     assert sent(b"~~x~y") == [(b"~x~y", "")]
     assert sent(b"~q") == [(b"~q", "")]
-
-
-def test_termios_is_restored(far, tmp_path):
-    with Person(tmp_path, "node", "shell", "far", "--", "echo up; cat") as shell:
-        before = termios.tcgetattr(shell.child_fd)[3]
-        shell.expect("up")
-        shell.send("\r~d")
-        shell.expect("goes on")
-        wait_for(lambda: termios.tcgetattr(shell.child_fd)[3] & termios.ECHO)
-        del before
-        shell.expect(pexpect.EOF)
