@@ -5844,6 +5844,18 @@ def terminal_environment(
     return env
 
 
+def _read_what_waits(descriptor: int, most: int) -> bytes:
+    """Return what a terminal has, which gives it in pieces of 4095 bytes (Linux)."""
+    data = b""
+    with contextlib.suppress(OSError):  # nothing now, or its end: the next read says it
+        while len(data) < most:
+            piece = os.read(descriptor, most - len(data))
+            if not piece:
+                break
+            data += piece
+    return data
+
+
 def _bytes_ready(descriptor: int) -> int:
     import fcntl
     import termios
@@ -6192,6 +6204,8 @@ class Command:
             return False
         try:
             data = os.read(descriptor, min(room, READ_PAGES))
+            if group.terminal is not None:
+                data += _read_what_waits(descriptor, min(room, READ_PAGES) - len(data))
         except BlockingIOError:
             return False
         except OSError as error:
@@ -6223,6 +6237,7 @@ class Command:
             data = self._input.peek()
         try:
             self._consume(os.write(descriptor, data))
+            self._small_read_at = -math.inf  # the echo of a key does not rest
         except BlockingIOError:
             return
         except OSError as error:
@@ -6405,6 +6420,7 @@ class FileWrite(Value):
     into: bool = False  # it is a directory, or shall be one
     mkdir: bool = False  # make missing directories
     bare: bool = False  # the stream is one file's bytes, without an archive
+    keep: bool = False  # what is there already stays as it is
     splices: Sequence[Splice] | None = None  # of the file, in order; no stream comes
     expects: str = ""  # SHA-256 of the file that is spliced; "": there is none yet
 
@@ -6413,6 +6429,15 @@ class FileList(Value):
     """The spec of work `file.list`: a directory to list, or one file."""
 
     path: str  # of encode_path(); relative to the working directory
+
+
+class FileChange(Value):
+    """The spec of work `file.change`: what to make, to rename or to delete."""
+
+    action: str  # "mkdir", "rename" or "delete"
+    path: str  # of encode_path(); relative to the working directory
+    to: str = ""  # the same, of a rename
+    recursive: bool = False  # delete a directory with all that is in it
 
 
 def descend(descriptor: int, names: Iterable[str]) -> int:
@@ -6439,10 +6464,12 @@ class FilePlaces:
         self._below = tuple(os.path.realpath(path) for path in below)
 
     def absolute(self, path: str) -> str:
-        """Return an absolute path without `.` and `..`.
+        """Return an absolute path without `.` and `..`; of "", where to begin.
 
         Raises RpcError FORBIDDEN unless it is in an allowed directory.
         """
+        if not path and self._below and not self._root(os.path.normpath(self._base)):
+            return self._below[0]
         path = os.path.join(self._base, os.path.expanduser(path))
         if not self._below:
             return os.path.abspath(path)
@@ -6578,6 +6605,117 @@ class FileListing:
                     yield _file_entry(self._descriptor, name, follow=self._follow)
         finally:
             os.close(self._descriptor)
+
+
+# -- changing ------------------------------------------------------------------
+
+
+def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
+    """Delete a directory with all below it, and follow no link.
+
+    Calls `pause` before each name.  Raises OSError, what `pause` raises.
+    """
+    waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
+    try:
+        while True:
+            directory, names = waiting[-1]
+            if names:
+                pause()
+                facts = os.stat(names[-1], dir_fd=directory, follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    below = descend(os.dup(directory), names[-1:])
+                    waiting.append((below, os.listdir(below)))
+                else:
+                    os.unlink(names.pop(), dir_fd=directory)
+                continue
+            os.close(waiting.pop()[0])
+            directory, names = waiting[-1]
+            os.rmdir(names[-1], dir_fd=directory)
+            names.pop()
+            if len(waiting) == 1:
+                return
+    except OSError as error:
+        where = "/".join(names[-1] for _, names in waiting[1:] if names)
+        problem = f"{where}: {error.strerror}" if where else error.strerror
+        raise OSError(error.errno, problem) from error
+    finally:
+        for directory, _ in waiting:
+            os.close(directory)
+
+
+class FileChanger:
+    """Makes, renames and deletes; replaces nothing."""
+
+    def __init__(
+        self, places: FilePlaces, umask: int, pause: Callable[[], None] = lambda: None
+    ) -> None:
+        """`pause` is called before each name that is deleted."""
+        self._places = places
+        self._umask = umask
+        self._pause = pause
+
+    def change(self, spec: FileChange) -> JsonObject:
+        """Return the path of what was changed.  Raises RpcError."""
+        actions = {"mkdir": self._make, "rename": self._rename, "delete": self._delete}
+        if spec.action not in actions:
+            known = ", ".join(actions)
+            problem = f"action must be one of {known}, not {spec.action[:40]!r}"
+            raise RpcError("INVALID_REQUEST", problem)
+        path = self._places.absolute(decode_path(spec.path))
+        try:
+            parent, name = self._open(path)
+            try:
+                actions[spec.action](spec, parent, name)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
+            raise RpcError(code, file_problem(path, error)) from error
+        return {"path": encode_path(path)}
+
+    def _open(self, path: str) -> tuple[int, str]:
+        """Return a descriptor of a directory, and the name of `path` in it.
+
+        Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
+        """
+        parent, name = self._places.open_parent(path)
+        if name == ".":
+            os.close(parent)
+            problem = file_problem(path, "stays as it is: all files here are below it")
+            raise RpcError("FORBIDDEN", problem)
+        return parent, name
+
+    def _make(self, _spec: FileChange, parent: int, name: str) -> None:
+        os.mkdir(name, 0o700, dir_fd=parent)
+        made = descend(os.dup(parent), [name])
+        try:
+            os.fchmod(made, 0o777 & ~self._umask)  # not our own umask
+        finally:
+            os.close(made)
+
+    def _rename(self, spec: FileChange, parent: int, name: str) -> None:
+        target = self._places.absolute(decode_path(spec.to))
+        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        goal, new = self._open(target)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(new, dir_fd=goal, follow_symlinks=False)
+                # Where case does not count, a new spelling finds the file itself.
+                respelled = os.path.samestat(there, facts) and new != name
+                if not (respelled and new.casefold() == name.casefold()):
+                    raise RpcError("CONFLICT", file_problem(target, "is there already"))
+            os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
+        finally:
+            os.close(goal)
+
+    def _delete(self, spec: FileChange, parent: int, name: str) -> None:
+        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISDIR(facts.st_mode):
+            os.unlink(name, dir_fd=parent)
+        elif spec.recursive:
+            remove_tree(parent, name, self._pause)
+        else:
+            os.rmdir(name, dir_fd=parent)
 
 
 # -- reading -------------------------------------------------------------------
@@ -7572,6 +7710,9 @@ class FileTarget:
             self._leave_out(
                 pending.names, "is a directory, which a file does not replace"
             )
+            return
+        if present is not None and self._spec.keep:
+            self._leave_out(pending.names, "is there already, and stays as it is")
             return
         if present is not None and (present.st_dev, present.st_ino) in self._written:
             self._leave_out(
@@ -10600,6 +10741,14 @@ def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> Json
     }
 
 
+def _change_file(
+    options: MachineOptions, spec: FileChange, errand: Errand
+) -> JsonObject:
+    umask = 0o022 if options.inherited is None else options.inherited.umask
+    pause = partial(errand.cancellation.pause, 0)
+    return FileChanger(file_places(options), umask, pause).change(spec)
+
+
 class Notes:
     """What a transfer says of single files: JSON lines on its standard error."""
 
@@ -10698,8 +10847,14 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_COPIES,
         line=MAX_LINE,
     ),
+    "file.change": Work(
+        FileChange.from_json,
+        partial(Errand, _change_file),
+        recorded=True,
+        line=MAX_LINE,
+    ),
 }
-FILE_WORKS = ("file.list", "file.read", "file.write")
+FILE_WORKS = ("file.list", "file.read", "file.write", "file.change")
 
 
 def find_work(name: str) -> Work:
@@ -10740,6 +10895,10 @@ def work_title(work: str, spec: JsonObject) -> str:
         return f"list {shown_path(decode_path(spec['path']))}"
     if work == "file.write":
         return f"write {shown_path(decode_path(spec['path']))}"
+    if work == "file.change":
+        to = f" to {shown_path(decode_path(spec['to']))}" if spec.get("to") else ""
+        rest = " with all in it" if spec.get("recursive") else ""
+        return f"{spec['action']} {shown_path(decode_path(spec['path']))}{to}{rest}"
     return spec.get("command") or ("login shell" if work == TERMINAL else work)
 
 
@@ -12504,7 +12663,7 @@ class JobRecord(Value):
     id: str  # UUID, chosen by the caller
     node_id: str
     node_name: str
-    caller_kind: str  # "operator", "chat" or "model"
+    caller_kind: str  # "shell", "MCP", "page", "API", "chat", "model"; once "operator"
     caller_name: str
     asked_at: int
     caller_id: str = ""  # of the operator key
@@ -14037,6 +14196,13 @@ SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
 
 DEVICE = "device"
 OPERATOR = "operator"
+# What an operator asks through, as History shows it.
+CLIENTS: Mapping[str, str] = {  # by the first word of a WebSocket client's id
+    "shell": "shell",
+    "mcp": "MCP",
+    "page": "page",
+}
+API = "API"  # any other client
 
 
 class Caller(Value):
@@ -14048,6 +14214,7 @@ class Caller(Value):
     scopes: Sequence[str] = ()
     login_id: str | None = None  # of a browser's sign-in
     address: str = ""
+    client: str = API  # of CLIENTS, or API
 
     def may(self, scope: str) -> bool:
         """Return whether the caller has `scope`, or one that includes it."""
@@ -15335,7 +15502,7 @@ def log_text(data: bytes) -> str:
 class Origin(Value):
     """The caller of a job, for its row."""
 
-    kind: str  # "operator", "chat" (a person's command in a chat), "model"
+    kind: str  # the caller's client, "chat" (a person's command there), "model"
     id: str  # of the key
     name: str
     address: str = ""
@@ -18645,9 +18812,7 @@ class Turn(Value):
     def origin(self, session_key: str) -> Origin:
         """Return who asks for the commands, for the audit."""
         caller = self.asked_by
-        origin = Origin(
-            caller.kind, caller.id, caller.name, caller.address, session_key
-        )
+        origin = Origin("chat", caller.id, caller.name, caller.address, session_key)
         if self.is_typed:
             return origin
         return origin.replace(
@@ -20209,12 +20374,16 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
 def gathered_answer(gathering: Gathering) -> JsonObject:
     """Return what `job.once` answers.  Raises RpcError unless the job is done."""
     result, output = gathered_output(gathering)
-    job = job_view(gathering.job)
-    return {"job": job, "result": result, "output": b64encode(output)}
+    return {
+        "job": job_view(gathering.job),
+        "result": result,
+        "output": b64encode(output),
+        "errors": b64encode(gathering.output(STDERR)),
+    }
 
 
 def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
+    return Origin(caller.client, caller.id, caller.name, caller.address)
 
 
 def check_reader(job: Job, caller: Caller) -> None:
@@ -21554,7 +21723,8 @@ class Gateway:
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
-        caller = identity.caller
+        client = CLIENTS.get(identity.params.client_id.partition("-")[0], API)
+        caller = identity.caller.replace(client=client)
         peer = OperatorPeer(ws, caller, self.rpc.call, self._jobs)
         if not caller.may(Scope.ADMIN):
             ws.shared_room = partial(self._shares.room, caller.id)
@@ -22739,7 +22909,8 @@ class McpLines:
 # ==============================================================================
 # HTTP
 # Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
-#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway, MCP
+#       WebSocket connections, TLS, Wire protocol, Files, Machine, Store, Access, Jobs,
+#       Gateway, MCP
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -22764,6 +22935,9 @@ DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
+DOWNLOADS_PATH = "/api/downloads/"
+DOWNLOAD_WAIT = 60.0  # s that a prepared download waits to be fetched
+MAX_DOWNLOADS = 100  # that wait; beyond it the oldest is dropped
 MCP_PATH = "/mcp"
 # Where MCP clients look for OAuth, which we do not offer.
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
@@ -22881,10 +23055,12 @@ class Reply(Value):
     """The answer to an HttpRequest."""
 
     status: int
-    # Anything but bytes goes on up to the connection's end.
-    body: bytes | Iterator[bytes] | Stream = b""
+    # Anything but bytes goes on up to the connection's end, unless more is said below.
+    body: bytes | Generator[bytes, None, None] | Stream = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
+    length: int | None = None  # bytes of a generator's body, where it is known
+    chunked: bool = False  # else: whoever reads it notices where it breaks off
 
 
 def json_reply(
@@ -22910,20 +23086,50 @@ def rpc_reply(response: Response) -> Reply:
     return Reply(status, body, "application/json", headers)
 
 
-def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves and does not cache."""
+def json_body(request: HttpRequest) -> JsonObject:
+    """Raises RpcError INVALID_REQUEST."""
+    try:
+        value = from_json(request.body)
+    except ValueError as error:
+        problem = f"the body is not JSON: {error}"
+        raise RpcError("INVALID_REQUEST", problem) from error
+    if not isinstance(value, dict):
+        raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
+    return value
+
+
+def content_disposition(name: str) -> str:
+    """Return the header that makes a browser save a reply as `name` (RFC 6266)."""
+    name = "".join(
+        c if c.isprintable() and c not in '"\\/:*?<>|' else "_" for c in name[-200:]
+    )
+    plain = re.sub(r"[^ -~]|%", "_", name)
+    encoded = quote(name, safe="")
+    extended = f"; filename*=UTF-8''{encoded}" if plain != name else ""
+    return f'attachment; filename="{plain}"{extended}'
+
+
+def download_reply(
+    name: str,
+    pieces: Generator[bytes, None, None],
+    kind: str,
+    **framing: Any,
+) -> Reply:
+    """Return a file that a browser saves, does not cache and never runs."""
     return Reply(
         200,
         pieces,
-        f"{kind}; charset=utf-8",
+        kind,
         [
-            ("Content-Disposition", f'attachment; filename="{name}"'),
+            ("Content-Disposition", content_disposition(name)),
+            ("Content-Security-Policy", "sandbox"),  # next to the one of all replies
             ("Cache-Control", "no-store"),
         ],
+        **framing,
     )
 
 
-def job_output(job: Job) -> Iterator[bytes]:
+def job_output(job: Job) -> Generator[bytes, None, None]:
     """Yield a job's output so far, with a line for each gap."""
     position, end = 0, job.log.end  # it may grow faster than a client reads
     while position < end:
@@ -22936,7 +23142,7 @@ def job_output(job: Job) -> Iterator[bytes]:
         position = start + len(data)
 
 
-def job_recording(job: Job) -> Iterator[bytes]:
+def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
     record, position, end = job.record, 0, job.log.end
     recording = recording_of(record.command, record.node_name, record.asked_at)
@@ -23088,7 +23294,7 @@ def _csv_row(row: JsonObject) -> list[str]:
     return [FORMULA_START.sub("'", value) for value in values]
 
 
-def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
+def audit_csv(pages: Iterator[list[JsonObject]]) -> Generator[bytes, None, None]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
 
@@ -23100,6 +23306,176 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
+
+
+# --- Downloads of files ---
+
+
+class JobReader:
+    """Reads what a transfer of files writes, as the holder of its job."""
+
+    holds = True
+    person = ""
+    lost_at = 0
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.job = job
+        self.position = 0
+        self.notes: list[str] = []  # sentences about files that are left out
+        self._jobs = jobs
+        self._news = threading.Event()  # the job has changed since it was looked at
+        self._pieces: collections.deque[bytes] = collections.deque()
+        self._is_abandoned: Callable[[], bool] = lambda: False
+
+    def open(self, is_abandoned: Callable[[], bool]) -> None:
+        """Hold the job, for a client that may hang up."""
+        self.holds, self._is_abandoned = True, is_abandoned
+        self._jobs.follow(self.job, self)
+
+    def close(self, *, leaves: bool) -> None:
+        """Hold it no more; `leaves`: end it if it is not over."""
+        self._jobs.unfollow(self.job, self, leaves=leaves)
+
+    def wake(self, _job: Job) -> None:
+        self._news.set()
+
+    def read(self, _size: int) -> bytes:
+        """Return what comes next on its standard output, b"" at the end.
+
+        Raises RpcError unless the job ends well, ClientGone.
+        """
+        while not self._pieces:
+            self._news.clear()
+            record = self.job.record  # read before the log: an ending follows all bytes
+            start, data = self.job.log.read(self.position, MAX_LOG_MESSAGE)
+            if data and start > self.position:
+                raise RpcError("UNAVAILABLE", f"{record.node_name}: a part was lost")
+            if data:
+                self.position = start + len(data)
+                self._take(data)
+                self._jobs.acknowledge(self.job)
+            elif record.state == JobState.DONE:
+                return b""
+            elif not record.is_open:
+                reason = record.reason or record.words()
+                raise RpcError("UNAVAILABLE", f"{record.node_name}: {reason}")
+            elif not self._news.wait(1.0) and self._is_abandoned():
+                raise ClientGone
+        return self._pieces.popleft()
+
+    def _take(self, frames: bytes) -> None:
+        for kind, piece in log_frames(frames):
+            if kind == STDOUT:
+                self._pieces.append(piece)
+            elif kind == STDERR and len(self.notes) < MAX_NOTES:
+                with contextlib.suppress(ValueError):  # the node's mistake
+                    said = from_json(piece)
+                    if isinstance(said, dict) and "note" in said:
+                        self.notes.append(clip(visible(str(said["note"])), 400))
+
+
+class Download:
+    """A file, or a directory as a tar archive, on its way from a node to a browser."""
+
+    def __init__(self, reader: JobReader, name: str, caller: Caller) -> None:
+        """Return once its first bytes are here.  Raises RpcError, ClientGone."""
+        spec = FileRead.from_json(reader.job.record.spec or {})
+        self.job = reader.job
+        self.caller = caller
+        self.name = f"{name}.tar" if spec.recursive else name
+        self.size: int | None = None  # bytes; None: not known before the end
+        self.deadline = Deadline(DOWNLOAD_WAIT)
+        self._reader = reader
+        self._stream = CheckedStream(reader.read)
+        self._members = read_members(self._stream)
+        self._first = b""  # of an archive
+        if spec.recursive:
+            self._first = self._stream.some(FILE_PIECE)
+        else:
+            member = next(self._members, None)
+            self.size = None if member is None else member.size
+        if self.size is None and not self._first.strip(b"\0"):
+            raise RpcError(
+                "NOT_FOUND", next(iter(reader.notes), "there is no such file")
+            )
+
+    def reply(self, is_abandoned: Callable[[], bool]) -> Reply:
+        kind = "application/x-tar" if self.size is None else "application/octet-stream"
+        pieces = self._pieces(is_abandoned)
+        framing = {"length": self.size, "chunked": self.size is None}
+        return download_reply(self.name, pieces, kind, **framing)
+
+    def _pieces(self, is_abandoned: Callable[[], bool]) -> Generator[bytes, None, None]:
+        """Yield all of it.  Raises OSError: what was sent is not whole."""
+        self._reader.open(is_abandoned)
+        try:
+            yield from self._archive() if self.size is None else self._file(self.size)
+        except (RpcError, ClientGone) as error:
+            raise ConnectionAbortedError(str(error)) from error
+        finally:
+            self._reader.close(leaves=True)
+
+    def _archive(self) -> Iterator[bytes]:
+        piece = self._first
+        while piece:
+            yield piece
+            piece = self._stream.some(FILE_PIECE)
+        self._stream.check()
+
+    def _file(self, size: int) -> Iterator[bytes]:
+        """Yield the last piece once all is checked.  Raises RpcError."""
+        held = b""
+        for piece in self._stream.pieces(size):
+            yield held
+            held = piece
+        self._stream.exactly(-size % TAR_BLOCK)
+        if next(self._members, None) is not None:
+            raise RpcError("UNAVAILABLE", "it changed while it was read")
+        self._stream.check()
+        yield held
+
+
+class Downloads:
+    """Downloads that wait to be fetched, each once."""
+
+    def __init__(self, drop: Callable[[Download], None]) -> None:
+        """`drop` gets those that nobody fetches."""
+        self._drop = drop
+        self._lock = threading.Lock()  # guards _waiting
+        self._waiting: dict[str, Download] = {}  # by ticket, the oldest first
+
+    def add(self, download: Download) -> str:
+        """Return the ticket with which it is fetched."""
+        ticket = secrets.token_urlsafe(24)
+        with self._lock:
+            self._waiting[ticket] = download
+        self.tick()
+        return ticket
+
+    def find(self, ticket: str) -> Download:
+        """Raises RpcError NOT_FOUND."""
+        with self._lock:
+            download = self._waiting.get(ticket)
+        if download is None:
+            raise RpcError("NOT_FOUND", "this download was fetched, or waited too long")
+        return download
+
+    def take(self, ticket: str) -> Download:
+        """Raises RpcError NOT_FOUND."""
+        download = self.find(ticket)
+        with self._lock:
+            if self._waiting.pop(ticket, None) is download:
+                return download
+        raise RpcError("NOT_FOUND", "this download is being fetched already")
+
+    def tick(self) -> None:
+        """Drop those that waited too long; call it every second."""
+        with self._lock:
+            late = [t for t, each in self._waiting.items() if each.deadline.expired]
+            late = late or list(self._waiting)[:-MAX_DOWNLOADS]
+            dropped = [self._waiting.pop(ticket) for ticket in late]
+        for download in dropped:
+            self._drop(download)
 
 
 # --- Where a request comes from ---
@@ -23308,6 +23684,7 @@ class HttpApp:
         body = page.body if page is not None and isinstance(page.body, bytes) else b""
         self._page_pieces = re.split(rb'(?<=(?:href|.src)=")(?=app\.)', body)
         self._mcp_calls = CallsUnderWay()
+        self._downloads = Downloads(lambda download: jobs.cancel(download.job))
         # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
@@ -23317,6 +23694,8 @@ class HttpApp:
             ("POST", "/api/sign-out", self._sign_out),
             ("GET", "/api/audit.csv", self._audit_csv),
             ("GET", JOBS_PATH, self._job_output),
+            ("POST", DOWNLOADS_PATH, self._prepare_download),
+            ("GET", DOWNLOADS_PATH, self._download),
             ("GET", JOIN_PATH, self._join),
             *(("GET", path, self._page) for path in PAGE_PATHS),
         )
@@ -23355,15 +23734,17 @@ class HttpApp:
     def caller(self, request: HttpRequest) -> Caller:
         """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
         caller = self._bearer(request)
+        client = CLIENTS["mcp"] if request.path == MCP_PATH else API
         # A page at this path could not be told from a program that has the cookie.
         if caller is None and request.path != MCP_PATH:
             caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
+            client = CLIENTS["page"]
         if caller is None:
             raise RpcError(
                 "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
             )
         request.on_identified(caller)
-        return caller
+        return caller.replace(client=client)
 
     def _bearer(self, request: HttpRequest) -> Caller | None:
         """Return the operator whose key was sent, or None.  Raises RpcError."""
@@ -23451,7 +23832,56 @@ class HttpApp:
             name, kind = f"terminal-{job.id[:8]}.cast", "application/x-asciicast"
             return download_reply(name, job_recording(job), kind)
         name = f"output-{job.id[:8]}.txt"
-        return download_reply(name, job_output(job), "text/plain")
+        return download_reply(name, job_output(job), "text/plain; charset=utf-8")
+
+    def _prepare_download(self, request: HttpRequest) -> Reply:
+        """Begin to read a file or a directory; answer where it is fetched, once.
+
+        A browser saves what a link leads to while it comes, and a link cannot send the
+        page's secret: its ticket stands for it.
+        """
+        caller, params = self.caller(request), json_body(request)
+        caller.require(Scope.WRITE)
+        path = required(params, "path", str)
+        name = os.path.basename(decode_path(path).rstrip("/"))
+        node = {"nodeId": required(params, "nodeId", str)}
+        view = self._gateway.rpc.call(caller, "node.describe", node)
+        record = new_job(
+            (view["nodeId"], view["displayName"]),
+            "file.read",
+            {"paths": [path], "recursive": optional(params, "archive", bool) or False},
+            caller_origin(caller),
+            kept=False,
+        )
+        reader = JobReader(self._jobs, self._jobs.start(record))
+        reader.open(request.is_abandoned)
+        ready = False
+        try:
+            name = "files" if name in ("", ".", "..", "~") else name
+            download = Download(reader, name, caller)
+            ready = True
+        except ClientGone:
+            return Reply(202)
+        finally:
+            reader.close(leaves=not ready)
+        url = f"{DOWNLOADS_PATH}{self._downloads.add(download)}"[1:]
+        answer = {"url": url, "jobId": record.id, "name": download.name}
+        return json_reply(200, answer, [("Cache-Control", "no-store")])
+
+    def _download(self, request: HttpRequest) -> Reply:
+        ticket = request.path[len(DOWNLOADS_PATH) :]
+        # HEAD, as of a download manager that asks for the size, takes nothing.
+        peeks = request.method == "HEAD"
+        download = (self._downloads.find if peeks else self._downloads.take)(ticket)
+        if not self._access.is_current(download.caller):
+            self._jobs.cancel(download.job)
+            raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
+        request.on_identified(download.caller)
+        return download.reply(request.is_abandoned)
+
+    def tick(self) -> None:
+        """Drop downloads that nobody fetches; call it every second."""
+        self._downloads.tick()
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all of the audit, the newest first, for a spreadsheet.
@@ -23468,17 +23898,11 @@ class HttpApp:
             )
         filters = {name: values[-1] for name, values in given.items()}
         pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
-        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
+        kind = "text/csv; charset=utf-8"
+        return download_reply("moltis-audit.csv", audit_csv(pages), kind)
 
     def _rpc(self, request: HttpRequest) -> Reply:
-        caller = self.caller(request)
-        try:
-            value = from_json(request.body)
-        except ValueError as error:
-            problem = f"the body is not JSON: {error}"
-            raise RpcError("INVALID_REQUEST", problem) from error
-        if not isinstance(value, dict):
-            raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
+        caller, value = self.caller(request), json_body(request)
         request_id = optional(value, "id", str) or new_id()
         method = required(value, "method", str)
         params = optional(value, "params", dict) or {}
@@ -23978,8 +24402,14 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         def send(self, reply: Reply) -> None:
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
-            if isinstance(reply.body, bytes):
-                self.send_header("Content-Length", str(len(reply.body)))
+            body, length = reply.body, reply.length
+            chunked = reply.chunked and self.request_version != "HTTP/1.0"
+            if isinstance(body, bytes):
+                length = len(body)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            elif chunked:
+                self.send_header("Transfer-Encoding", "chunked")
             else:
                 self.close_connection = True  # its end is the end of the connection
             for name, value in (*SECURITY_HEADERS, *reply.headers):
@@ -23987,7 +24417,6 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
-            body = reply.body
             if self.command == "HEAD":
                 return
             if isinstance(body, bytes):
@@ -23995,8 +24424,20 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             elif callable(body):
                 body(self.send_now)
             else:
-                for piece in body:
-                    self.wfile.write(piece)
+                self.send_pieces(body, chunked=chunked)
+
+        def send_pieces(
+            self, pieces: Generator[bytes, None, None], *, chunked: bool
+        ) -> None:
+            with closing(pieces):
+                try:
+                    for piece in filter(None, pieces):
+                        frame = b"%x\r\n%b\r\n" % (len(piece), piece)
+                        self.wfile.write(frame if chunked else piece)
+                except RpcError as error:  # an answer would pass for a part of it
+                    raise ConnectionAbortedError(error.message) from error
+            if chunked:
+                self.wfile.write(b"0\r\n\r\n")
 
         def send_now(self, piece: bytes) -> None:
             self.wfile.write(piece)
@@ -24291,6 +24732,10 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-chip"
  d="M6 6h8v8H6zM8 6V3m4 3V3M8 17v-3m4 3v-3M6 8H3m3 4H3m14-4h-3m3 4h-3"/>
 <path id="i-key" d="M12.5 10.5a3.5 3.5 0 1 0-3-3L4 13v3h3v-2h2v-2z"/>
+<path id="i-up" d="M10 16V5m-5 5 5-5 5 5"/>
+<path id="i-directory" d="M3 5h5l2 2h7v9H3z"/>
+<path id="i-upload" d="M10 13V4M6 7.5 10 3.5l4 4M4 16h12"/>
+<path id="i-file" d="M5 3h7l3 3v11H5zM12 3v3h3"/>
 <path id="i-warn" d="M10 3 2.5 16.5h15zM10 8v4m0 2v.5"/>
 </svg>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
@@ -24379,6 +24824,27 @@ WEB_HTML = r"""<!doctype html>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button>
 </li></template>
+
+<template id="upload-row"><li class="upload"><span class="name"
+ data-part="name"></span>
+<progress data-part="bar" max="1"></progress>
+<span class="detail" data-part="detail" role="status"></span>
+<button class="button small" data-part="again" hidden>Choose it again</button>
+<button class="bare" data-part="end" data-icon="close" title="Cancel"></button>
+</li></template>
+
+<template id="file-row"><div class="file" role="row">
+<span class="name" role="gridcell"><a data-part="link"><span
+ data-part="icon"></span><span data-part="name"></span></a>
+<span class="detail" data-part="target"></span></span>
+<span class="size" role="gridcell" data-part="size"></span>
+<span class="changed" role="gridcell" data-part="changed"></span>
+<span class="mode" role="gridcell" data-part="mode"></span>
+<span class="tools" role="gridcell"><button class="bare" data-part="rename"
+ data-icon="pen" title="Rename"></button><button class="bare" data-part="remove"
+ data-icon="bin" title="Delete"></button><button class="bare" data-part="save"
+ data-icon="save" title="Download"></button></span>
+</div></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -24531,6 +24997,7 @@ no command and sends no message.</p>
  title="All machines" data-icon="back"></a><h1 id="node-title"></h1>
 <button id="node-rename" class="bare" data-icon="pen" title="Rename"
  data-needs="write"></button>
+<a id="node-files" class="button" data-icon="directory" data-needs="write">Files</a>
 <button id="node-use" class="button main" data-icon="chat" data-needs="write">Use<span
  class="wider"> in the chat</span></button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machine">
@@ -24549,6 +25016,38 @@ no command and sends no message.</p>
 </section>
 </div>
 </div>
+</section>
+
+<section id="files" class="settings" aria-labelledby="files-title" hidden>
+<header class="bar"><a id="files-back" class="bare" aria-label="The machine"
+ title="The machine" data-icon="back"></a><h1 id="files-title"></h1>
+<button id="files-make" class="button" data-icon="plus">New<span class="wider">
+ directory</span></button>
+<button id="files-send-all" class="button wider" data-icon="directory">Upload a
+ directory</button>
+<button id="files-send" class="button main" data-icon="upload">Upload</button>
+<input id="files-chosen" type="file" multiple hidden aria-label="Files to upload">
+<input id="files-chosen-all" type="file" webkitdirectory hidden
+ aria-label="Directory to upload"></header>
+<div class="place"><button id="files-up" class="bare" data-icon="up"
+ title="Directory above"></button>
+<div class="picker"><input id="files-path" aria-label="Path" role="combobox"
+ aria-expanded="false" aria-controls="files-matches" autocomplete="off">
+<ul id="files-matches" class="choices" role="listbox" aria-label="Directories"
+ hidden></ul></div>
+<span id="files-tools"><input id="files-find" type="search" placeholder="Filter"
+ aria-label="Filter names" autocomplete="off">
+<label><input id="files-hidden" type="checkbox"> Hidden</label></span></div>
+<p id="files-problem" class="bad lead" role="alert"></p>
+<div id="files-list" class="scroll">
+<div class="files-box">
+<div class="file file-head" role="group" aria-label="Sort by" id="files-head"></div>
+<div id="files-rows" tabindex="0" role="grid" aria-label="Files"></div>
+</div>
+<p id="files-note" class="note" role="status"></p>
+</div>
+<div id="files-open" class="scroll" tabindex="0" role="region" aria-label="File"
+ hidden></div>
 </section>
 
 <section id="activity" class="settings" aria-labelledby="activity-title" hidden>
@@ -24700,6 +25199,27 @@ dials out.</p>
 </form>
 </dialog>
 
+<dialog id="file-name" aria-labelledby="file-name-title">
+<form method="dialog">
+<h2 id="file-name-title"></h2>
+<label for="file-name-text">Name</label>
+<input id="file-name-text" required autocomplete="off" autofocus>
+<div class="actions"><button id="file-name-no" class="button"
+ type="button">Cancel</button>
+<button id="file-name-yes" class="button main" value="yes"></button></div>
+</form>
+</dialog>
+
+<dialog id="conflict" aria-labelledby="conflict-title">
+<form method="dialog">
+<h2 id="conflict-title"></h2>
+<p id="conflict-text"></p>
+<div class="actions"><button class="button" autofocus>Cancel</button>
+<button class="button" value="keep">Keep what is there</button>
+<button class="button danger" value="replace">Replace</button></div>
+</form>
+</dialog>
+
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
 <form method="dialog">
 <h2 id="confirm-title"></h2>
@@ -24711,6 +25231,7 @@ dials out.</p>
 </div>
 
 <p id="live" class="unseen" aria-live="polite"></p>
+<ul id="uploads" aria-label="Uploads"></ul>
 <p id="toast" role="alert" hidden></p>
 </body>
 </html>
@@ -24859,7 +25380,7 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
-#key-form { display: grid; gap: 8px; }
+#key-form, #file-name form { display: grid; gap: 8px; }
 #provider-form .link { margin-right: auto; color: var(--soft); }
 #again pre { max-height: 40vh; overflow: auto; padding: 10px 13px; border-radius: 10px;
   background: var(--sunken); white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -25277,6 +25798,80 @@ summary { cursor: pointer; }
 .filters select { padding: 6px 8px; max-width: 170px; }
 .filters input { width: 230px; padding: 6px 11px; }
 
+/* files */
+.place { display: flex; flex-wrap: wrap; gap: 8px; align-items: center;
+  padding: 10px 20px 0; }
+.place > .picker { flex: 1 1 240px; }
+#files-path { width: 100%; font-family: var(--mono); font-size: 14px; }
+#files-matches { left: 0; right: auto; min-width: min(100%, 240px); }
+#files-tools { display: flex; gap: 14px; align-items: center; font-size: 14px; }
+#files-tools label { display: flex; gap: 6px; align-items: center; }
+#files-find { width: 150px; }
+#files-problem { margin: 16px 20px 0; }
+#files-list { padding-top: 10px; }
+.files-box { border: var(--rule); border-radius: 13px; background: var(--surface);
+  max-width: 1400px; overflow: clip; }
+#files-rows { --row: 38px; position: relative; outline-offset: -2px; }
+.file { display: grid; align-items: center; gap: 0 16px; padding: 0 6px 0 14px;
+  height: var(--row); font-size: 14px; white-space: nowrap;
+  font-variant-numeric: tabular-nums;
+  grid-template-columns: minmax(0, 1fr) 84px 150px 84px 116px; }
+#files-rows .file { position: absolute; left: 0; right: 0; border-top: var(--rule); }
+#files-rows .file:hover { background: var(--hover); }
+#files-rows .file.active { background: var(--tint); }
+#node-files { color: inherit; }
+.file .name { display: flex; gap: 10px; align-items: baseline; min-width: 0; }
+.file .name > * { overflow: hidden; text-overflow: ellipsis; }
+.file .name a { display: flex; flex: 0 1 auto; gap: 9px; align-items: center;
+  color: var(--ink); text-decoration: none; }
+.file .name a[href]:hover { text-decoration: underline; }
+.file .name a > :last-child { overflow: hidden; text-overflow: ellipsis; }
+.file .name > .detail { flex: 0 1 auto; min-width: 40px; }
+.file .name > .detail:empty { display: none; }
+.file .icon { color: var(--soft); vertical-align: middle; }
+.file.directory a .icon { color: var(--accent); }
+.file .size { display: block; padding: 0; font-size: inherit; text-align: right; }
+.file :is(.size, .changed, .mode) { color: var(--soft); }
+.file .mode { font: 12.5px var(--mono); }
+.file .tools { opacity: 0; justify-content: flex-end; }
+.file:is(:hover, .active, :focus-within) .tools { opacity: 1; }
+.file-head { position: sticky; top: -10px; z-index: 1; height: 36px;
+  background: var(--surface); }
+.file-head button { border: 0; background: none; padding: 0; font-size: 12.5px;
+  color: var(--soft); text-align: left; }
+.file-head button:nth-child(2) { text-align: right; }
+.file-head [aria-pressed=true] { color: var(--ink); font-weight: 560; }
+#files-note { padding: 8px 4px; }
+.dropping { outline: 2px dashed var(--accent); outline-offset: -8px; }
+#uploads { position: fixed; z-index: 15; right: 16px; bottom: 16px; display: grid;
+  gap: 8px; width: min(400px, calc(100vw - 32px)); }
+.upload { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 2px 8px;
+  align-items: center; padding: 10px 8px 10px 14px; border: var(--rule);
+  border-radius: 12px; background: var(--surface); box-shadow: var(--shade); }
+.upload .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  font-size: 14px; }
+.upload .bare { grid-area: 1 / 3 / 3; }
+.upload .button { grid-area: 1 / 2 / 3; }
+.upload progress { grid-column: 1; width: 100%; height: 6px;
+  accent-color: var(--accent); }
+.upload .detail { grid-column: 1; }
+.upload.bad .detail { color: var(--bad); }
+.opened { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px;
+  margin-bottom: 12px; }
+.opened h2 { overflow-wrap: anywhere; }
+.opened .detail { flex: 1; }
+.text { display: grid; grid-template-columns: auto minmax(0, 1fr); border: var(--rule);
+  border-radius: 12px; background: var(--surface); overflow: hidden; }
+.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; tab-size: 8; }
+.text pre:first-child { padding-right: 10px; border-right: var(--rule);
+  background: var(--sunken); color: var(--soft); text-align: right;
+  user-select: none; }
+.text pre:last-child { overflow-x: auto; }
+.wraps .text pre:last-child { white-space: pre; }
+.picture { max-width: 100%; max-height: 80vh; border: var(--rule); border-radius: 12px;
+  background: repeating-conic-gradient(var(--sunken) 0 25%, var(--surface) 0 50%)
+    0 0 / 20px 20px; }
+
 /* activity */
 #activity-list > h2 { position: sticky; top: -20px; z-index: 1; padding: 14px 8px 6px;
   background: var(--paper); font-size: 13px; font-weight: 560; color: var(--soft); }
@@ -25344,6 +25939,26 @@ summary { cursor: pointer; }
   input, textarea, select, #text, .shell #text { font-size: 16px; }
   #hint, .size { display: none; }
   .wider, .node-head { display: none; }
+  .place { padding: 10px 12px 0; }
+  .place > .picker { order: 0; flex-basis: calc(100% - 60px); }
+  #files-tools { order: 1; }
+  #files-tools { flex: 1 1 100%; padding-left: 46px; }
+  #files-list, #files-open { padding-inline: 12px; }
+  #files-find { flex: 1; width: auto; }
+  #files-rows { --row: 56px; }
+  .file-head { grid-template-columns: 1fr auto auto; }
+  .file-head button:nth-child(n + 4) { display: none; }
+  #files-rows .file { grid-template: "name name tools" auto "size changed tools" auto /
+    auto minmax(0, 1fr) auto; align-content: center; gap: 0 10px; padding-left: 12px; }
+  .file .name { grid-area: name; }
+  #files-rows .size { grid-area: size; display: block; padding-left: 27px; }
+  .file .changed { grid-area: changed; }
+  #files-rows .size:empty { display: none; }
+  #files-rows .size:empty + .changed { grid-column: 1 / 3; padding-left: 27px; }
+  .file :is(.size, .changed) { font-size: 12.5px; }
+  .file .mode { display: none; }
+  .file .tools { grid-area: tools; opacity: 1; }
+  .file .tools .bare { min-width: 36px; min-height: 40px; }
   .node { grid-template-columns: minmax(0, 1fr) auto; gap: 6px 10px; padding: 12px; }
   .node .who { grid-area: 1 / 1; }
   .node .bare { grid-area: 1 / 2; }
@@ -26920,6 +27535,7 @@ const state = {
   chats: new Map(), // session key → Chat
   jobs: new Map(), // id → job, of all callers, as far as the page knows them
   logs: new Map(), // job id → JobLog
+  uploads: new Map(), // job id → Upload
   followed: new Set(), // ids of jobs whose logs the gateway sends
   running: [], // open jobs, the oldest first
   asks: [], // commands that wait for an approval, in all chats
@@ -27424,6 +28040,7 @@ function unfollowJob(id) {
 function onJobState({ending, ...change}) {
   const {id} = change;
   learn({...change, ...ending});
+  state.uploads.get(id)?.onState({ending, ...change});
   // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost" || !state.followed.has(id)) return;
   state.logs.get(id).isComplete = true;
@@ -27434,6 +28051,7 @@ function onJobState({ending, ...change}) {
 function onLogData(message) {
   const {id, offset, frames} = decodeLogData(message) || {};
   if (state.followed.has(id)) state.logs.get(id).take(offset, frames);
+  state.uploads.get(id)?.take(offset, frames);
 }
 
 // The filters of the list that are no state of a job.
@@ -27576,6 +28194,7 @@ const HANDLERS = {
   session: onSession,
   job: onJobs,
   "job.state": onJobState,
+  "job.input": change => state.uploads.get(change.id)?.onInput(change),
   "node.telemetry": onTelemetry,
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -27597,6 +28216,7 @@ const link = new Link({
     state.usage.clear();
     enterRoute();
     for (const chat of state.chats.values()) chat.deliver();
+    takeUpUploads();
     await refresh("sessions", "models", "nodes", "devices", "running", "asks");
     touch("route");
   },
@@ -27631,6 +28251,7 @@ const PAGES = {
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices"],
   node: ["nodes", "devices"],
+  files: ["nodes"],
   models: ["models", "providers", "storage"],
   access: ["keys", "logins"],
 };
@@ -27642,6 +28263,9 @@ function routeOf(path) {
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
   if (area === "nodes" && !rest) return {page: "nodes"};
   try {
+    const [, name, path] = /^([^/]*)\/files(\/.*|)$/.exec(rest) || [];
+    if (area === "nodes" && name)
+      return {page: "files", ref: decodeURIComponent(name), path: pathFromUrl(path)};
     if (area === "nodes") return {page: "node", ref: decodeURIComponent(rest)};
     if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
   } catch {
@@ -27683,7 +28307,10 @@ function enterRoute() {
     if (id) loadLinked((state.activity.opened = id));
     loadActivity();
   }
-  else refresh(...PAGE_TOPICS[page]).then(() => page === "node" && loadNodeJobs());
+  else refresh(...PAGE_TOPICS[page]).then(() => {
+    if (page === "node") loadNodeJobs();
+    else if (page === "files") loadFiles();
+  });
 }
 
 // == widgets ==
@@ -27968,9 +28595,9 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  for (const name of ["chat", "node", ...Object.keys(PAGES)])
+  for (const name of ["chat", "node", "files", ...Object.keys(PAGES)])
     $(name).hidden = name !== page;
-  const of = page === "node" ? "nodes" : page;
+  const of = ["node", "files"].includes(page) ? "nodes" : page;
   for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
   drawTitle();
 }
@@ -27978,7 +28605,8 @@ function drawRoute() {
 function drawTitle() {
   const {page} = state.route;
   const title = page === "chat" ? sessionName(currentSession())
-    : page === "node" ? state.route.ref : PAGES[page];
+    : page === "node" ? state.route.ref
+    : page === "files" ? `Files on ${state.route.ref}` : PAGES[page];
   const asked = state.asks.length;
   const running = longRunning().length;
   const news = asked ? `(${asked} to approve)` : running && `(${running} running)`;
@@ -28340,6 +28968,13 @@ const FILE_QUESTIONS = {
   "file.write": "The model wants to make this change on ",
 };
 
+// Return who asked for a job, and through what: shell, MCP, API, page or chat.
+function callerOf({callerName, callerKind}) {
+  // A model's name says it; older rows do not know.
+  const isPlain = !callerKind || ["model", "operator"].includes(callerKind);
+  return isPlain ? callerName || "" : `${callerName} (${callerKind})`;
+}
+
 // One command from the first moment to its last: machine, command line, state, output.
 class CommandCard {
   // In a chat, `box` scrolls; a row of the list of all jobs is shut at first.
@@ -28445,9 +29080,9 @@ class CommandCard {
 
   // Show what a list of all jobs says more than a chat.
   drawRow(job) {
-    const {askedAt, sessionKey, callerName} = job || this.row;
+    const {askedAt, sessionKey} = job || this.row;
     const chat = sessionKey && {href: chatPath(sessionKey)};
-    const by = callerName || "";
+    const by = callerOf(job || this.row);
     fillIfChanged(this.who, [by, sessionKey], () =>
       chat ? h("a", chat, by || "Chat") : by);
     this.who.title = by;
@@ -29291,7 +29926,8 @@ function drawNode() {
   if (state.route.page !== "node" || !state.wasUp) return;
   const node = routeNode();
   const isKnown = Boolean(node);
-  for (const id of ["node-figures", "node-rename", "node-use"]) $(id).hidden = !isKnown;
+  for (const id of ["node-figures", "node-rename", "node-files", "node-use"])
+    $(id).hidden = !isKnown;
   document.querySelector("#node .columns").hidden = !isKnown;
   $("node-state").classList.toggle("trouble",
     !isKnown && state.nodes.length > 0 || isKnown && troublesOf(node).length > 0);
@@ -29303,6 +29939,7 @@ function drawNode() {
   }
   if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
+  $("node-files").href = filesPath(node, "");
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
   nodeFigures.update(node, true);
@@ -29343,6 +29980,1040 @@ async function revokeNode() {
   const {deviceId, displayName} = routeNode();
   if (await revokeDevice(deviceId, displayName)) go(`${ROOT}/nodes`, true);
 }
+
+// == files ==
+
+// Paths are texts in which a byte that is no UTF-8 is half a surrogate pair, as Python
+// has them: JSON carries such a path as NUL and base64, an address as bytes.
+const UTF8 = new RegExp(
+  "[\\xc2-\\xdf][\\x80-\\xbf]|\\xe0[\\xa0-\\xbf][\\x80-\\xbf]|" +
+  "[\\xe1-\\xec\\xee\\xef][\\x80-\\xbf]{2}|\\xed[\\x80-\\x9f][\\x80-\\xbf]|" +
+  "\\xf0[\\x90-\\xbf][\\x80-\\xbf]{2}|[\\xf1-\\xf3][\\x80-\\xbf]{3}|" +
+  "\\xf4[\\x80-\\x8f][\\x80-\\xbf]{2}|[\\x80-\\xff]", "g");
+const NO_UTF8 = /[\udc80-\udcff]/gu; // these halves
+
+const bytesOf = binary => Uint8Array.from(binary, one => one.charCodeAt(0));
+
+const fromBinary = binary => binary.replace(UTF8, found => found.length > 1
+  ? new TextDecoder().decode(bytesOf(found))
+  : String.fromCharCode(0xdc00 + found.charCodeAt(0)));
+
+// Return the bytes of a path, one a character.
+const toBinary = path => [...path].map(one => one.match(NO_UTF8)
+  ? String.fromCharCode(one.charCodeAt(0) - 0xdc00)
+  : String.fromCharCode(...new TextEncoder().encode(one))).join("");
+
+const encodePath = path => path.match(NO_UTF8) ? `\0${btoa(toBinary(path))}` : path;
+
+const decodePath = text => text[0] === "\0" ? fromBinary(atob(text.slice(1))) : text;
+
+const pathToUrl = path => [...toBinary(path)].map(one => /[\w./~-]/.test(one) ? one
+  : `%${one.charCodeAt(0).toString(16).padStart(2, "0")}`).join("");
+
+const pathFromUrl = url => fromBinary(url.replace(/%([\da-f]{2})/gi,
+  (_, code) => String.fromCharCode(parseInt(code, 16))));
+
+// Return a path, or a name, as people read it.
+const shownName = path => path.replace(/\t/g, "\\t").replace(/\n/g, "\\n")
+  .replace(NO_UTF8, one => `\\x${(one.charCodeAt(0) - 0xdc00).toString(16)}`);
+
+const baseName = path => path.split("/").pop();
+
+const pathIn = (directory, name) => `${directory.replace(/\/$/, "")}/${name}`;
+
+const parentOf = path => path.replace(/\/[^/]*$/, "") || "/";
+
+const LISTING_TIME = 60_000; // ms
+
+// Do a short work on a machine; return its result, its output, one byte a character,
+// and sentences about files that it left out.
+async function workOn({nodeId}, work, spec) {
+  const params = {nodeId, work, spec};
+  const {result, output, errors} = await link.call("job.once", params, LISTING_TIME);
+  const said = new TextDecoder().decode(bytesOf(atob(errors))).split("\n");
+  const notes = said.filter(Boolean).map(line => JSON.parse(line).note).filter(Boolean);
+  return {result, output: atob(output), notes};
+}
+
+// Return the path, the entries if it is a directory, and the entry if it is a file.
+async function listFiles(node, path) {
+  const {result, output} = await workOn(node, "file.list", {path: encodePath(path)});
+  const lines = new TextDecoder().decode(bytesOf(output)).split("\n").filter(Boolean);
+  const entries = lines.map(line => {
+    const entry = JSON.parse(line);
+    return {...entry, name: decodePath(entry.name)};
+  });
+  return {path: decodePath(result.path), isDirectory: result.directory, entries,
+    leftOut: result.leftOut};
+}
+
+// Return the bytes of the one file in a tar archive, null if there is none.
+function contentOf(archive) {
+  const bytes = bytesOf(archive);
+  for (let at = 0; bytes[at];) {
+    const size = parseInt(archive.slice(at + 124, at + 136), 8);
+    if (archive[at + 156] === "0")
+      return bytes.subarray(at + 512, at + 512 + size);
+    at += 512 + Math.ceil(size / 512) * 512; // an extended header
+  }
+  return null;
+}
+
+// SHA-256 (FIPS 180-4) of bytes that come in pieces: the browser's own takes all at
+// once, and only where the page came by HTTPS.
+const fractions = power => {
+  const primes = [];
+  for (let n = 2; primes.length < 64; n += 1)
+    if (primes.every(prime => n % prime)) primes.push(n);
+  return Int32Array.from(primes, prime => (prime ** power % 1) * 2 ** 32);
+};
+const SHA_ROUNDS = fractions(1 / 3);
+
+class Sha256 {
+  constructor() {
+    this.state = fractions(1 / 2).slice(0, 8);
+    this.words = new Int32Array(64);
+    this.rest = new Uint8Array(64); // the beginning of a block
+    this.size = 0; // bytes
+  }
+
+  update(bytes) {
+    let at = 0;
+    const used = this.size % 64;
+    this.size += bytes.length;
+    if (used) {
+      this.rest.set(bytes.subarray(0, 64 - used), used);
+      at = Math.min(bytes.length, 64 - used);
+      if (used + at === 64) this.mix(this.rest, 0);
+    }
+    for (; at + 64 <= bytes.length; at += 64) this.mix(bytes, at);
+    if (at < bytes.length) this.rest.set(bytes.subarray(at));
+    return this;
+  }
+
+  mix(bytes, at) {
+    const {words: w, state: s} = this;
+    for (let n = 0, from = at; n < 16; n += 1, from += 4)
+      w[n] = bytes[from] << 24 | bytes[from + 1] << 16 | bytes[from + 2] << 8 |
+        bytes[from + 3];
+    for (let n = 16; n < 64; n += 1) {
+      const x = w[n - 15], y = w[n - 2];
+      w[n] = (w[n - 16] + w[n - 7] | 0) +
+        ((x >>> 7 | x << 25) ^ (x >>> 18 | x << 14) ^ x >>> 3) +
+        ((y >>> 17 | y << 15) ^ (y >>> 19 | y << 13) ^ y >>> 10);
+    }
+    let a = s[0], b = s[1], c = s[2], d = s[3], e = s[4], f = s[5], g = s[6], i = s[7];
+    for (let n = 0; n < 64; n += 1) {
+      const one = (i + (e & f ^ ~e & g) | 0) + (SHA_ROUNDS[n] + w[n] | 0) +
+        ((e >>> 6 | e << 26) ^ (e >>> 11 | e << 21) ^ (e >>> 25 | e << 7)) | 0;
+      const two = (a & b ^ a & c ^ b & c) +
+        ((a >>> 2 | a << 30) ^ (a >>> 13 | a << 19) ^ (a >>> 22 | a << 10)) | 0;
+      i = g; g = f; f = e; e = d + one | 0; d = c; c = b; b = a; a = one + two | 0;
+    }
+    s[0] += a; s[1] += b; s[2] += c; s[3] += d;
+    s[4] += e; s[5] += f; s[6] += g; s[7] += i;
+  }
+
+  digest() {
+    const bits = this.size * 8;
+    const end = new Uint8Array((this.size % 64 < 56 ? 64 : 128) - this.size % 64);
+    end[0] = 128;
+    const view = viewOf(end);
+    view.setUint32(end.length - 8, bits / 2 ** 32);
+    view.setUint32(end.length - 4, bits >>> 0);
+    this.update(end);
+    const found = new DataView(new ArrayBuffer(32));
+    this.state.forEach((word, n) => found.setInt32(n * 4, word));
+    return new Uint8Array(found.buffer);
+  }
+}
+
+const TAR_BLOCK = 512; // bytes
+const padding = size => -size & (TAR_BLOCK - 1);
+
+function tarBlock(name, size, kind) {
+  const block = new Uint8Array(TAR_BLOCK);
+  const put = (text, at) => block.set(new TextEncoder().encode(text), at);
+  put(name, 0);
+  put(kind === "5" ? "0000755" : "0000644", 100);
+  put("0000000", 108);
+  put("0000000", 116);
+  put(size.toString(8).padStart(11, "0").slice(-11), 124);
+  put("00000000000", 136);
+  put("        ", 148);
+  put(kind, 156);
+  put("ustar\0" + "00", 257);
+  const sum = block.reduce((total, byte) => total + byte);
+  put(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
+  return block;
+}
+
+// Return the header of a member, with what a plain one cannot say (POSIX pax).
+function tarHeader({path, file, changedAt}) {
+  const fields = {path, size: file?.size ?? 0, mtime: (changedAt / 1000).toFixed(3)};
+  const lines = Object.entries(fields).map(([name, value]) => {
+    const rest = ` ${name}=${value}\n`;
+    const size = new TextEncoder().encode(rest).length;
+    let length = size;
+    while (length !== size + `${length}`.length) length = size + `${length}`.length;
+    return `${length}${rest}`;
+  });
+  const data = new TextEncoder().encode(lines.join(""));
+  return [tarBlock("pax", data.length, "x"), data, new Uint8Array(padding(data.length)),
+    tarBlock("file", 0, file ? "0" : "5")];
+}
+
+const sizeOf = pieces => pieces.reduce((total, piece) => total + piece.length, 0);
+
+// Return how many bytes tarStream() yields.
+const tarSize = entries => entries.reduce((total, entry) => {
+  const size = entry.file?.size ?? 0;
+  return total + sizeOf(tarHeader(entry)) + size + padding(size);
+}, 2 * TAR_BLOCK + 32);
+
+const READ_SIZE = 1024 * 1024; // bytes of a file in memory
+
+// Yield entries {path, file, changedAt}, directories without a file, as a node takes
+// them: a tar archive, then its SHA-256.
+async function* tarStream(entries) {
+  const digest = new Sha256();
+  const hashed = piece => (digest.update(piece), piece);
+  for (const entry of entries) {
+    const {file} = entry;
+    for (const piece of tarHeader(entry)) yield hashed(piece);
+    if (!file) continue;
+    for (let at = 0; at < file.size; at += READ_SIZE)
+      yield hashed(new Uint8Array(await file.slice(at, at + READ_SIZE).arrayBuffer()));
+    yield hashed(new Uint8Array(padding(file.size)));
+  }
+  yield hashed(new Uint8Array(2 * TAR_BLOCK));
+  yield digest.digest();
+}
+
+const permissions = mode => [...mode.toString(8).padStart(3, "0").slice(-3)]
+  .map(bits => "rwx".replace(/./g, (letter, n) => bits & (4 >> n) ? letter : "-"))
+  .join("");
+
+// == uploads ==
+
+const INPUT_DATA = 2; // kind of binary message
+const INPUT_PIECE = 60 * 1024; // bytes
+const INPUT_WINDOW = 768 * 1024; // bytes that the machine has not taken yet
+const SOCKET_BUFFER = 256 * 1024; // bytes: what a person types must not wait behind it
+const UPLOADS = "uploads"; // of this tab, for after a reload; their names in storage
+
+const bytesOfUuid = id =>
+  Uint8Array.from(id.replace(/-/g, "").match(/../g), pair => parseInt(pair, 16));
+
+function inputMessage(id, offset, data) {
+  const message = new Uint8Array(25 + data.length);
+  message[0] = INPUT_DATA;
+  message.set(bytesOfUuid(id), 1);
+  viewOf(message).setBigUint64(17, BigInt(offset));
+  message.set(data, 25);
+  return message;
+}
+
+// What tells whether the same files were chosen again.
+const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
+  [path, file?.size, file?.lastModified]));
+
+// Return the entries in one order, with each directory before what is in it.
+function inTarOrder(entries) {
+  const known = new Map(entries.map(entry => [entry.path, entry]));
+  for (const {path} of entries) {
+    for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) {
+      const directory = path.slice(0, at);
+      if (!known.has(directory)) known.set(directory, {path: directory});
+    }
+  }
+  const newest = entries.reduce((time, {file}) =>
+    Math.max(time, file?.lastModified ?? 0), 0);
+  for (const entry of known.values())
+    entry.changedAt = entry.file?.lastModified ?? (newest || Date.now());
+  return [...known.values()].sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+// Files on their way to a machine: the input of a job, which takes it byte by byte, at
+// most INPUT_WINDOW ahead, so that it goes on from there after a broken connection, and
+// after a reload once the files were chosen again.
+class Upload {
+  constructor(facts, entries) {
+    Object.assign(this, facts); // id, nodeId, path, keep, label, total, mark
+    this.entries = entries; // null: they have to be chosen again
+    this.taken = 0; // bytes that the machine has taken
+    this.read = 0; // bytes of its log
+    this.run = null; // identifies the newest pump()
+    this.state = entries ? "sends" : "waits"; // then "done", "failed" or "cancelled"
+    this.words = "";
+    this.notes = [];
+    this.since = Date.now();
+    this.wake = () => {}; // ends the wait of pump()
+    this.over = new Promise(done => (this.end = done));
+  }
+
+  get facts() {
+    const {id, nodeId, path, keep, label, total, mark} = this;
+    return {id, nodeId, path, keep, label, total, mark};
+  }
+
+  get isOpen() {
+    return this.state === "sends" || this.state === "waits";
+  }
+
+  async start() {
+    const {id, nodeId, keep} = this;
+    const spec = {path: encodePath(this.path), into: true, keep};
+    const params = {jobs: [{id, node: nodeId}], work: "file.write", spec, hold: true};
+    try {
+      const {jobs: [{error}]} = await link.call("job.start", params);
+      if (error) this.finish("failed", error.message);
+    } catch (error) {
+      if (!error.isLost) this.finish("failed", error.message);
+    }
+    keepUploads();
+  }
+
+  // Go on after a reconnect.
+  async hold() {
+    const params = {id: this.id, offset: this.read, hold: true};
+    try {
+      const {job} = await link.call("job.follow", params);
+      if (!isOpen(job)) this.finish("failed", capitalized(job.words));
+    } catch (error) {
+      if (error.code === "NOT_FOUND") await this.start(); // its start was lost
+      else if (!error.isLost) this.finish("failed", error.message);
+    }
+  }
+
+  // Take what the machine says of its input.
+  onInput({offset, resume, held}) {
+    if (held === false) this.finish("failed", "Another page goes on with it.");
+    if (!this.entries || !this.isOpen) return;
+    this.taken = offset;
+    if (resume) this.pump(offset);
+    this.wake();
+    touch("uploads");
+  }
+
+  // Send all bytes from `begin` on, as the machine takes them.
+  async pump(begin) {
+    const mine = (this.run = {});
+    let at = 0;
+    try {
+      for await (const piece of tarStream(this.entries)) {
+        const from = Math.min(piece.length, Math.max(0, begin - at));
+        for (let n = from; n < piece.length; n += INPUT_PIECE) {
+          while (at + n - this.taken > INPUT_WINDOW ||
+            link.socket?.bufferedAmount > SOCKET_BUFFER) {
+            await new Promise(done => {
+              this.wake = done;
+              setTimeout(done, 5);
+            });
+            if (this.run !== mine) return;
+          }
+          if (this.run !== mine || !this.isOpen) return;
+          if (link.isUp)
+            link.socket.send(
+              inputMessage(this.id, at + n, piece.subarray(n, n + INPUT_PIECE)));
+        }
+        at += piece.length;
+        if (this.run !== mine) return;
+      }
+      if (link.isUp) link.socket.send(inputMessage(this.id, at, new Uint8Array(0)));
+    } catch (error) {
+      if (this.run !== mine) return;
+      this.cancel();
+      this.finish("failed", `A file changed or cannot be read: ${error.message}`);
+    }
+  }
+
+  take(offset, frames) {
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.read || kind !== STDERR) continue;
+      const {note, result} = JSON.parse(new TextDecoder().decode(data));
+      if (note) this.notes.push(note);
+      this.result = result ?? this.result;
+    }
+    this.read = Math.max(this.read, offset + frames.length);
+    link.call("job.ack", {id: this.id, offset: this.read}).catch(() => {});
+  }
+
+  onState({ending, words}) {
+    if (!ending) return;
+    if (ending.state === "done") this.finish("done", "");
+    else this.finish(ending.state === "cancelled" ? "cancelled" : "failed",
+      ending.reason || capitalized(words));
+  }
+
+  finish(state, words) {
+    if (!this.isOpen) return;
+    Object.assign(this, {state, words, run: null});
+    keepUploads();
+    touch("uploads");
+    this.end(this);
+    if (state === "done" && this.path === files.path) loadFiles();
+  }
+
+  // End it: what has arrived has no name yet, and goes.
+  cancel() {
+    link.call("job.cancel", {id: this.id}).catch(() => {});
+    this.finish("cancelled", "Cancelled: nothing was uploaded.");
+  }
+
+  // Go on after a reload with the files that were chosen again.
+  resume(chosen) {
+    const entries = inTarOrder(chosen);
+    if (markOf(entries) !== this.mark) {
+      showToast("These are not the files that were being uploaded.");
+      return;
+    }
+    Object.assign(this, {entries, state: "sends", since: Date.now()});
+    this.hold();
+    touch("uploads");
+  }
+
+  get detail() {
+    const {state, taken, total, notes, words} = this;
+    if (state === "waits") return "Stopped by a reload: choose it again to go on.";
+    if (state === "done") {
+      const count = this.result?.files ?? 0;
+      return dotted(`${plural(count, "file")} uploaded`, notes[0],
+        notes.length > 1 && `${notes.length - 1} more notes`);
+    }
+    if (state !== "sends") return words;
+    const rate = taken / Math.max(1, (Date.now() - this.since) / 1000);
+    return dotted(`${Math.floor(100 * taken / total)} %`,
+      `${formatBytes(taken)} of ${formatBytes(total)}`, `${formatBytes(rate)}/s`);
+  }
+}
+
+function keepUploads() {
+  const open = [...state.uploads.values()].filter(upload => upload.isOpen);
+  try {
+    sessionStorage.setItem(UPLOADS, JSON.stringify(open.map(({facts}) => facts)));
+  } catch {
+    // They do not outlive the page.
+  }
+}
+
+// Take up the uploads of this tab after a reload, and those of a lost connection.
+async function takeUpUploads() {
+  let known = [];
+  try {
+    known = JSON.parse(sessionStorage.getItem(UPLOADS) || "[]");
+  } catch {
+    // Not ours.
+  }
+  for (const one of state.uploads.values()) if (one.state === "sends") one.hold();
+  for (const facts of known) {
+    if (state.uploads.has(facts.id)) continue;
+    const job = await link.call("job.wait", {id: facts.id, wait: 0}).catch(() => null);
+    if (job && isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
+  }
+  keepUploads();
+  touch("uploads");
+}
+
+// Upload entries {path, file} into a directory, after a question if some are there
+// already; return the upload, null if it does not begin.
+async function upload(node, directory, chosen) {
+  if (!chosen.length) return null;
+  const entries = inTarOrder(chosen);
+  let found;
+  try {
+    found = await listFiles(node, directory);
+  } catch (error) {
+    showError(error);
+    return null;
+  }
+  const there = new Set(found.entries.map(({name}) => name));
+  const names = [...new Set(entries.map(({path}) => path.split("/")[0]))];
+  const known = names.filter(name => there.has(name));
+  let keep = true; // also what comes meanwhile
+  if (known.length) {
+    const answer = await answeredConflict(node, found.path, known);
+    if (!answer) return null;
+    keep = answer === "keep";
+  }
+  const label = `${names.length > 1 ? `${names[0]} and ${names.length - 1} more`
+    : names[0]} → ${node.displayName}:${found.path}`;
+  const one = new Upload({id: newId(), nodeId: node.nodeId, path: found.path, keep,
+    label, total: tarSize(entries), mark: markOf(entries)}, entries);
+  state.uploads.set(one.id, one);
+  touch("uploads");
+  one.start();
+  return one;
+}
+
+function answeredConflict(node, directory, names) {
+  const dialog = $("conflict");
+  const some = names.slice(0, 3).map(shownName).join(", ");
+  const more = names.length > 3 ? ` and ${names.length - 3} more` : "";
+  setText($("conflict-title"), `${some}${more} ${names.length > 1 ? "are" : "is"} ` +
+    `already on ${node.displayName}`);
+  setText($("conflict-text"), `In ${shownName(directory)}. Replace files of the same ` +
+    "name, also within directories, or keep them and upload only the others?");
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue);
+  });
+}
+
+const chosenEntries = field => [...field.files].map(file =>
+  ({path: file.webkitRelativePath || file.name, file}));
+
+// Return the entries of what was dropped, directories with all below them.
+async function droppedEntries(transfer) {
+  const items = [...transfer.items].map(item => item.webkitGetAsEntry?.());
+  const waiting = items.filter(Boolean);
+  const found = [];
+  while (waiting.length) {
+    const entry = waiting.shift();
+    const path = entry.fullPath.replace(/^\//, "");
+    if (entry.isFile) {
+      const file = await new Promise((done, fail) => entry.file(done, fail));
+      found.push({path, file});
+      continue;
+    }
+    found.push({path});
+    const reader = entry.createReader();
+    for (let some = [null]; some.length;) { // a browser gives 100 at a time
+      some = await new Promise((done, fail) => reader.readEntries(done, fail));
+      waiting.push(...some);
+    }
+  }
+  return found;
+}
+
+// Call `take` with the entries of what is dropped on an element.
+function onDrop(element, take) {
+  const holdsFiles = ({dataTransfer}) =>
+    dataTransfer?.types.includes("Files") && may("write");
+  on(element, "dragover", event => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    element.classList.add("dropping");
+  });
+  on(element, "dragleave", event => {
+    if (!element.contains(event.relatedTarget)) element.classList.remove("dropping");
+  });
+  on(element, "drop", async event => {
+    element.classList.remove("dropping");
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    try {
+      take(await droppedEntries(event.dataTransfer));
+    } catch (error) {
+      showError(error);
+    }
+  });
+}
+
+const quoted = path => /^[\w./~+-]+$/.test(path) ? path
+  : `'${path.replace(/'/g, "'\\''")}'`;
+
+// Upload what is dropped on a chat to its machine and directory, and mention it in what
+// is typed there.
+async function dropIntoChat(entries) {
+  const chat = currentChat();
+  const session = composed(chat);
+  const {shell} = namesOf(session);
+  const one = await upload(sessionNode(session), session.directory ?? "", entries);
+  if ((await one?.over)?.state !== "done") return;
+  const names = new Set(one.entries.map(({path}) => path.split("/")[0]));
+  const paths = [...names].map(name => pathIn(one.path, name));
+  const mention = shell ? paths.map(quoted).join(" ") : `Uploaded: ${paths.join(", ")}`;
+  chat.draft = chat.draft ? `${chat.draft}${shell ? " " : "\n"}${mention}` : mention;
+  if (shownChat !== chat) return;
+  showDraft(chat);
+  keepDraft();
+  focusText();
+}
+
+class UploadRow {
+  constructor(one) {
+    Object.assign(this, copyOf("upload-row"));
+    this.upload = one;
+    this.field = h("input", {type: "file", multiple: true,
+      webkitdirectory: JSON.parse(one.mark).some(([path]) => path.includes("/"))});
+    on(this.field, "change", () => one.resume(chosenEntries(this.field)));
+    this.field.hidden = true;
+    this.root.append(this.field);
+    on(this.again, "click", () => this.field.click());
+    on(this.end, "click", () => {
+      if (one.isOpen) one.cancel();
+      else state.uploads.delete(one.id);
+      touch("uploads");
+    });
+  }
+
+  update(one) {
+    setText(this.name, shownName(one.label));
+    this.name.title = shownName(one.label);
+    this.bar.value = one.state === "done" ? 1 : one.taken / one.total;
+    this.bar.hidden = one.state !== "sends";
+    setText(this.detail, one.detail);
+    this.again.hidden = one.state !== "waits";
+    this.root.classList.toggle("bad",
+      one.state === "failed" || (one.state === "done" && one.notes.length > 0));
+    const label = one.isOpen ? "Cancel" : "Close";
+    this.end.title = label;
+    this.end.setAttribute("aria-label", `${label}: ${shownName(one.label)}`);
+  }
+}
+
+const uploadRows = new Keyed($("uploads"), one => one.id, one => new UploadRow(one));
+
+function drawUploads() {
+  uploadRows.show([...state.uploads.values()]);
+}
+
+// == view: files ==
+
+const MAX_SHOWN = 1024 * 1024; // bytes that are shown
+const MAX_PICTURE = 8 * 1024 * 1024; // bytes
+const PICTURES = { // type of a raster image by its first bytes
+  "image/png": /^\x89PNG\r\n\x1a\n/,
+  "image/jpeg": /^\xff\xd8\xff/,
+  "image/gif": /^GIF8[79]a/,
+  "image/webp": /^RIFF[^]{4}WEBP/,
+  "image/avif": /^[^]{4}ftypavi[fs]/,
+  "image/bmp": /^BM[^]{4}\0\0\0\0/,
+};
+const PICTURE_NAME = /\.(png|jpe?g|gif|webp|avif|bmp)$/i;
+const ROWS_BEYOND = 12; // above and below those in view
+const COLUMNS = {
+  name: ["Name", (a, b) => nameOrder.compare(a.name, b.name)],
+  size: ["Size", (a, b) => a.size - b.size],
+  changed: ["Changed", (a, b) => a.changedAt - b.changedAt],
+  mode: ["Mode", (a, b) => a.mode - b.mode],
+};
+
+const files = { // what the view shows
+  path: "", // of the directory
+  entries: [],
+  shown: [], // entries in their order
+  leftOut: 0, // entries that the machine did not send
+  opened: null, // {path, entry, …} of a file
+  problem: "",
+  sort: "name",
+  isDown: false, // the largest first
+  active: "", // name of the row that the keys move
+  loading: null, // identifies the newest request
+};
+
+const filesPath = (node, path) => `${nodePath(node)}/files${pathToUrl(path)}`;
+
+// Whether the list is that of the address: it may be on its way.
+const isAtRoute = () =>
+  !files.loading && !files.problem && !files.opened && files.path === state.route.path;
+
+const showsHidden = () => kept.get("hidden files") === "yes";
+
+async function loadFiles() {
+  const node = routeNode();
+  if (!node) return;
+  const {path} = state.route;
+  const mine = (files.loading = {});
+  touch("files");
+  let found;
+  let problem = "";
+  try {
+    found = await listFiles(node, path);
+  } catch (error) {
+    problem = error.message;
+  }
+  if (files.loading !== mine) return;
+  files.loading = null;
+  if (found?.isDirectory) {
+    if (found.path !== files.path) files.active = "";
+    Object.assign(files, {problem, opened: null}, found);
+  } else if (found) {
+    files.problem = "";
+    openFile(node, found.path, found.entries[0]);
+  } else Object.assign(files, {problem, opened: null, entries: [], leftOut: 0, path});
+  state.route.path = found?.path ?? path;
+  if (found && found.path !== path)
+    history.replaceState(null, "", filesPath(node, found.path));
+  orderFiles();
+}
+
+// Sort and filter the entries anew.
+function orderFiles() {
+  const words = $("files-find").value.toLowerCase().split(/\s+/);
+  const [, compare] = COLUMNS[files.sort];
+  const sign = files.isDown ? -1 : 1;
+  const isFile = ({kind}) => kind !== "directory";
+  const keeps = ({name}) => (showsHidden() || name[0] !== ".") &&
+    words.every(word => name.toLowerCase().includes(word));
+  files.shown = files.entries.filter(keeps).sort((a, b) => isFile(a) - isFile(b) ||
+    sign * compare(a, b) || COLUMNS.name[1](a, b));
+  touch("files");
+}
+
+class FileRow {
+  constructor() {
+    Object.assign(this, copyOf("file-row"));
+    on(this.save, "click", () => saveFile(this.path, this.entry));
+    on(this.rename, "click", () => renameFile(this.path, this.entry));
+    on(this.remove, "click", () => deleteFile(this.path, this.entry));
+  }
+
+  update(entry) {
+    const node = routeNode();
+    const isDirectory = entry.kind === "directory";
+    this.entry = entry;
+    this.path = pathIn(files.path, entry.name);
+    this.root.classList.toggle("directory", isDirectory);
+    this.root.classList.toggle("active", entry.name === files.active);
+    this.root.id = entry.name === files.active ? "files-active" : "";
+    fillIfChanged(this.icon, isDirectory ? "directory" : "file", icon);
+    fillIfChanged(this.name, shownName(entry.name), visible);
+    this.name.title = shownName(entry.name);
+    const opens = isDirectory || entry.kind === "file";
+    if (opens) this.link.href = filesPath(node, this.path);
+    else this.link.removeAttribute("href");
+    this.link.tabIndex = -1;
+    fillIfChanged(this.target, entry.link == null
+      ? KIND_NOTES[entry.kind] || "" : `→ ${shownName(decodePath(entry.link))}`,
+    visible);
+    setText(this.size, isDirectory ? "" : formatBytes(entry.size));
+    setText(this.changed, formatTime(entry.changedAt));
+    this.changed.title = fullFormat.format(entry.changedAt);
+    setText(this.mode, permissions(entry.mode));
+    this.save.hidden = !opens;
+    const labels = {save: isDirectory ? "Download as .tar" : "Download",
+      rename: "Rename", remove: "Delete"};
+    for (const [part, label] of Object.entries(labels)) {
+      this[part].tabIndex = entry.name === files.active ? 0 : -1;
+      this[part].title = label;
+      this[part].setAttribute("aria-label", `${label}: ${shownName(entry.name)}`);
+    }
+  }
+}
+
+const KIND_NOTES = {other: "neither a file nor a directory", link: "a link"};
+
+const fileRows = new Keyed($("files-rows"), entry => entry.name, () => new FileRow());
+
+// Draw the rows in view: a directory may have tens of thousands.
+function drawFileRows() {
+  const list = $("files-list"), rows = $("files-rows");
+  const height = parseFloat(getComputedStyle(rows).getPropertyValue("--row"));
+  const above = list.getBoundingClientRect().top - rows.getBoundingClientRect().top;
+  const first = Math.max(0, Math.floor(above / height) - ROWS_BEYOND);
+  const count = Math.ceil(list.clientHeight / height) + 2 * ROWS_BEYOND;
+  rows.style.height = `${files.shown.length * height}px`;
+  rows.setAttribute("aria-rowcount", files.shown.length);
+  const inView = files.shown.slice(first, first + count);
+  fileRows.show(inView);
+  inView.forEach(({name}, n) => {
+    const {root} = fileRows.views.get(name);
+    root.style.top = `${(first + n) * height}px`;
+    root.setAttribute("aria-rowindex", first + n + 1);
+  });
+  if (files.active) rows.setAttribute("aria-activedescendant", "files-active");
+  else rows.removeAttribute("aria-activedescendant");
+}
+
+function drawFiles() {
+  if (state.route.page !== "files" || !state.wasUp) return;
+  const node = routeNode();
+  const name = node?.displayName ?? state.route.ref;
+  setText($("files-title"), `Files on ${name}`);
+  $("files-back").href = node ? nodePath(node) : `${ROOT}/nodes`;
+  const unknown = !node && state.nodes.length > 0;
+  setText($("files-problem"),
+    unknown ? `There is no machine called ${state.route.ref}.` : files.problem);
+  const field = $("files-path");
+  if (document.activeElement !== field) field.value = state.route.path;
+  $("files-up").disabled = state.route.path === "/";
+  $("files-hidden").checked = showsHidden();
+  const isShown = Boolean(node) && !files.problem;
+  $("files-open").hidden = !files.opened || !isShown;
+  $("files-list").hidden = Boolean(files.opened) || !isShown;
+  $("files-tools").hidden = Boolean(files.opened);
+  for (const id of ["files-make", "files-send", "files-send-all"])
+    $(id).hidden = !node || !isAtRoute();
+  fillIfChanged($("files-head"), [files.sort, files.isDown], ([sort, isDown]) =>
+    Object.entries(COLUMNS).map(([column, [label]]) =>
+      h("button", {type: "button", "aria-pressed": String(column === sort),
+        onclick: () => sortFiles(column)},
+      column === sort ? `${label} ${isDown ? "↓" : "↑"}` : label)));
+  const {entries, shown, leftOut} = files;
+  const unseen = entries.filter(entry => entry.name[0] === ".").length;
+  setText($("files-note"), !isAtRoute() ? "Loading…" : dotted(
+    entries.length ? plural(shown.length, "entry").replace("entrys", "entries")
+      : "This directory is empty.",
+    !showsHidden() && unseen > 0 && `${unseen.toLocaleString()} hidden`,
+    leftOut > 0 && `${leftOut.toLocaleString()} more are not listed`));
+  if (!$("files-list").hidden) drawFileRows();
+}
+
+function sortFiles(column) {
+  files.isDown = files.sort === column ? !files.isDown : column !== "name";
+  files.sort = column;
+  orderFiles();
+}
+
+// Move the active row by keys; Enter opens it.
+function fileKey(event) {
+  if (event.target !== $("files-rows") || event.ctrlKey || event.metaKey) return;
+  const names = files.shown.map(entry => entry.name);
+  const at = names.indexOf(files.active);
+  const goal = {ArrowDown: at + 1, ArrowUp: Math.max(0, at - 1), Home: 0,
+    End: names.length - 1, PageDown: at + 15, PageUp: Math.max(0, at - 15)}[event.key];
+  if (goal === undefined) {
+    const part = {Enter: "link", F2: "rename", Delete: "remove"}[event.key];
+    if (part && at >= 0) fileRows.views.get(files.active)?.[part].click();
+    return;
+  }
+  event.preventDefault();
+  const place = Math.min(goal, names.length - 1);
+  files.active = names[place] ?? "";
+  const rows = $("files-rows"), list = $("files-list");
+  const height = parseFloat(getComputedStyle(rows).getPropertyValue("--row"));
+  const head = $("files-head").offsetHeight;
+  const top = rows.offsetTop + place * height - head;
+  const most = top + height + head - list.clientHeight;
+  list.scrollTop = Math.max(most, Math.min(list.scrollTop, top));
+  drawFileRows();
+}
+
+const tooLarge = limit =>
+  `It is too large to be shown here: ${formatBytes(limit)} are the limit.`;
+
+// Show a text or a raster image; what else it may be stays closed.
+async function openFile(node, path, entry) {
+  const opened = (files.opened = {path, entry});
+  const {size, kind} = entry;
+  const limit = PICTURE_NAME.test(path) ? MAX_PICTURE : MAX_SHOWN;
+  $("files-open").shown = undefined;
+  let content = null;
+  if (kind !== "file") opened.note = "This is neither a file nor a directory.";
+  else if (size > limit)
+    opened.note = tooLarge(limit);
+  else {
+    opened.note = "Loading…";
+    try {
+      const spec = {paths: [encodePath(path)]};
+      const {output, notes} = await workOn(node, "file.read", spec);
+      content = contentOf(output);
+      opened.note = content ? "" : notes[0] ?? "It cannot be read.";
+    } catch (error) {
+      opened.note = error.message;
+    }
+  }
+  if (content) Object.assign(opened, await shownContent(content));
+  if (files.opened !== opened) return;
+  fill($("files-open"), openedFile(opened));
+  touch("files");
+}
+
+// Return the text, the address of an image, or a note.
+async function shownContent(content) {
+  const head = String.fromCharCode(...content.subarray(0, 32));
+  const type = Object.keys(PICTURES).find(each => PICTURES[each].test(head));
+  if (type) {
+    const reader = new FileReader();
+    const read = new Promise(done => on(reader, "load", done));
+    reader.readAsDataURL(new Blob([content], {type}));
+    await read;
+    return {picture: reader.result};
+  }
+  const wide = {"\xff\xfe": "utf-16le", "\xfe\xff": "utf-16be"}[head.slice(0, 2)];
+  if (!wide && content.subarray(0, 65536).includes(0))
+    return {note: "It is neither a text nor an image that is shown here."};
+  if (content.length > MAX_SHOWN)
+    return {note: tooLarge(MAX_SHOWN)};
+  return {text: new TextDecoder(wide).decode(content)};
+}
+
+function openedFile({path, entry, text, picture, note}) {
+  const name = shownName(baseName(path));
+  const head = h("div", {class: "opened"}, h("h2", visible(name)),
+    h("span", {class: "detail"}, dotted(formatBytes(entry.size),
+      formatTime(entry.changedAt), permissions(entry.mode))),
+    text !== undefined && copyButton("Copy text", () => text),
+    h("button", {class: "button small", onclick: () => saveFile(path, entry)},
+      icon("save"), "Download"));
+  if (picture) return [head, h("img", {class: "picture", src: picture, alt: name})];
+  if (text === undefined) return [head, h("p", {class: "lead"}, note)];
+  const count = text.split("\n").length - text.endsWith("\n");
+  const numbers = Array.from({length: count}, (_, n) => n + 1).join("\n");
+  return [head, h("div", {class: "text"}, h("pre", {"aria-hidden": "true"}, numbers),
+    h("pre", {tabindex: "0", role: "region", "aria-label": name}, text))];
+}
+
+// Let the browser save a file, or a directory as a tar archive, while it comes.
+async function saveFile(path, {kind}) {
+  const {nodeId} = routeNode();
+  const body = JSON.stringify({nodeId, path: encodePath(path),
+    archive: kind === "directory"});
+  const headers = {"Content-Type": "application/json"};
+  const answer = await fetchOwn("api/downloads/", {method: "POST", headers, body})
+    .catch(() => null);
+  const said = await answer?.json().catch(() => null);
+  if (answer?.ok && said?.url) h("a", {href: BASE + said.url, download: ""}).click();
+  else showToast(said?.error?.message || "The gateway cannot be reached.");
+}
+
+// Ask for a name; resolves to "" if the question is closed.
+function askedName(title, action, name = "") {
+  const dialog = $("file-name"), field = $("file-name-text");
+  setText($("file-name-title"), title);
+  setText($("file-name-yes"), action);
+  dialog.returnValue = "";
+  dialog.showModal();
+  field.value = name;
+  field.setSelectionRange(0, /^.+(?=\.)|.*/s.exec(name)[0].length);
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue === "yes" ? field.value : "");
+  });
+}
+
+async function changeFile(spec) {
+  try {
+    await workOn(routeNode(), "file.change", spec);
+  } catch (error) {
+    showError(error);
+  }
+  await loadFiles();
+}
+
+async function makeDirectory() {
+  const name = await askedName("New directory", "Make it");
+  const path = encodePath(pathIn(files.path, name));
+  if (name) await changeFile({action: "mkdir", path});
+}
+
+async function renameFile(path, entry) {
+  const known = shownName(entry.name);
+  const name = await askedName(`Rename ${known}`, "Rename", known);
+  if (!name || name === known) return;
+  const to = encodePath(name[0] === "/" ? name : pathIn(files.path, name));
+  await changeFile({action: "rename", path: encodePath(path), to});
+}
+
+async function deleteFile(path, {name, kind, link, size}) {
+  const node = routeNode();
+  const isTree = kind === "directory" && link == null;
+  let text = link == null ? `It has ${formatBytes(size)}, which are lost.`
+    : "Only the link is deleted; what it leads to stays.";
+  let count = 0;
+  if (isTree) {
+    try {
+      const {entries, leftOut} = await listFiles(node, path);
+      count = entries.length + leftOut;
+      const some = entries.slice(0, 3).map(entry => shownName(entry.name)).join(", ");
+      text = !count ? "The directory is empty."
+        : `It is not empty: ${some}${count > 3 ? ` and ${count - 3} more` : ""} are ` +
+          "deleted with it, and everything below.";
+    } catch (error) {
+      showError(error);
+      return;
+    }
+  }
+  const question = `Delete ${shownName(name)} on ${node.displayName}?`;
+  if (!(await confirmed(question, text, "Delete"))) return;
+  const spec = {action: "delete", path: encodePath(path), recursive: count > 0};
+  await changeFile(spec);
+}
+
+// Completes the directory that is typed into the path.
+class PathField {
+  constructor(goTo) {
+    this.goTo = goTo; // gets the path that was typed
+    this.field = $("files-path");
+    this.list = $("files-matches");
+    this.matches = []; // paths
+    this.at = -1; // in matches
+    this.known = {}; // the last directory that was listed, and its entries
+    on(this.field, "input", () => this.suggest());
+    on(this.field, "keydown", event => this.key(event));
+    on(this.field, "blur", () => this.show([]));
+    on(this.list, "mousedown", event => event.preventDefault());
+    on(this.list, "click", event => {
+      const option = event.target.closest("[role=option]");
+      if (option) this.take(this.matches[Number(option.dataset.key)]);
+    });
+  }
+
+  async suggest() {
+    const typed = this.field.value;
+    const [, directory, begin] = /^(.*\/)?([^/]*)$/s.exec(typed);
+    if (!directory) return this.show([]);
+    if (this.known.directory !== directory) {
+      try {
+        const {entries} = await listFiles(routeNode(), directory);
+        this.known = {directory, entries};
+      } catch {
+        this.known = {};
+        return this.show([]);
+      }
+    }
+    if (this.field.value !== typed) return undefined;
+    const wanted = begin.toLowerCase();
+    const fits = ({name, kind}) => kind === "directory" &&
+      name.toLowerCase().startsWith(wanted) && (wanted[0] === "." || name[0] !== ".");
+    return this.show(this.known.entries.filter(fits).slice(0, 100)
+      .map(({name}) => directory + name));
+  }
+
+  show(matches, at = -1) {
+    Object.assign(this, {matches, at});
+    const isOpen = matches.length > 0 && document.activeElement === this.field;
+    this.list.hidden = !isOpen;
+    this.field.setAttribute("aria-expanded", String(isOpen));
+    patch(this.list, matches.map((path, n) =>
+      h("li", {id: `files-match-${n}`, role: "option", "data-key": String(n),
+        class: n === at && "active", "aria-selected": String(n === at)},
+      icon("directory"),
+      h("span", {class: "choice"}, visible(shownName(baseName(path)))))));
+    if (at < 0) this.field.removeAttribute("aria-activedescendant");
+    else this.field.setAttribute("aria-activedescendant", `files-match-${at}`);
+    this.list.querySelector(".active")?.scrollIntoView({block: "nearest"});
+  }
+
+  key(event) {
+    if (isComposing(event)) return;
+    const {matches, at} = this;
+    const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (step && matches.length)
+      this.show(matches, (at + step + matches.length) % matches.length);
+    else if (event.key === "Tab" && matches.length && !event.shiftKey)
+      this.take(matches[Math.max(0, at)]);
+    else if (event.key === "Enter" && at >= 0) this.take(matches[at]);
+    else if (event.key === "Enter") {
+      this.show([]);
+      this.goTo(this.field.value);
+    }
+    else if (event.key === "Escape" && matches.length) this.show([]);
+    else return;
+    event.preventDefault();
+  }
+
+  // Complete the text; what is below may be typed next.
+  take(path) {
+    this.field.value = `${path}/`;
+    this.suggest();
+  }
+}
+
+function goToFiles(path) {
+  const node = routeNode();
+  if (!node) return;
+  $("files-rows").focus();
+  if (path !== state.route.path) go(filesPath(node, path));
+  else loadFiles();
+}
+
+new PathField(typed => {
+  const isWhole = /^[/~]/.test(typed) || !files.path;
+  goToFiles(isWhole ? typed : pathIn(files.path, typed));
+});
 
 // == view: Add a machine ==
 
@@ -29524,7 +31195,7 @@ const RESULTS = {
 
 // Return what an opened row says of its job.
 function factsOf(job) {
-  const {callerName, address, askedAt, decidedBy, timeoutMs, kept: isKept} = job;
+  const {address, askedAt, decidedBy, timeoutMs, kept: isKept} = job;
   const total = outputSize(job);
   const isGone = !isOpen(job) && total > 0 && state.logs.get(job.id)?.isComplete &&
     !state.logs.get(job.id).terminal.count;
@@ -29534,7 +31205,7 @@ function factsOf(job) {
       ? "its output is no longer kept"
       : !isOpen(job) && !total && "no output";
   return capitalized(dotted(
-    `asked by ${callerName}${address ? ` from ${address}` : ""}`,
+    `asked by ${callerOf(job)}${address ? ` from ${address}` : ""}`,
     fullFormat.format(askedAt), decidedBy && `decided by ${decidedBy}`,
     timeoutMs && `ends after ${formatDuration(timeoutMs / 1000)}`, output));
 }
@@ -30287,6 +31958,11 @@ const CLICKS = {
   "node-rename": renameNode,
   "node-use": () => useNode(routeNode()),
   "node-revoke": revokeNode,
+  "files-make": makeDirectory,
+  "file-name-no": () => $("file-name").close(),
+  "files-send": () => $("files-chosen").click(),
+  "files-send-all": () => $("files-chosen-all").click(),
+  "files-up": () => goToFiles(parentOf(state.route.path)),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -30328,6 +32004,17 @@ function start() {
   watch("nodes devices link", drawToken);
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
+  watch("route nodes files", drawFiles);
+  watch("uploads link", drawUploads);
+  for (const field of [$("files-chosen"), $("files-chosen-all")]) {
+    on(field, "change", () => {
+      upload(routeNode(), files.path, chosenEntries(field));
+      field.value = "";
+    });
+  }
+  onDrop($("chat"), dropIntoChat);
+  onDrop($("files-list"), entries =>
+    isAtRoute() && upload(routeNode(), files.path, entries));
   watch("route models sessions nodes link", drawModels);
   watch("providers", drawProviders);
   watch("storage", drawStorage);
@@ -30380,6 +32067,14 @@ function start() {
   on($("text"), "input", keepDraft);
   // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(() => transcript.follow()).observe($("messages"));
+  on($("files-find"), "input", orderFiles);
+  on($("files-hidden"), "change", ({target}) => {
+    kept.set("hidden files", target.checked ? "yes" : "");
+    orderFiles();
+  });
+  on($("files-list"), "scroll", drawFileRows, {passive: true});
+  on($("files-rows"), "keydown", fileKey);
+  new ResizeObserver(() => touch("files")).observe($("files-list"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
     touch("sessions");
@@ -30458,14 +32153,18 @@ class OperatorClient:
         api_key: str,
         trust: TlsTrust | None = None,
         on_news: NewsHandler = ignore_news,
+        client: str = "shell",
     ) -> None:
         """`url` is the gateway's address; `on_news` runs in the reading thread.
+
+        `client`, of CLIENTS, is what the gateway records of jobs.
 
         Raises Unreachable, or Refused for a key that is not accepted or a certificate
         that is not trusted.
         """
         self._url = url
         self._on_news = on_news
+        self._client = client
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
         self.scopes: Sequence[str] = ()
@@ -30545,7 +32244,7 @@ class OperatorClient:
     def _connect(self, api_key: str) -> None:
         params = ConnectParams(
             role="operator",
-            client_id=f"cli-{os.getpid()}",
+            client_id=f"{self._client}-{os.getpid()}",
             version=__version__,
             platform=platform_name(),
         )
@@ -31363,7 +33062,7 @@ class RunningGateway:
             stack.callback(door.close)
             self._announce_door(door.port)
             stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
-            stack.callback(Ticker(STORE_TICK, self.store.tick).close)
+            stack.callback(Ticker(STORE_TICK, partial(self._tick, app)).close)
             self._stack = stack.pop_all()
 
     def _announce_door(self, port: int) -> None:
@@ -31397,6 +33096,10 @@ class RunningGateway:
     def one_time_link(self) -> str:
         """Return a link that signs in one browser, within ten minutes."""
         return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
+    def _tick(self, app: HttpApp) -> None:
+        self.store.tick()
+        app.tick()
 
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
@@ -31548,7 +33251,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
 #       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
-#       Fleet, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -31980,14 +33683,18 @@ def warn_about_plain_text(url: str, output: Output) -> None:
 
 
 def operator_client(
-    args: argparse.Namespace, context: Context, on_news: NewsHandler = ignore_news
+    args: argparse.Namespace,
+    context: Context,
+    on_news: NewsHandler = ignore_news,
+    client: str = "shell",
 ) -> OperatorClient:
     """Raises Unreachable or Refused."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
     try:
-        return OperatorClient(url, key, operator_trust(args, context, url), on_news)
+        trust = operator_trust(args, context, url)
+        return OperatorClient(url, key, trust, on_news, client)
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -33428,12 +35135,20 @@ def people_words(row: JsonObject) -> str:
     return ", ".join(person["name"] for person in row.get("people", ())) or "nobody"
 
 
+def caller_words(row: JsonObject) -> str:
+    """Return who asked for a job, and through what."""
+    name, kind = row["callerName"], row["callerKind"]
+    # A model's name says it; older rows do not know.
+    return str(name) if kind in (MODEL_CALLER, OPERATOR) else f"{name} ({kind})"
+
+
 JOB_COLUMNS: Mapping[str, Column] = {
     ID: "id",
     "NODE": "nodeName",
     "STATE": lambda row: one_line(row["words"], 40),
     "IN IT": lambda row: one_line(people_words(row), 40) or "-",
     "ASKED": time_column("askedAt"),
+    "BY": lambda row: one_line(caller_words(row), 30),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
 }
@@ -34570,7 +36285,7 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 
     Raises UserError, BrokenPipeError.
     """
-    client = LastingClient(partial(operator_client, args, context))
+    client = LastingClient(partial(operator_client, args, context, client="mcp"))
     stop, broken = StopSignal(), []
 
     def write(line: str) -> None:

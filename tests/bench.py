@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import json
 import os
+import pty
 import re
 import resource
 import secrets
@@ -817,6 +818,114 @@ def bench_files(bench: Bench) -> Iterator[Row]:
         yield limit_row("files", what, "MiB", grown, limit(most, "MiB"))
 
 
+# -- rows: terminals -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_terminal(command: list[str], env: dict[str, str]) -> Iterator[int]:
+    """Run a command on a terminal of its own; yield our end of it."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvpe(command[0], command, {**env, "TERM": "xterm"})
+    try:
+        yield master
+    finally:
+        os.close(master)  # hangs up
+        os.waitpid(pid, 0)
+
+
+def read_until(master: int, text: bytes) -> int:
+    """Return how many bytes came, up to `text` or the end."""
+    count, last = 0, b""
+    while text not in last:
+        try:
+            data = os.read(master, 65536)
+        except OSError:  # the end, on Linux
+            break
+        if not data:
+            break
+        count, last = count + len(data), last[-len(text) :] + data
+    return count
+
+
+def bench_terminal(bench: Bench) -> Iterator[Row]:
+    """A terminal on a node, beside `ssh -t`."""
+    ours_ = bench.ours
+    assert bench.node
+    environ = ours_.environ()
+    shell = [ours_.program, "node", "shell", "bench", "--"]
+
+    def key_to_echo(command: list[str], share: float) -> float:
+        times = []
+        with on_terminal(
+            [*command, "stty raw -echo; printf RE''ADY; cat"], environ
+        ) as us:
+            read_until(us, b"READY")
+            for _ in range(bench.count(500)):
+                begun = time.perf_counter()
+                os.write(us, b"x")
+                read_until(us, b"x")
+                times.append(time.perf_counter() - begun)
+        return sorted(times)[int(len(times) * share)] * 1000
+
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        yield from rows_for(
+            "terminal",
+            f"from key to echo in `node shell`, {name}",
+            "ms",
+            partial(key_to_echo, shell, share),
+            [
+                bench.ssh_peer(
+                    "ssh -t, ControlMaster",
+                    lambda ssh, share=share: key_to_echo(ssh.command("-tt"), share),
+                    at_most(1.5),
+                )
+            ],
+            bench.rounds,
+        )
+
+    size = (10 if bench.quick else 100) * 1000 * 1000
+    source = bench.directory("terminal") / "text"
+    line = b"%078d\n"
+    with source.open("wb") as file:
+        file.writelines(line % number for number in range(size // 79))
+
+    def speed(command: list[str]) -> float:
+        with on_terminal([*command, f"cat {source}"], environ) as us:
+            begun = time.perf_counter()
+            count = read_until(us, b"no such bytes")
+            return count / (time.perf_counter() - begun) / 1e6
+
+    yield from rows_for(
+        "terminal",
+        f"`cat` of {size // 1000_000} MB of text in `node shell`",
+        "MB/s",
+        partial(speed, shell),
+        [
+            bench.ssh_peer(
+                "ssh -t, ControlMaster",
+                lambda ssh: speed(ssh.command("-tt")),
+                at_least(0.4),
+            )
+        ],
+        min(bench.rounds, 3),
+    )
+
+    spec = {"command": "cat", "tty": {"rows": 24, "cols": 80}}
+    before = resident(bench.node.pid)
+    ids = [str(uuid.uuid4()) for _ in range(10)]
+    with ours_.operator() as client:
+        jobs = [{"id": job_id, "node": "bench"} for job_id in ids]
+        request = {"jobs": jobs, "work": "run", "spec": spec, "keep": True}
+        client.call("job.start", request)
+        time.sleep(3)
+        each = (resident(bench.node.pid) - before) / len(ids)
+        for job_id in ids:
+            client.call("job.cancel", {"id": job_id})
+    what = "each of ten idle terminals, resident on the node"
+    yield limit_row("terminal", what, "MiB", each, limit(1, "MiB"))
+
+
 # -- rows: WebSocket -----------------------------------------------------------
 
 # Both servers echo text, and count binary messages until the text that ends them.
@@ -1413,6 +1522,7 @@ BENCHES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "all": bench_all,
     "output": bench_output,
     "files": bench_files,
+    "terminal": bench_terminal,
     "websocket": bench_websocket,
     "memory": bench_memory,
     "start": bench_start,

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import termios
 import threading
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -2011,3 +2012,59 @@ def test_a_doctor_says_why_a_node_is_not_connected(home, capsys):
     assert reason in findings(capsys)[1]["node"]["words"]
     moltis.NodeState(os.getpid(), True, 0.0).save(data)
     assert findings(capsys)[1]["node"]["state"] == "well"
+
+
+# -- who asked -----------------------------------------------------------------
+
+
+def test_a_job_says_through_which_client_it_was_asked_for(gateway, home, capsys):
+    run_moltis("node", "exec", "local", "--", "true 1", home=home)
+    run_moltis("chat", "true 2", home=home)
+    call = {"name": "exec", "arguments": {"command": "true 3", "node": "local"}}
+    request = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+    hello = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "1"},
+    }
+    first = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello}
+    lines = "".join(f"{json.dumps(line)}\n" for line in (first, request))
+    run_moltis("mcp", home=home, stdin=lines)
+    for path, body in (
+        ("/mcp", {**request, "params": {**call, "arguments": {"command": "true 4"}}}),
+        (
+            "/api/rpc",
+            {
+                "method": "node.invoke",
+                "params": {
+                    "nodeId": "local",
+                    "command": "system.run",
+                    "args": {"command": "true 5"},
+                },
+            },
+        ),
+    ):
+        asked = urllib.request.Request(
+            f"{gateway.url}{path}",
+            json.dumps(body).encode(),
+            {
+                "Authorization": f"Bearer {gateway.api_key}",
+                "Content-Type": "application/json",
+                "Accept": "application/json, text/event-stream",
+            },
+        )
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            answer.read()
+    kinds = {j["command"]: j["callerKind"] for j in gateway.call("job.list")}
+    assert kinds == {
+        "true 1": "shell",
+        "true 2": "chat",
+        "true 3": "MCP",
+        "true 4": "MCP",
+        "true 5": "API",
+    }
+    start(gateway, "true 6")
+    _, out, _ = said(capsys, "node", "jobs")
+    assert "owner (shell)" in out
+    _, out, _ = said(capsys, "node", "jobs", "--json")
+    assert {job["callerKind"] for job in json.loads(out)} >= {"shell", "chat"}

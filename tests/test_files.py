@@ -699,3 +699,82 @@ def test_a_list_of_many_files_is_one_answer_without_a_row(world, node):
 def test_what_cannot_be_listed_is_one_sentence(world, node):
     with pytest.raises(moltis.MoltisError, match="none: No such file or directory"):
         once(world, node, "file.list", path=f"{world.scratch}/none")
+
+
+# -- changes ---------------------------------------------------------------------
+
+
+def change(base, action, path, to="", below=(), **options):
+    encode = moltis.encode_path
+    spec = moltis.FileChange(action, encode(str(path)), encode(str(to)), **options)
+    return moltis.FileChanger(FilePlaces(str(base), below), 0o027).change(spec)
+
+
+def test_a_directory_is_made_with_the_callers_umask(target):
+    change(target, "mkdir", "dir/new")
+    assert stat.S_IMODE((target / "dir" / "new").stat().st_mode) == 0o750
+    with pytest.raises(RpcError, match="File exists"):
+        change(target, "mkdir", "dir/new")
+
+
+def test_a_rename_replaces_nothing(source):
+    (source / "g").write_text("other")
+    with pytest.raises(RpcError, match="g: is there already"):
+        change(source, "rename", "f", "g")
+    os.link(str(source / "f"), str(source / "same"))
+    with pytest.raises(RpcError, match="is there already"):
+        change(source, "rename", "f", "same")
+    change(source, "rename", "d/big", "moved")
+    assert (source / "moved").stat().st_size == 300_000
+
+
+def test_only_what_was_asked_for_is_deleted(source, target):
+    (source / "d" / "out").symlink_to(target)
+    (source / "d" / os.fsdecode(b"\xff")).mkdir()
+    with pytest.raises(RpcError, match="not empty"):
+        change(source, "delete", "d")
+    change(source, "delete", "d", recursive=True)
+    assert os.listdir(source) == ["f"]
+    assert target.is_dir()  # no link was followed
+    (source / "link").symlink_to(target)
+    change(source, "delete", "link", recursive=True)
+    assert target.is_dir()
+
+
+def test_a_deep_directory_is_deleted(tmp_path):
+    below = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(400):
+        os.mkdir("deep", dir_fd=below)
+        below = moltis.descend(below, ["deep"])
+    os.close(below)
+    change(tmp_path, "delete", "deep", recursive=True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("action", ["mkdir", "rename", "delete"])
+def test_nothing_is_changed_outside_of_what_is_allowed(source, target, action):
+    allowed = (str(target / "dir"),)
+    (target / "dir" / "out").symlink_to(source)
+    (target / "dir" / "in").touch()
+    before = tree(source)
+    for path in (
+        source / "f",
+        target / "dir" / "out" / "f",
+        target / "dir" / "..",
+        target / "dir",
+    ):
+        with pytest.raises(RpcError):
+            change(target, action, path, target / "dir" / "x", allowed, recursive=True)
+    with pytest.raises(RpcError):
+        change(target, "rename", target / "dir" / "in", source / "x", allowed)
+    assert tree(source) == before
+    assert sorted(os.listdir(target / "dir")) >= ["in", "out"]
+
+
+@pytest.mark.parametrize("node", ["far", "Local"])
+def test_a_change_is_in_the_audit(world, node):
+    (world.scratch / "f").touch()
+    once(world, node, "file.change", action="delete", path=f"{world.scratch}/f")
+    (job,) = world.rpc("job.list", limit=1)
+    assert job["command"] == f"delete {world.scratch}/f"
+    assert (job["state"], list(world.scratch.iterdir())) == ("done", [])

@@ -579,6 +579,7 @@ def test_commands_terminals_and_copies_are_recorded():
         "terminal",
         "file.read",
         "file.write",
+        "file.change",
     ]
 
 
