@@ -774,7 +774,8 @@ def test_a_viewer_that_is_too_slow_skips_to_a_screen(site, monkeypatch):
 
 
 def test_a_recording_is_taken_by_asciinema(site, tmp_path):
-    command = "printf '%s\\n' 'shown \"\\ ü'; head -c 1; stty size"
+    resized = "until stty size | grep '33 99'; do sleep 0.05; done"
+    command = f"printf '%s\\n' 'shown \"\\ ü'; head -c 1; {resized}"
     with site.shell(command) as shell:
         shell.expect("shown")
         shell.spawned.setwinsize(33, 99)
