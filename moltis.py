@@ -38610,17 +38610,18 @@ class ChatTerminal:
 
     def _show_command(self, message: JsonObject) -> None:
         card, job_id = message["command"], message["jobId"]
-        command = self._commands.get(job_id)
+        command, is_run = self._commands.get(job_id), card.get("work", "run") == "run"
         if command is None:
             command = self._commands[job_id] = ChatCommand(card)
             if not self._typed:
                 self._end_line()
                 aside = " (in the background)" if command.background else ""
-                self._output.say(f"[{command.node}] $ {card['command']}{aside}")
+                sign = "$ " if is_run else ""  # otherwise a file is read, say
+                self._output.say(f"[{command.node}] {sign}{card['command']}{aside}")
         approval = card.get("approval") or {}
         if approval.get("state") == "asked":
             self._decide(job_id, card)
-        if "job" in message and command.job is None:
+        if is_run and "job" in message and command.job is None:
             command.job = self._feed.follow(job_id, command.node)
         if approval.get("state") in ("denied", "expired"):
             self._conclude(command, f"denied by {approval.get('by') or 'nobody'}")

@@ -361,6 +361,7 @@ class Ssh:
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\n"
             f"AuthorizedKeysFile {directory}/user.pub\nStrictModes no\nUsePAM no\n"
             "MaxSessions 100\nMaxStartups 100\nPidFile none\n"
+            "Subsystem sftp internal-sftp\n"  # for scp
             # What a shell reads in this machine's HOME is not OpenSSH's time.
             f"SetEnv HOME={directory}\n"
         )
@@ -738,6 +739,83 @@ def bench_output(bench: Bench) -> Iterator[Row]:
     yield from rows_for(
         "output", what, "MB/s", lambda: exec_cat(ours_), peers, min(bench.rounds, 3)
     )
+
+
+# -- rows: files ---------------------------------------------------------------
+
+
+class Copies:
+    """Copies on this machine, and what our gateway and node need meanwhile."""
+
+    def __init__(self, bench: Bench) -> None:
+        assert bench.node
+        self.site = bench.ours
+        self.place = bench.directory("files")
+        self._pids = {"gateway": self.site.gateway.pid, "node": bench.node.pid}
+        self._rest = {name: resident(pid) for name, pid in self._pids.items()}
+        self._most = dict(self._rest)
+
+    @property
+    def grown(self) -> dict[str, float]:
+        """MiB above rest, at most, by process."""
+        return {name: self._most[name] - self._rest[name] for name in self._pids}
+
+    def seconds(self, command: list[str]) -> float:
+        shutil.rmtree(self.place / "copied", ignore_errors=True)
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, env=self.site.environ())
+        while process.poll() is None:
+            for name, pid in self._pids.items():
+                self._most[name] = max(self._most[name], resident(pid))
+            time.sleep(0.02)
+        if process.returncode:
+            raise NotMeasured(f"{command[0]} failed")
+        return time.perf_counter() - begin
+
+    def ours(self, *words: str) -> float:
+        return self.seconds([self.site.program, "node", "cp", *words])
+
+    def scp(self, ssh: Ssh, *words: str) -> float:
+        return self.seconds(["scp", "-q", "-F", str(ssh.config), *words])
+
+
+def bench_files(bench: Bench) -> Iterator[Row]:
+    """Files to a node and from it, beside scp."""
+    copies, rounds = Copies(bench), min(bench.rounds, 3)
+    place = copies.place
+    size, count = (64, 2000) if bench.quick else (256, 10_000)
+    with (place / "big").open("wb") as file:
+        for _ in range(size):
+            file.write(secrets.token_bytes(2**20))
+    (place / "small").mkdir()
+    for one in range(count):
+        (place / "small" / str(one)).write_bytes(bytes(1024))
+    ways = {
+        "to a node": (f"{place}/big", f"bench:{place}/up"),
+        "from a node": (f"bench:{place}/big", f"{place}/down"),
+    }
+    rate = size * 2**20 / 1e6  # MB/s of a copy that takes a second
+    for way, ends in ways.items():
+        scp = bench.ssh_peer(
+            "scp",
+            lambda ssh, ends=ends: rate / copies.scp(ssh, *ends),  # type: ignore[misc]
+            at_least(0.5),
+        )
+        yield from rows_for(
+            "files",
+            f"{size} MiB {way}, `node cp`",
+            "MB/s",
+            lambda ends=ends: rate / copies.ours(*ends),  # type: ignore[misc]
+            [scp],
+            rounds,
+        )
+    tree = ("-r", f"{place}/small", f"bench:{place}/copied")
+    scp = bench.ssh_peer("scp -r", lambda ssh: copies.scp(ssh, *tree), faster(2))
+    what = f"{count:,} files of 1 KiB to a node, `node cp -r`"
+    yield from rows_for("files", what, "s", lambda: copies.ours(*tree), [scp], 1)
+    for name, most in (("node", 30), ("gateway", 40)):
+        what, grown = f"memory of the {name} above rest, in copies", copies.grown[name]
+        yield limit_row("files", what, "MiB", grown, limit(most, "MiB"))
 
 
 # -- rows: terminals -----------------------------------------------------------
@@ -1443,6 +1521,7 @@ BENCHES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "exec": bench_exec,
     "all": bench_all,
     "output": bench_output,
+    "files": bench_files,
     "terminal": bench_terminal,
     "websocket": bench_websocket,
     "memory": bench_memory,

@@ -800,6 +800,24 @@ def test_chat_prints_the_answer_on_stdout_and_the_commands_on_stderr(site, serve
     assert "1,200 tokens in, 34 out" in done.stderr
 
 
+def test_chat_names_the_files_that_a_model_reads_and_changes(site, server, tmp_path):
+    path = tmp_path / "f"
+    path.write_text("one\n")
+    server.turns += [
+        calls(("file_list", {"path": str(tmp_path)})),
+        calls(("file_edit", {"path": str(path), "old": "one", "new": "two"})),
+        says("The answer."),
+    ]
+    done = site.chat("--model", "openai/clever", "--node", "alpha", "--yes", "hm?")
+    assert (done.returncode, done.stdout) == (0, "The answer.\n")
+    assert path.read_text() == "two\n"
+    for words in (f"list {tmp_path}", f"read {path}", f"write {path}"):
+        assert f"[alpha] {words}\n" in done.stderr
+    rows = site.call("job.list")
+    assert [row["work"] for row in rows[:2]] == ["file.write", "file.read"]
+    assert rows[0]["callerKind"] == "model"
+
+
 def test_chat_without_a_terminal_denies(site, server):
     server.turns += [runs("echo never"), says("All right.")]
     done = site.chat("--model", "openai/clever", "--session", "strict", "hm?")

@@ -560,3 +560,34 @@ def test_closing_the_gateway_ends_a_list_that_is_being_asked_for(tmp_path):
         with pytest.raises(Cancelled):
             entries.result(0)
         leave.set()
+
+
+def test_keys_of_models_stand_in_no_answer_and_no_log(gateway, caplog):
+    """Also one that HTTP does not take, one that a server quotes, and after removal."""
+    caplog.set_level("DEBUG")
+
+    def quoting(handler):
+        said = {"error": {"message": f"wrong: {handler.headers['Authorization']}"}}
+        return 401, {}, [json.dumps(said).encode()]
+
+    answers = []
+    with ScriptedServer(quoting) as server:
+        for name, key in (("odd", "sk-odd-secret\u00e9"), ("lab", "sk-lab-secret")):
+            entry = {"provider": name, "baseUrl": server.url, "apiKey": key}
+            answers.append(gateway.call("models.configure", **entry))
+        answers.append(gateway.call("models.list", refresh=True))
+        answers.append(gateway.call("models.providers"))
+        gateway.call("chat.send", sessionKey="main", model="lab/m", text="hello")
+
+        def failed():
+            return [
+                row
+                for row in gateway.call("chat.history", sessionKey="main")
+                if row["state"] == "error"
+            ]
+
+        answers.append(wait_for(failed, what="the error"))
+        assert "wrong: Bearer" in answers[-1][-1]["answered"]
+        answers.append(gateway.call("models.remove", provider="lab"))
+        answers.append(gateway.call("audit.list"))
+    assert "-secret" not in json.dumps(answers) + caplog.text
