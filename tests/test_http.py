@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import socket
+import time
 import types
 
 import pytest
@@ -67,7 +68,7 @@ def rpc(gateway, value, **headers):
 # -- routes --------------------------------------------------------------------
 
 
-def test_health_says_version_protocol_and_connections(gateway):
+def test_health_says_version_protocol_connections_and_the_time(gateway):
     answer = ask(gateway, "GET", "/health")
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -76,7 +77,9 @@ def test_health_says_version_protocol_and_connections(gateway):
         "version": moltis.__version__,
         "protocol": 4,
         "connections": answer.json["connections"],
+        "at": answer.json["at"],
     }
+    assert abs(answer.json["at"] / 1000 - time.time()) < 60
 
 
 def test_head_has_the_headers_and_no_body(gateway):

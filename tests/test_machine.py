@@ -485,8 +485,8 @@ class Catalog:
         self._events, self._error, self._models = events, error, models
         self.asked = []
 
-    def model(self, name):
-        self.asked.append(name)
+    def model(self, name, effort):
+        self.asked.append((name, effort) if effort else name)
         return self
 
     def stream(self, messages, tools, cancel):
