@@ -6354,7 +6354,8 @@ DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
 MAX_READ_LINES = 2000  # of a text in one answer to a tool; it names the next one
 MAX_READ_TEXT = 50 * 1024  # bytes of them; cut at the end of a line
-MAX_SPLICED = 1024 * 1024  # bytes of a file that a tool changes
+MAX_SPLICED = 1024 * 1024  # bytes of a file that a tool changes, and of the change
+SPLICE_FRAME = 64  # bytes that one takes as JSON beside its data
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
@@ -6523,6 +6524,10 @@ class FilePlaces:
         """Whether a typed path may end with a link."""
         return not self._below
 
+    def contains(self, path: str) -> bool:
+        """Whether an absolute path is allowed."""
+        return not self._below or bool(self._root(path))
+
     def _root(self, path: str) -> str:
         for root in self._below:
             if path == root or path.startswith(root.rstrip("/") + "/"):
@@ -6603,8 +6608,13 @@ class FileListing:
     def entries(self) -> Iterator[FileEntry]:
         try:
             for name in self._names[:MAX_ENTRIES]:
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    yield _file_entry(self._descriptor, name, follow=self._follow)
+                try:
+                    entry = _file_entry(self._descriptor, name, follow=self._follow)
+                except FileNotFoundError:  # removed meanwhile
+                    continue
+                except OSError:  # where a file system is mounted that does not answer
+                    entry = FileEntry(encode_path(name), "other", 0, 0, 0)
+                yield entry
         finally:
             os.close(self._descriptor)
 
@@ -6931,7 +6941,7 @@ class TextSource:
             "files": files,
             "bytes": size,
             "sha256": digest.hex(),
-            "path": encode_path(self.path),
+            "path": encode_path(self._places.target(self.path)),
         }
 
 
@@ -7544,9 +7554,13 @@ class FileTarget:
     def _open(self, path: str, *, make: bool = False) -> None:
         """Raises RpcError for a directory that is not there."""
         if make and not self._places.is_directory(path):
-            if not self._places.is_directory(os.path.dirname(path)):
-                self._open(os.path.dirname(path), make=True)
-            parent = self._places.open_directory(os.path.dirname(path))
+            above = os.path.dirname(path)
+            if not self._places.contains(above):
+                problem = file_problem(path, "the directory that is allowed is missing")
+                raise RpcError("NOT_FOUND", problem)
+            if not self._places.is_directory(above):
+                self._open(above, make=True)
+            parent = self._places.open_directory(above)
             try:
                 os.mkdir(os.path.basename(path), dir_fd=parent)
                 mode = 0o777 & ~self._umask  # not our own umask, which is narrower
@@ -12923,6 +12937,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
 
 def check_database(path: Path) -> None:
     """Raise UserError, with what to do, where a gateway's database is damaged."""
+    require_sqlite()
     import sqlite3
 
     try:
@@ -15771,7 +15786,13 @@ def gathered_output(gathering: Gathering) -> tuple[JsonObject, bytes]:
         code = "UNAVAILABLE" if record.state == JobState.LOST else "CONFLICT"
         problem = f"{record.node_name}: {record.reason or record.words()}"
         raise RpcError(code, problem)
-    return job.result or {}, gathering.output()
+    if job.result is None:
+        raise RpcError(
+            "CONFLICT",
+            f"{record.node_name}: it was done, but its answer is lost; look at the "
+            "file before it is asked for again",
+        )
+    return job.result, gathering.output()
 
 
 class Wait:
@@ -17391,7 +17412,15 @@ def find_edits(data: bytes, old: str, new: str, *, every: bool) -> list[Splice]:
             f"{', '.join(map(str, lines))}{more}; give more of the text around the one "
             "that is meant, or `all`",
         )
-    return [Splice(place, len(before), b64encode(after)) for place in places]
+    piece = b64encode(after)
+    size = len(data) + len(places) * (len(after) - len(before))
+    if size > MAX_SPLICED or len(places) * (len(piece) + SPLICE_FRAME) > MAX_SPLICED:
+        raise RpcError(
+            "PAYLOAD_TOO_LARGE",
+            f"old is in the file {len(places):,} times, too often to be changed at "
+            "once; use exec",
+        )
+    return [Splice(place, len(before), piece) for place in places]
 
 
 def splice_bytes(data: bytes, splices: Sequence[Splice]) -> bytes:
@@ -17449,6 +17478,9 @@ def file_diff(old: bytes, new: bytes) -> str:
         else line
         for line in lines
     ]
+    was, becomes = (text_and_encoding(data)[1] for data in (old, new))
+    if old and new and was != becomes:
+        lines.insert(0, f"\\ the encoding {was} becomes {becomes}")
     diff = "\n".join(lines)
     if len(diff) > MAX_DIFF:
         raise RpcError(
@@ -17788,11 +17820,18 @@ class Toolbox:
         planned: PlannedCommand,
         edit: Callable[[bytes], list[Splice]],
     ) -> JsonObject:
-        """Change a file that may be read.  Raises RpcError, Cancelled."""
+        """Change a file, as a person sees it.  Raises RpcError, Cancelled."""
         try:
             change, written = self._look_up(planned, edit, None)
-        except (MoltisError, Cancelled):
+        except (MoltisError, Cancelled) as error:
             self._chat.begin_call(call, None)
+            known = (planned.node_id, planned.path) in self._seen
+            if isinstance(error, RpcError) and self._chat.asks_first() and not known:
+                # What is wrong would tell about a file that may not be read yet.
+                raise RpcError(
+                    "CONFLICT",
+                    f"{planned.path}: cannot be replaced; file_read says more",
+                ) from error
             raise
         return self._apply(call, change, written)
 
@@ -21997,7 +22036,12 @@ class RemoteMachines:
             "spec": spec.to_json(),
             "jobId": planned.job_id,
         }
-        answer = self._gateway.call("job.once", request, cancel)
+        try:
+            answer = self._gateway.call("job.once", request, cancel)
+        except Cancelled:
+            with contextlib.suppress(MoltisError):
+                self._gateway.call(JOB_CANCEL, {"id": planned.job_id})
+            raise
         return answer["result"], base64.b64decode(answer["output"])
 
     def wait(
@@ -23380,9 +23424,10 @@ class JobReader:
 class Download:
     """A file, or a directory as a tar archive, on its way from a node to a browser."""
 
-    def __init__(self, reader: JobReader, name: str, caller: Caller) -> None:
+    def __init__(
+        self, reader: JobReader, spec: FileRead, name: str, caller: Caller
+    ) -> None:
         """Return once its first bytes are here.  Raises RpcError, ClientGone."""
-        spec = FileRead.from_json(reader.job.record.spec or {})
         self.job = reader.job
         self.caller = caller
         self.name = f"{name}.tar" if spec.recursive else name
@@ -23849,10 +23894,12 @@ class HttpApp:
         name = os.path.basename(decode_path(path).rstrip("/"))
         node = {"nodeId": required(params, "nodeId", str)}
         view = self._gateway.rpc.call(caller, "node.describe", node)
+        archive = optional(params, "archive", bool) or False
+        spec = FileRead([path], recursive=archive)
         record = new_job(
             (view["nodeId"], view["displayName"]),
             "file.read",
-            {"paths": [path], "recursive": optional(params, "archive", bool) or False},
+            spec.to_json(),
             caller_origin(caller),
             kept=False,
         )
@@ -23861,7 +23908,8 @@ class HttpApp:
         ready = False
         try:
             name = "files" if name in ("", ".", "..", "~") else name
-            download = Download(reader, name, caller)
+            name = os.fsencode(name).decode("utf-8", "replace")
+            download = Download(reader, spec, name, caller)
             ready = True
         except ClientGone:
             return Reply(202)
@@ -37187,26 +37235,38 @@ whose window changes last sets the size)
 PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
 # What asks a terminal for an answer, which would be typed into the program: device
-# attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).
+# attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).  At
+# each @ it may have control characters, which a terminal carries out on the way.
+_CONTROLS = rb"[\x00-\x17\x19\x1c-\x1f\x7f]{0,40}"
 TERMINAL_QUERY = re.compile(
-    rb"\x05|\x1bZ|\x1b\[[>=]?[0-9;]*c|\x1b\[\??[0-9;]*n|\x1b\[\??[0-9;]+\$p"
-    rb"|\x1b\[[01]?x|\x1b\[>[0-9]*q|\x1b\[(?:1[1-9]|2[01])[0-9;]*t|\x1b\[\?u"
-    rb"|\x1b\[\?[0-9;]+S|\x1b\][0-9]+;[^\x07\x1b]{0,300}\?(?:\x07|\x1b\\)"
-    rb"|\x1bP[$+]q[^\x07\x1b]{0,300}(?:\x07|\x1b\\)"
+    (
+        rb"\x05|\x1b@Z|\x1b@\[@[>=]?@(?:[0-9;]@)*c|\x1b@\[@\??@(?:[0-9;]@)*n"
+        rb"|\x1b@\[@\??@(?:[0-9;]@)+\$@p|\x1b@\[@(?:[01]@)?x|\x1b@\[@>@(?:[0-9]@)*q"
+        rb"|\x1b@\[@(?:1@[1-9]|2@[01])@(?:[0-9;]@)*t|\x1b@\[@\?@u"
+        rb"|\x1b@\[@\?@(?:[0-9;]@)+S"
+        rb"|\x1b@\][0-9]+;[^\x07\x1b]{0,300}\?(?:\x07|\x1b\\)"
+        rb"|\x1b@P[$+]q[^\x07\x1b]{0,300}(?:\x07|\x1b\\)"
+    ).replace(b"@", _CONTROLS)
 )
 PART_OF_QUERY = re.compile(
-    rb"\x1b(?:\[[>=?]?[0-9;]{0,40}\$?|[\]P][^\x07\x1b]{0,300}\x1b?)?\Z"
+    (
+        rb"\x1b@(?:\[@[>=?]?@(?:[0-9;]@){0,40}(?:\$@)?"
+        rb"|[\]P][^\x07\x1b]{0,300}\x1b?)?\Z"
+    ).replace(b"@", _CONTROLS)
 )
+# Stands in the place of a query: it ends what was begun before, as that did, or else
+# what is around a query would become one.  No terminal has that mode.
+NO_QUERY = b"\x1b[?9999h"
 
 
 class QueryFilter:
-    """Removes queries from a terminal's output, wherever it is cut."""
+    """Replaces queries in a terminal's output, wherever it is cut."""
 
     def __init__(self) -> None:
         self._rest = b""  # what may be the beginning of a query
 
     def feed(self, data: bytes) -> bytes:
-        data = TERMINAL_QUERY.sub(b"", self._rest + data)
+        data = TERMINAL_QUERY.sub(NO_QUERY, self._rest + data)
         part = PART_OF_QUERY.search(data)
         at = len(data) if part is None else part.start()
         self._rest = data[at:]
@@ -37661,7 +37721,7 @@ def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
 def check_python(context: Context) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", WELL, f"{version}, {sys.executable}")
-    has_gateway = (context.directory / STORE_FILE).exists()
+    has_gateway = os.path.exists(context.directory / STORE_FILE)
     missing = False
     for require, needed in ((require_ssl, False), (require_sqlite, has_gateway)):
         try:
@@ -37724,7 +37784,7 @@ def check_directory(directory: Path) -> Iterator[Finding]:
         yield Finding("disk", WRONG, words, "make room; --keep-output limits the logs")
     else:
         yield Finding("disk", WELL, words)
-    if (directory / STORE_FILE).exists():
+    if os.path.exists(directory / STORE_FILE):
         try:
             check_database(directory / STORE_FILE)
         except UserError as error:
@@ -37741,6 +37801,7 @@ def check_tls(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
             words = "none: the network can read commands and their output"
             yield Finding(name, NOTE, words, "start the gateway with --tls")
         return
+    require_ssl()
     import ssl
 
     with closing(dial(target.host, target.port, TlsTrust(bound=True))) as sock:
@@ -37885,7 +37946,7 @@ def examine(args: argparse.Namespace, context: Context) -> Iterator[Finding]:
     directory = context.directory
     yield from check_python(context)
     yield from check_directory(directory)
-    known = (directory / NodeSettings.FILE).exists()
+    known = os.path.exists(directory / NodeSettings.FILE)
     try:
         yield from check_gateway(args, context)
     except Unreachable as error:  # none is known, which a node does not need

@@ -164,6 +164,18 @@ def test_mkdir_makes_what_is_missing(source, target):
     assert stat.S_IMODE((target / "a").stat().st_mode) == 0o755
 
 
+def test_mkdir_makes_no_allowed_directory_that_is_missing(source, target):
+    below = [str(target / "unmounted")]
+    with pytest.raises(moltis.RpcError, match="directory that is allowed is missing"):
+        write(
+            str(target),
+            "unmounted/a/f",
+            pieces_of(source, "f"),
+            below=below,
+            mkdir=True,
+        )
+
+
 def test_several_sources_need_a_directory(source, target):
     copy(source, ["f", "d"], target, "dir", into=True)
     assert (target / "dir/f").is_file()

@@ -477,6 +477,16 @@ def fetch(url, method="GET"):
     )
 
 
+def test_a_small_file_of_any_name_is_downloaded(world):
+    path = os.fsencode(world.scratch) + b"/\xff.txt"
+    with open(path, "wb") as file:
+        file.write(b"small")
+    with fetch(prepare(world, os.fsdecode(path))) as answer:
+        assert answer.read() == b"small"
+        assert "filename*=UTF-8''%EF%BF%BD.txt" in answer.headers["Content-Disposition"]
+    assert post(world, {"nodeId": "far", "path": "/none"})[1]["error"]["message"]
+
+
 def test_a_download_is_saved_and_never_run(world):
     name = 'naïve\u202e".html'
     (world.scratch / name).write_bytes(b"<script>" * 50_000)
