@@ -37325,7 +37325,7 @@ class TerminalSession:
         self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
-        self._is_fresh = job.position == 0 and not job.holds  # clear the screen first
+        self._is_fresh = True  # clear the screen first
 
     def run(self, *, joins: bool) -> int:
         """Return the exit status.  Raises UserError when the terminal is lost.
@@ -37355,7 +37355,6 @@ class TerminalSession:
 
     def show_ended(self) -> int:
         """Show the last screen of a terminal that has ended; return its status."""
-        self._is_fresh = True
         try:
             self._follow()
         finally:
