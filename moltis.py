@@ -39070,7 +39070,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--require-scram",
-                "refuse tokens that are sent as they are (original Moltis nodes)",
+                "refuse nodes that send the token itself (original Moltis)",
             ),
             arg(
                 "--keep-audit DAYS",
@@ -39091,7 +39091,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--idle-terminal HOURS",
-                "how long a terminal goes on with nobody in it (default: 24)",
+                "end a terminal after so long without people (default: 24)",
                 type=float,
                 default=IDLE_TERMINAL / 3600,
             ),
@@ -39118,7 +39118,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     ),
     "doctor": Subcommand(
         cmd_doctor,
-        "say what is wrong here and what to do; the status is 1 if anything is",
+        "check this machine, its gateway and its node; exit status 1: a fault",
         "moltis doctor",
         (*GATEWAY, JSON),
     ),
@@ -39210,12 +39210,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--url URL", "address of your own server, up to /v1"),
             arg(
                 "--protocol",
-                "as whose API your own server talks (default: openai)",
+                "API that your own server speaks (default: openai)",
                 choices=[*OWN_SERVERS],
             ),
             arg(
                 "--api-key-stdin",
-                "read its key from stdin; else from MOLTIS_MODEL_KEY, or asked for",
+                "read its key from stdin (else: MOLTIS_MODEL_KEY, or a prompt)",
             ),
             *GATEWAY,
         ),
@@ -39230,7 +39230,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         cmd_model_remove,
         "remove a server, or the key that was entered for one",
         "moltis model remove gpu-box",
-        (arg("name NAME", "as `moltis model list --providers` says"), *GATEWAY),
+        (arg("name NAME", "from `moltis model list --providers`"), *GATEWAY),
     ),
     "node generate-token": Subcommand(
         cmd_node_generate_token,
@@ -39272,8 +39272,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 action="append",
             ),
             arg("--no-terminal", "open no terminals; --allow implies it"),
-            arg("--allow-terminal", "open terminals all the same with --allow"),
-            arg("--no-files", "do not let files be read and written; so does --allow"),
+            arg("--allow-terminal", "open terminals despite --allow"),
+            arg("--no-files", "refuse to read and write files; --allow implies it"),
             arg(
                 "--allow-files DIR",
                 "only files in this directory; may be given more than once",
@@ -39346,7 +39346,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node jobs pi",
         (
             arg("node", "name or id (default: all nodes)", nargs="?"),
-            arg("--cancel ID", "end this one"),
+            arg("--cancel ID", "cancel this job"),
             *GATEWAY,
             JSON,
         ),
