@@ -14708,7 +14708,7 @@ class Access:
 
 LOCAL_ID = "local"
 LOCAL_NAME = "Local"
-ROUGH = str.maketrans("0i1|", "olll")  # nobody may be taken for Local at a glance
+ROUGH = str.maketrans("0i1|", "olll")  # no name may look like Local
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
@@ -19980,7 +19980,7 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def listens(self, name: str) -> bool:
-        """Return whether somebody gets this event."""
+        """Return whether a peer subscribes to this event."""
         with self._lock:
             return any(name in peer.events for peer in self._peers)
 
@@ -20784,7 +20784,7 @@ def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
 
 
 def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
-    """Send the caller these events no longer.  Raises RpcError."""
+    """Stop sending the caller these events.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
@@ -21910,7 +21910,7 @@ class JsonRpcError(Exception):
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client left before its answer."""
 
 
 def json_rpc(method: str, params: JsonObject) -> JsonObject:
@@ -23960,7 +23960,7 @@ class HttpApp:
             response = json_rpc_error(readable_id(message), error)
         except ClientGone:
             response = None
-        if response is None:  # nobody waits for it
+        if response is None:  # a notification, or the client left
             return Reply(202)
         modern = is_modern(message, request.headers)
         statuses = MODERN_MCP_STATUS if modern else LEGACY_MCP_STATUS
@@ -24082,7 +24082,7 @@ class ConnectionLimits:
             raise _too_many("connections from your network")
 
     def identify(self, admission: Admission, caller: Caller) -> None:
-        """Count it as a stranger's no longer.  Raises RpcError RATE_LIMITED."""
+        """Count it as the caller's, not a stranger's.  Raises RpcError RATE_LIMITED."""
         limited = not caller.may(Scope.ADMIN)
         with self._lock:
             if admission.key_id is not None:
@@ -30835,7 +30835,7 @@ function drawComposer(chat) {
     `dot ${sessionNode(currentSession()).connected ? "on" : "off"}`;
 }
 
-// Say that the chat was moved elsewhere while somebody types here.
+// Say that another browser changed the chat while a text is being typed here.
 function drawBound(entry) {
   const current = namesOf(currentSession());
   const own = namesOf(entry);
@@ -36290,7 +36290,7 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
 
 
 def current_telemetry(row: JsonObject) -> JsonObject:
-    """Return what a node reports; {} of one that is offline, or reports no more."""
+    """Return what a node reports; {} of one that is offline or does not report."""
     telemetry = row.get("telemetry") or {}
     return telemetry if row["connected"] and not telemetry.get("stale") else {}
 
