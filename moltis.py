@@ -4433,8 +4433,9 @@ class TerminalModes:
 class Recording:
     """Converts a terminal's log to lines of asciicast v2."""
 
-    def __init__(self, title: str, started_at: int) -> None:  # ms
-        self._header = {"timestamp": started_at // 1000, "title": title}
+    def __init__(self, command: str, node: str, asked_at: int) -> None:  # ms
+        title = f"{command} on {node}"
+        self._header = {"timestamp": asked_at // 1000, "title": title}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._size: tuple[int, int] | None = None  # columns, rows
         self._at = 0.0  # s
@@ -4467,10 +4468,6 @@ class Recording:
 
 
 NO_RECORDING = "is no terminal: only terminals are recorded with their times"
-
-
-def recording_of(command: str, node: str, asked_at: int) -> Recording:
-    return Recording(f"{command} on {node}", asked_at)
 
 
 def gap_words(count: int) -> str:
@@ -23144,7 +23141,7 @@ def job_output(job: Job) -> Generator[bytes, None, None]:
 def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
     record, position, end = job.record, 0, job.log.end
-    recording = recording_of(record.command, record.node_name, record.asked_at)
+    recording = Recording(record.command, record.node_name, record.asked_at)
     while position < end:
         start, data = job.log.read(position)
         if not data:
@@ -27204,7 +27201,7 @@ class Page {
     }
   }
 
-  // Cut or fill the rows: whoever drew them draws them anew.
+  // Cut or fill the rows, and have all redrawn.
   crop(columns, height) {
     const extra = this.rows.length - height;
     if (extra > 0) {
@@ -28598,8 +28595,8 @@ const MAX_INPUT = 64 * 1024; // bytes in one message
 const TYPED_WINDOW = 256 * 1024; // bytes on their way to a terminal
 const AWAY_KEYS = 4096; // bytes typed while a link is away; more are refused
 
-// What is typed at a terminal, kept until it has arrived.  Others may type as well:
-// only whoever holds the terminal's input sends.
+// Input typed at a terminal, kept until it has arrived.  Only the page that holds the
+// terminal's input sends.
 class TypedInput {
   constructor(send) {
     this.send = send; // called with an offset and bytes
@@ -28649,7 +28646,7 @@ class TypedInput {
     this.sendRest();
   }
 
-  // Keep what is typed: another holds the input, or the connection broke.
+  // Keep typed input: another client holds the terminal, or the connection broke.
   pause() {
     this.flows = false;
     this.sent = this.consumed;
@@ -28726,7 +28723,7 @@ function touch(...topics) {
 const LONG_PRESS = 1000; // ms; then the page changes even under a pressed pointer
 let press; // the timer of LONG_PRESS while the pointer is pressed
 
-// A click is lost where what is pressed changes or moves before it is released.
+// A click is lost if its target changes or moves before the pointer is released.
 function pointerPressed() {
   clearTimeout(press);
   press = setTimeout(pointerReleased, LONG_PRESS);
@@ -28806,7 +28803,7 @@ class Chat {
     touch("chat");
   }
 
-  // Send what waits, in its order; what fails for want of a connection goes on waiting.
+  // Send the outbox in order; without a connection, messages stay in it.
   async deliver() {
     if (this.delivering) return;
     this.delivering = true;
@@ -29088,7 +29085,7 @@ async function refreshOne(topic) {
     if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
-    // What the key may not list stays empty.
+    // Lists that the key may not read stay empty.
     if (!["UNAVAILABLE", "FORBIDDEN"].includes(error.code)) showError(error);
   }
   const again = refreshing.get(topic);
@@ -29105,7 +29102,7 @@ function updateBusy() {
 
 // == jobs ==
 
-// Take over what the gateway says of a job.
+// Merge the gateway's view of a job.
 function learn(change) {
   const known = state.jobs.get(change.id);
   // Events overtake answers; a lost job may come back with its node.
@@ -29242,7 +29239,7 @@ async function loadActivity(older = false) {
   if (!jobs || request !== listRequests) return;
   const ids = jobs.map(job => job.id);
   const isFull = jobs.length === PAGE_SIZE;
-  // What was fetched before stays, unless there is a gap after what is new.
+  // Keep the pages fetched before, unless a gap separates them from the new one.
   const before = activity.isLoaded ? activity.ids : [];
   const overlaps = before.length > ids.length && ids.includes(before[0]);
   if (older) activity.ids = [...before, ...ids.filter(id => !before.includes(id))];
@@ -29284,7 +29281,7 @@ const ACK_AFTER = 64 * 1024; // bytes of a log; its program waits for them
 const encoder = new TextEncoder();
 const TERMINAL = "terminal"; // the work of such a job
 
-// A terminal on a machine: its screen here, and what is typed into it.
+// A terminal on a machine: its emulator, its log position, its typed input.
 class TerminalSession {
   constructor(id, size) {
     this.id = id;
@@ -29514,7 +29511,7 @@ async function refreshAsks() {
   const known = new Set(state.asks.map(ask => ask.jobId));
   await refresh("asks");
   state.asks.filter(ask => !known.has(ask.jobId)).forEach(notifyAsk);
-  // What was denied never was a running job.
+  // No job event announces a denied command: fetch the list.
   if (state.route.page === "activity" && state.activity.ids.length <= PAGE_SIZE)
     loadActivity();
 }
@@ -29968,7 +29965,7 @@ function runningTime(job) {
   return formatDuration(Math.max(0, duration ?? (end - begin) / 1000));
 }
 
-// What ends at once is not worth a place of its own.
+// Short commands are not listed.
 const longRunning = () => state.running.filter(job =>
   job.state === "queued" || now() - job.askedAt > 1000);
 
@@ -30247,7 +30244,7 @@ class AssistantTurn {
   }
 }
 
-// What the model thinks, folded.
+// The model's reasoning, folded.
 class ThinkingTurn {
   constructor() {
     this.text = h("p");
@@ -30389,7 +30386,7 @@ class CommandCard {
     this.drawOutput(job);
   }
 
-  // Show what a command changes in a file, all of it.
+  // Show the whole diff of a change to a file.
   drawDiff({command, diff}) {
     this.diff.hidden = !diff;
     if (!diff) return;
@@ -30425,7 +30422,7 @@ class CommandCard {
     return terminal.text();
   }
 
-  // Show what a list of all jobs says more than a chat.
+  // Show the details that only the list of all jobs has.
   drawRow(job) {
     const {askedAt, sessionKey} = job || this.row;
     const chat = sessionKey && {href: chatPath(sessionKey)};
@@ -30808,7 +30805,7 @@ function drawComposer(chat) {
   $("prompt").title = shell ? place : "";
   text.placeholder = shell ? "" : `Message ${model}`;
   text.setAttribute("aria-label", shell ? `Command for ${place}` : "Message");
-  // What a person types for a shell is not corrected.
+  // No autocorrection of shell commands.
   const isCommand = shell || text.value.startsWith("!");
   text.spellcheck = !isCommand;
   text.setAttribute("autocorrect", isCommand ? "off" : "on");
@@ -31641,7 +31638,7 @@ class Upload {
     }
   }
 
-  // Take what the machine says of its input.
+  // Take the machine's report on its input.
   onInput({offset, resume, held}) {
     if (held === false) this.finish("failed", "Another page goes on with it.");
     if (!this.entries || !this.isOpen) return;
@@ -31842,7 +31839,7 @@ async function droppedEntries(transfer) {
   return found;
 }
 
-// Call `take` with the entries of what is dropped on an element.
+// Call `take` with the entries dropped on an element.
 function onDrop(element, take) {
   const holdsFiles = ({dataTransfer}) =>
     dataTransfer?.types.includes("Files") && may("write");
@@ -31869,8 +31866,8 @@ function onDrop(element, take) {
 const quoted = path => /^[\w./~+-]+$/.test(path) ? path
   : `'${path.replace(/'/g, "'\\''")}'`;
 
-// Upload what is dropped on a chat to its machine and directory, and mention it in what
-// is typed there.
+// Upload files dropped on a chat to its machine and directory, and mention them in its
+// composer.
 async function dropIntoChat(entries) {
   const chat = currentChat();
   const session = composed(chat);
@@ -32350,7 +32347,7 @@ class PathField {
     event.preventDefault();
   }
 
-  // Complete the text; what is below may be typed next.
+  // Complete the text, then suggest the entries below it.
   take(path) {
     this.field.value = `${path}/`;
     this.suggest();
@@ -32815,7 +32812,7 @@ async function openProvider(provider = null) {
 const chosenProvider = () => editedProvider || state.providers.find(({id, own}) =>
   !own && id === $("provider-id").value) || OWN_SERVER;
 
-// What a person has to know to fill the form in.
+// Return the hint for the form.
 function providerHelp({own, protocol, keyFrom, keyVariable}) {
   if (own)
     return "vLLM, llama.cpp, LM Studio, LiteLLM, … where the gateway reaches them.";
@@ -33132,7 +33129,7 @@ function drawPalette() {
   active?.scrollIntoView({block: "nearest"});
 }
 
-// Look for what is typed, also among the commands that only the gateway knows.
+// Search the typed text, also among commands that only the gateway knows.
 function searchPalette() {
   palette.active = 0;
   drawPalette();
@@ -37589,7 +37586,7 @@ def cmd_node_recording(args: argparse.Namespace, context: Context) -> int:
         view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
         if view["work"] != TERMINAL:
             raise UserError(f"{job_id} {NO_RECORDING}")
-        recording = recording_of(view["command"], view["nodeName"], view["askedAt"])
+        recording = Recording(view["command"], view["nodeName"], view["askedAt"])
         job = feed.follow(job_id, view["nodeName"])
         for news in feed.news():
             if isinstance(news, JobOutput):
