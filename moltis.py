@@ -1687,7 +1687,7 @@ class NodeSettings(SettingsFile):
     auth: str = "scram"  # or "bearer", for Moltis gateways
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
-    terminals: bool | None = None  # None: unless `allow` restricts what may run
+    terminals: bool | None = None  # None: opened unless `allow` is set
     files: bool = True  # files may be read and written, with `allow` only in these:
     allow_files: Sequence[str] = ()  # directories; none: all
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
@@ -3664,7 +3664,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 
 
 def _why_unreached(name: str, error: Exception) -> str:
-    """Return why there is no connection, in words and without numbers of errors."""
+    """Return why a connection failed, in words, without error numbers."""
     if isinstance(error, ConnectionRefusedError):
         return f"{name} cannot be reached: nothing listens there"
     if isinstance(error, (socket.gaierror, UnicodeError)):
@@ -4225,9 +4225,9 @@ MAX_DIRECTORY = 4096  # bytes of its name; a longer one is not reported
 
 MAX_SIDE = 1000  # rows and columns of a terminal
 
-# Modes of terminals that outlive the bytes that set them (xterm's ctlseqs): cursor
-# keys, origin, wrap, cursor, keypad, mouse, focus, alternate screen, bracketed paste.
-MODES_ON = frozenset(("7", "25"))  # at the start
+# Terminal modes that persist until they are reset (xterm's ctlseqs): cursor keys,
+# origin, wrap, cursor, keypad, mouse, focus, alternate screen, bracketed paste.
+MODES_ON = frozenset(("7", "25"))  # set after a reset
 SOFT_MODES = frozenset(("1", "6", "7", "25", "66"))  # those that DECSTR resets
 KEYBOARD_OFF: Mapping[str, bytes] = {"kitty": b"\x1b[<99u", "modify": b"\x1b[>4m"}
 MODE_NAMES = frozenset(
@@ -4357,7 +4357,7 @@ class Mark(Value):
 
 
 def decode_mark(data: bytes) -> Mark | None:
-    """Return a mark; None for one that is malformed, whose sender we do not trust."""
+    """Return the Mark in a frame from a node, None if it is malformed."""
     with contextlib.suppress(ValueError, RpcError):
         mark = Mark.from_json(required({"mark": from_json(data)}, "mark", dict))
         TerminalSize(mark.rows, mark.cols).check()
@@ -4372,20 +4372,20 @@ def decode_mark(data: bytes) -> Mark | None:
 
 
 def _mode_sequence(name: str, value: bool) -> bytes:
-    if name == "66":  # the keypad: DECNKM is not known everywhere
+    if name == "66":  # keypad: fewer terminals support DECNKM
         return b"\x1b=" if value else b"\x1b>"
     return b"\x1b[?%b%b" % (name.encode("ascii"), b"h" if value else b"l")
 
 
 class TerminalModes:
-    """The modes of a terminal that differ from its start, read from its output.
+    """The modes that differ from those of a reset terminal, parsed from its output.
 
     Escape sequences may be cut anywhere between two calls of feed().
     """
 
     def __init__(self, changed: Mapping[str, bool] = NOTHING) -> None:
         self.changed = dict(changed)  # by DEC's number, or a key of KEYBOARD_OFF
-        self._rest = b""  # the beginning of a sequence
+        self._rest = b""  # an incomplete sequence
 
     def feed(self, data: bytes) -> None:
         if not (self._rest or b"\x1b" in data):
@@ -4415,7 +4415,7 @@ class TerminalModes:
                 del self.changed[name]
 
     def restoring(self) -> bytes:
-        """Return what a terminal has to be sent to take over these modes."""
+        """Return the escape sequences that set these modes."""
         return b"".join(
             _mode_sequence(name, value)
             for name, value in self.changed.items()
@@ -4423,7 +4423,7 @@ class TerminalModes:
         )
 
     def undoing(self) -> bytes:
-        """Return what switches these modes off in a terminal that has them."""
+        """Return the escape sequences that reset these modes."""
         return b"".join(
             KEYBOARD_OFF.get(name) or _mode_sequence(name, not value)
             for name, value in self.changed.items()
@@ -4431,16 +4431,17 @@ class TerminalModes:
 
 
 class Recording:
-    """Turns a terminal's log into lines of asciicast v2: what it showed, and when."""
+    """Converts a terminal's log to lines of asciicast v2."""
 
-    def __init__(self, title: str, started_at: int) -> None:  # ms
-        self._header = {"timestamp": started_at // 1000, "title": title}
+    def __init__(self, command: str, node: str, asked_at: int) -> None:  # ms
+        title = f"{command} on {node}"
+        self._header = {"timestamp": asked_at // 1000, "title": title}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._size: tuple[int, int] | None = None  # columns, rows
         self._at = 0.0  # s
 
     def lines(self, kind: int, data: bytes) -> Iterator[str]:
-        """Yield what one log frame adds."""
+        """Yield the lines for one log frame."""
         mark = decode_mark(data) if kind == MARK else None
         if mark is not None:
             self._at = max(self._at, mark.ms / 1000)
@@ -4467,10 +4468,6 @@ class Recording:
 
 
 NO_RECORDING = "is no terminal: only terminals are recorded with their times"
-
-
-def recording_of(command: str, node: str, asked_at: int) -> Recording:
-    return Recording(f"{command} on {node}", asked_at)
 
 
 def gap_words(count: int) -> str:
@@ -4880,9 +4877,7 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
-TERMINAL_CHUNK = (
-    2048  # bytes; the same for a terminal, which gives 4095 at most (Linux)
-)
+TERMINAL_CHUNK = 2048  # bytes; likewise for a terminal: a read is ≤ 4095 (Linux)
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 USUAL_PLACES = (  # of programs, from the home directory on
@@ -4906,8 +4901,8 @@ USUAL_PLACES = (  # of programs, from the home directory on
 IUTF8 = 0x4000  # of c_iflag: Linux and macOS; `termios` does not name it
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8")
 MARK_INTERVAL = 0.1  # s between two marks in a terminal's log
-MARK_BYTES = 64 * 1024  # of output between them, if that is sooner: see Screen
-REDRAW_PAUSE = 0.1  # s; programs compare the size before they draw anew
+MARK_BYTES = 64 * 1024  # of output between them at most
+REDRAW_PAUSE = 0.1  # s; programs redraw only at a size that differs
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 LOCALE_VARIABLE = (  # locale(7); setlocale() does not read others, as LC_TERMINAL
@@ -5389,14 +5384,14 @@ def _shell_words(
 ) -> list[str | bytes]:
     """Return the arguments that start a program as our parent would.
 
-    `terminal`: the path of what becomes its controlling terminal.
+    `terminal`: path of the slave that becomes its controlling terminal.
     """
     import resource
 
     first = []
     if terminal is not None:
-        # A session leader without a controlling terminal gets the one that it opens:
-        # Linux and macOS.  Nobody else can make it so, and Python would need a fork.
+        # On Linux and macOS a session leader without a controlling terminal gets the
+        # first one that it opens.  TIOCSCTTY from Python would need a fork.
         first.append(': <>"$0"')
     if inherited is not None:
         if not POPEN_SETS_UMASK:
@@ -5512,7 +5507,7 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
 
 
 def _group_members(group_ids: Collection[int]) -> list[Survivor]:
-    """Return the live processes of some groups; zombies have ended.
+    """Return the live processes of these groups; zombies have ended.
 
     In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
     and a signal to it succeeds.
@@ -5535,15 +5530,15 @@ def _open_pidfd(pid: int) -> int | None:
 
 
 class Terminal:
-    """A pseudo-terminal: our end of it, and the end for programs."""
+    """A pseudo-terminal: its master and, until the shell exits, its slave."""
 
     def __init__(self, size: TerminalSize) -> None:
-        """Raises OSError where none is left."""
+        """Raises OSError if the system has no free pseudo-terminal."""
         import termios
 
         self.master, slave = os.openpty()
-        # It stays open until the shell has exited: a master without a slave reports its
-        # end (Linux), and macOS drops what was not read when the last one is closed.
+        # Open until the shell has exited: without a slave, reads of the master fail
+        # (Linux), and closing the last slave discards unread output (macOS).
         self.slave: int | None = slave
         self.path = os.ttyname(slave)
         settings = termios.tcgetattr(slave)
@@ -5552,7 +5547,7 @@ class Terminal:
         self.resize(size)
 
     def resize(self, size: TerminalSize) -> None:
-        """Set the size; the foreground programs get SIGWINCH if it is another one."""
+        """Set the size; the foreground group gets SIGWINCH if it differs."""
         import fcntl
         import termios
 
@@ -5560,7 +5555,7 @@ class Terminal:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, packed)
 
     def foreground(self) -> int | None:
-        """Return the process group that reads from it, as far as that is known."""
+        """Return the foreground process group, None if it is unknown."""
         try:
             return os.tcgetpgrp(self.master)
         except OSError:
@@ -5575,7 +5570,7 @@ class Terminal:
 class ProcessGroup:
     """A shell and its descendants, in a process group of their own.
 
-    On a terminal, the shell puts programs into groups; one of them is in front.
+    On a terminal the shell puts each pipeline into a group; one is in the foreground.
     """
 
     def __init__(
@@ -5648,7 +5643,7 @@ class ProcessGroup:
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._add_foreground()
         self._signal(signal.SIGTERM if self.terminal is None else signal.SIGHUP)
-        self._signal(signal.SIGCONT)  # a stopped process gets them only then
+        self._signal(signal.SIGCONT)  # a stopped process handles them only then
 
     def ended(self) -> bool:
         """Send SIGKILL when it is due; return whether the group ended or cannot."""
@@ -5715,7 +5710,7 @@ class ProcessGroup:
 
 
 class SelectPoll:
-    """select() with the interface of poll(), which on macOS may not take terminals."""
+    """select() as poll(), which may not support terminals on macOS."""
 
     def __init__(self) -> None:
         self._wanted: tuple[list[int], list[int]] = ([], [])  # to read, to write
@@ -5809,7 +5804,7 @@ def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
 
 
 def login_shell() -> tuple[str, dict[str, str]]:
-    """Return this user's shell and the variables of a login, as the system has them."""
+    """Return this user's shell and login variables, from the user database."""
     import pwd
 
     variables = {"HOME": home_directory(), "SHELL": SHELL}
@@ -5832,7 +5827,7 @@ def terminal_environment(
 ) -> dict[str, str]:
     """Return the environment of programs on a terminal: as after a login, in UTF-8."""
     env = {"TERM": "xterm-256color", **environ, **login_shell()[1], **forwarded}
-    for name in ("LINES", "COLUMNS"):  # the terminal knows better
+    for name in ("LINES", "COLUMNS"):  # they override the size of the terminal
         env.pop(name, None)
     chosen = env.get("LC_ALL") or env.get("LC_CTYPE") or env.get("LANG") or ""
     if not _is_utf8(chosen):
@@ -5844,10 +5839,10 @@ def terminal_environment(
     return env
 
 
-def _read_what_waits(descriptor: int, most: int) -> bytes:
-    """Return what a terminal has, which gives it in pieces of 4095 bytes (Linux)."""
+def _read_available(descriptor: int, most: int) -> bytes:
+    """Return up to `most` bytes that are ready; Linux gives 4095 at a time."""
     data = b""
-    with contextlib.suppress(OSError):  # nothing now, or its end: the next read says it
+    with contextlib.suppress(OSError):  # none ready, or EOF: see the next read
         while len(data) < most:
             piece = os.read(descriptor, most - len(data))
             if not piece:
@@ -5884,7 +5879,7 @@ class Command:
         """
         self.spec = spec
         self.log = log
-        # The owner's limit is for commands: a terminal ends with whoever uses it.
+        # The owner's limit is for commands, not for interactive terminals.
         limit = max_timeout if spec.tty is None else None
         limits = (limit, None if spec.timeout is None else spec.timeout / 1000)
         self._timeout = min((t for t in limits if t is not None), default=None)
@@ -5893,10 +5888,10 @@ class Command:
         self._inherited = inherited
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next seven
-        # At a terminal several may type: each is a window ahead of the program.
+        # Several may type into a terminal, each a window ahead of the program.
         self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
-        self._new_size: TerminalSize | None = None  # wanted
-        self._redraws = False  # its programs are to draw anew
+        self._new_size: TerminalSize | None = None  # requested, not yet set
+        self._redraws = False  # a redraw is requested
         self._input_reported = 0  # offset
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
@@ -5916,9 +5911,7 @@ class Command:
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         self._size = spec.tty
-        self._redraw_at: float | None = (
-            None  # monotonic; the size is one off until then
-        )
+        self._redraw_at: float | None = None  # monotonic; when to restore the size
         self._modes = TerminalModes()
         self._mark_at = -math.inf  # monotonic; of the last mark
         self._since_mark = 0  # bytes of output
@@ -5928,9 +5921,9 @@ class Command:
 
     @property
     def consumed(self) -> int | None:
-        """The offset where the sender of input goes on; None without input."""
+        """The offset from which input continues; None if the command takes none."""
         if self.spec.tty is not None:
-            return self._input.arrived  # others may have typed what is not consumed
+            return self._input.arrived  # other senders' input may be unconsumed
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -5948,9 +5941,9 @@ class Command:
         self._wake()
 
     def resize(self, size: TerminalSize | None) -> None:
-        """Change the terminal's size; None: have programs draw anew at the one it has.
+        """Request another terminal size; None: have programs redraw at the current one.
 
-        Raises RpcError for a command without a terminal, and for an odd size.
+        Raises RpcError for a command without a terminal, or a size out of range.
         """
         if self.spec.tty is None:
             raise RpcError("INVALID_REQUEST", "the command has no terminal")
@@ -6069,7 +6062,7 @@ class Command:
                 self._register_pipes(group, poll)
                 appended = False
                 if group.terminal is not None and self._resize(group.terminal):
-                    self.log.ready()  # who looks sees it, whether there is output
+                    self.log.ready()  # reports the new size even without output
                 for descriptor, _ in _poll(poll, self._pause(group, deadline)):
                     if descriptor == wake:
                         os.read(wake, 4096)
@@ -6084,7 +6077,7 @@ class Command:
         """Add a mark to the log: the time, the size and the modes at this point."""
         assert self._size is not None
         if not self.log.room:
-            self._mark_at = -math.inf  # before the next output
+            self._mark_at = -math.inf  # retry before the next output
             return
         self._mark_at, self._since_mark = time.monotonic(), 0
         mark = Mark(
@@ -6094,9 +6087,9 @@ class Command:
         self.log.append(MARK, to_json(mark).encode("ascii"))
 
     def _resize(self, terminal: Terminal) -> bool:
-        """Give the terminal the size that was asked for; return whether it is another.
+        """Apply the requested size or redraw; return whether the size changed.
 
-        For a redraw it is one column off for REDRAW_PAUSE.
+        A redraw is one column less for REDRAW_PAUSE: programs ignore an equal size.
         """
         with self._lock:
             size, self._new_size = self._new_size, None
@@ -6137,7 +6130,7 @@ class Command:
         elif running:
             return False
         if group.terminal is not None and not any(n > 0 for n in self._owed.values()):
-            group.terminal.close_slave()  # now the master has an end, too
+            group.terminal.close_slave()  # from now on the master reaches EOF
         # Bytes that were in a pipe at the shell's exit are read, even if the window is
         # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
@@ -6207,7 +6200,7 @@ class Command:
         try:
             data = os.read(descriptor, min(room, READ_PAGES))
             if group.terminal is not None:
-                data += _read_what_waits(descriptor, min(room, READ_PAGES) - len(data))
+                data += _read_available(descriptor, min(room, READ_PAGES) - len(data))
         except BlockingIOError:
             return False
         except OSError as error:
@@ -6239,7 +6232,7 @@ class Command:
             data = self._input.peek()
         try:
             self._consume(os.write(descriptor, data))
-            self._small_read_at = -math.inf  # the echo of a key does not rest
+            self._small_read_at = -math.inf  # the echo of a key is not delayed
         except BlockingIOError:
             return
         except OSError as error:
@@ -6352,10 +6345,10 @@ MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
 PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
 DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
-MAX_READ_LINES = 2000  # of a text in one answer to a tool; it names the next one
-MAX_READ_TEXT = 50 * 1024  # bytes of them; cut at the end of a line
-MAX_SPLICED = 1024 * 1024  # bytes of a file that a tool changes, and of the change
-SPLICE_FRAME = 64  # bytes that one takes as JSON beside its data
+MAX_READ_LINES = 2000  # in one tool result, which names the next line
+MAX_READ_TEXT = 50 * 1024  # bytes in one tool result; cut at the end of a line
+MAX_SPLICED = 1024 * 1024  # bytes of a file that tools change, and of the change itself
+SPLICE_FRAME = 64  # bytes of a Splice in JSON beside its data
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
@@ -6393,9 +6386,9 @@ def file_problem(path: str, problem: OSError | str) -> str:
 
 
 class FilePart(Value):
-    """The lines of one text that are read, or all of it."""
+    """A range of lines of one text file, or the whole file."""
 
-    first: int = 0  # line, from 1; 0: the whole file, as it is, if it is there
+    first: int = 0  # line, from 1; 0: the whole file as it is, empty if missing
     count: int = MAX_READ_LINES
 
 
@@ -6409,9 +6402,9 @@ class FileRead(Value):
 
 
 class Splice(Value):
-    """Bytes that take the place of others in a file."""
+    """The replacement of one range of bytes in a file."""
 
-    offset: int  # bytes from the file's beginning as it was
+    offset: int  # bytes, in the file before any splice
     length: int  # bytes that are replaced
     data: str  # base64
 
@@ -6423,9 +6416,9 @@ class FileWrite(Value):
     into: bool = False  # it is a directory, or shall be one
     mkdir: bool = False  # make missing directories
     bare: bool = False  # the stream is one file's bytes, without an archive
-    keep: bool = False  # what is there already stays as it is
-    splices: Sequence[Splice] | None = None  # of the file, in order; no stream comes
-    expects: str = ""  # SHA-256 of the file that is spliced; "": there is none yet
+    keep: bool = False  # existing files are not replaced
+    splices: Sequence[Splice] | None = None  # of one file, in order; no stream follows
+    expects: str = ""  # SHA-256 of the file before splicing; "": it does not exist
 
 
 class FileList(Value):
@@ -6467,7 +6460,7 @@ class FilePlaces:
         self._below = tuple(os.path.realpath(path) for path in below)
 
     def absolute(self, path: str) -> str:
-        """Return an absolute path without `.` and `..`; of "", where to begin.
+        """Return the absolute path without `.` and `..`; for "", the initial directory.
 
         Raises RpcError FORBIDDEN unless it is in an allowed directory.
         """
@@ -6511,11 +6504,11 @@ class FilePlaces:
         return descend(descriptor, [] if rest == "." else rest.split("/"))
 
     def open_parent(self, path: str) -> tuple[int, str]:
-        """Return a descriptor of a directory, and the name of `path` in it.
+        """Return a descriptor of the parent directory, and the name of `path` in it.
 
         Raises OSError.
         """
-        if path in ("/", *self._below):  # what is above may not be looked at
+        if path in ("/", *self._below):  # their parent is not allowed
             return self.open_directory(path), "."
         return self.open_directory(os.path.dirname(path)), os.path.basename(path)
 
@@ -6542,7 +6535,7 @@ class FileEntry(Value):
     """One name in a directory."""
 
     name: str  # of encode_path()
-    kind: str  # of what it leads to: file, directory, other; link: it leads nowhere
+    kind: str  # file, directory or other, links followed; link: a broken one
     size: int  # bytes
     mode: int  # permission bits
     changed_at: int  # ms
@@ -6562,7 +6555,7 @@ def _file_entry(directory: int, name: str, *, follow: bool) -> FileEntry:
     facts, link = os.stat(name, dir_fd=directory, follow_symlinks=False), None
     if stat.S_ISLNK(facts.st_mode):
         link = encode_path(os.readlink(name, dir_fd=directory))
-        with contextlib.suppress(OSError):  # it leads nowhere
+        with contextlib.suppress(OSError):  # a broken link
             if follow:
                 facts = os.stat(name, dir_fd=directory)
     return FileEntry(
@@ -6576,7 +6569,7 @@ def _file_entry(directory: int, name: str, *, follow: bool) -> FileEntry:
 
 
 class FileListing:
-    """The entries of a directory in the order of their names, or one file's."""
+    """The entries of a directory sorted by name, or that of one file."""
 
     def __init__(self, spec: FileList, places: FilePlaces) -> None:
         """Raises RpcError if there is nothing to list."""
@@ -6623,9 +6616,9 @@ class FileListing:
 
 
 def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
-    """Delete a directory with all below it, and follow no link.
+    """Delete a directory tree without following links.
 
-    Calls `pause` before each name.  Raises OSError, what `pause` raises.
+    Calls `pause` before each entry.  Raises OSError, and what `pause` raises.
     """
     waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
     try:
@@ -6656,12 +6649,12 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
 
 
 class FileChanger:
-    """Makes, renames and deletes; replaces nothing."""
+    """Makes, renames and deletes files without replacing any."""
 
     def __init__(
         self, places: FilePlaces, umask: int, pause: Callable[[], None] = lambda: None
     ) -> None:
-        """`pause` is called before each name that is deleted."""
+        """`pause` is called before each entry is deleted."""
         self._places = places
         self._umask = umask
         self._pause = pause
@@ -6686,7 +6679,7 @@ class FileChanger:
         return {"path": encode_path(path)}
 
     def _open(self, path: str) -> tuple[int, str]:
-        """Return a descriptor of a directory, and the name of `path` in it.
+        """Return a descriptor of the parent directory, and the name of `path` in it.
 
         Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
         """
@@ -6712,7 +6705,7 @@ class FileChanger:
         try:
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(new, dir_fd=goal, follow_symlinks=False)
-                # Where case does not count, a new spelling finds the file itself.
+                # A case-insensitive file system finds the file itself.
                 respelled = os.path.samestat(there, facts) and new != name
                 if not (respelled and new.casefold() == name.casefold()):
                     raise RpcError("CONFLICT", file_problem(target, "is there already"))
@@ -6755,7 +6748,7 @@ def tar_header(
     return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-# The first bytes of what is no text, though it may hold no NUL.
+# Magic numbers of binary formats, which may contain no NUL.
 FILE_TYPES: Mapping[bytes, str] = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -6774,17 +6767,17 @@ FILE_TYPES: Mapping[bytes, str] = {
 
 
 def binary_type(head: bytes) -> str:
-    """Return what a file is by its first bytes; "": it may be a text."""
+    """Return the binary format of a file by its first bytes; "": perhaps text."""
     known = (words for magic, words in FILE_TYPES.items() if head.startswith(magic))
     return next(known, "binary data" if b"\0" in head else "")
 
 
 class _Lines:
-    """Keeps some lines of a text that passes, and counts all."""
+    """Keeps a range of lines of a streamed text; counts all."""
 
     def __init__(self, part: FilePart) -> None:
         self._part = part
-        self._skip = part.first - 1  # line ends before the lines that are kept
+        self._skip = part.first - 1  # line ends still to skip
         self._ends = 0
         self._kept = bytearray()
         self._last = b"\n"
@@ -6808,7 +6801,7 @@ class _Lines:
         return self._ends + (self._last != b"\n")
 
     def take(self) -> tuple[bytes, JsonObject]:
-        """Return the lines; where they begin and go on, and what of one is cut."""
+        """Return the lines kept; the first, next and cut line, and the count of all."""
         lines = bytes(self._kept).split(b"\n")
         lines = [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
         exceeds = len(self._kept) > MAX_READ_TEXT
@@ -6854,9 +6847,9 @@ class TextSource:
         self._places = places
 
     def read(self, check: Callable[[], None]) -> tuple[bytes, JsonObject]:
-        """Return the text, of lines as UTF-8 with LF, and what is known of the file.
+        """Return the text (a range of lines as UTF-8 with LF), and facts of the file.
 
-        `check` is called now and then.  Raises RpcError, OSError.
+        `check` is called before each read.  Raises RpcError, OSError.
         """
         try:
             descriptor = self._open()
@@ -7008,9 +7001,9 @@ class FileSource:
         return found
 
     def _expanded(self, pattern: str) -> list[str]:
-        """Return the paths that an absolute pattern means; itself if there are none.
+        """Return the paths that match an absolute pattern; the pattern if none does.
 
-        Not with `glob`, which looks behind links.
+        Not with `glob`, which follows links.
         """
         found = [""]
         for part in pattern.split("/")[1:]:
@@ -7273,7 +7266,7 @@ def _pax_fields(data: bytes) -> dict[str, str]:
     start = 0
     while start < len(data):
         length, space, _ = data[start : start + 20].partition(b" ")
-        # At least `N =` and a new line.
+        # The shortest record is `4 =` and a line feed.
         if not (space and length.isdigit() and 4 <= int(length) <= len(data) - start):
             raise _not_an_archive("an extended header has no length")
         record = data[start + len(length) + 1 : start + int(length) - 1]
@@ -7358,7 +7351,7 @@ class _Pending(Value):
 
 
 def _identity(facts: os.stat_result | None) -> object:
-    """Return what tells a file from another, and from itself before a change."""
+    """Return a value that differs once a file is replaced or changed."""
     if facts is None:
         return None
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
@@ -7367,7 +7360,7 @@ def _identity(facts: os.stat_result | None) -> object:
 def _old_bytes(
     descriptor: int | None, count: int | None, digest: hashlib._Hash
 ) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file, None: all; feed `digest` with them.
+    """Yield the next `count` bytes of a file (None: all); feed `digest` with them.
 
     Raises OSError.
     """
@@ -7415,7 +7408,7 @@ class FileTarget:
         self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
         self._written: set[tuple[int, int]] = set()  # device and inode, at their names
         self._complete = False
-        self._left_out = ""  # the last sentence about a file that was
+        self._left_out = ""  # the last note on a file that was left out
 
     def receive(self, read: Callable[[int], bytes]) -> JsonObject:
         """Write all files; return what was written.  Raises RpcError, OSError."""
@@ -7441,7 +7434,7 @@ class FileTarget:
         }
 
     def splice(self) -> JsonObject:
-        """Write one file anew with some bytes replaced; return what was written.
+        """Rewrite one file with its splices applied; return what was written.
 
         Raises RpcError if it is not the file that was expected, OSError.
         """
@@ -7480,7 +7473,7 @@ class FileTarget:
         }
 
     def _open_present(self) -> int | None:
-        """Return a descriptor of the file that is there.  Raises RpcError."""
+        """Return a descriptor of the existing file.  Raises RpcError."""
         flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
             return os.open(self._name, flags, dir_fd=self._root)
@@ -7495,7 +7488,7 @@ class FileTarget:
     ) -> Iterator[bytes]:
         """Yield the new bytes; feed `digest` with the old ones, `content` with these.
 
-        Raises RpcError for splices that make no sense, OSError.
+        Raises RpcError for invalid splices, OSError.
         """
         at = 0
         for splice in self._spec.splices or ():
@@ -7830,7 +7823,7 @@ MAX_EARLY_PARSING = 1_000_000  # characters of a tool call that is not complete 
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
-ANTHROPIC_CACHE = {"type": "ephemeral"}  # mark: what comes before it is read once
+ANTHROPIC_CACHE = {"type": "ephemeral"}  # a breakpoint: the prefix before it is cached
 OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
 
@@ -7863,11 +7856,11 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "content_filter": "refusal",
 }
 CUT_SHORT = ("length", "refusal")  # reasons of an incomplete answer
-EFFORTS = ("off", "low", "medium", "high")  # of reasoning; "": as the model likes
+EFFORTS = ("off", "low", "medium", "high")  # of reasoning; "": the model's default
 EFFORT_WORDS = ("none", "minimal", "low", "medium", "high")  # as APIs say it
 THINKING_TOKENS: Mapping[str, int] = {"low": 2048, "medium": 6144, "high": 12288}
-MAX_SHOWN_ANSWER = 4000  # characters of a server's error that people can look at
-MIN_SECRET = 8  # characters; a shorter key of one's own server is no secret
+MAX_SHOWN_ANSWER = 4000  # characters of a server's error that are shown
+MIN_SECRET = 8  # characters; a shorter key of a local server is not redacted
 
 OTHER_MODEL_TYPES = (  # in lists that have a `type`
     *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
@@ -7975,7 +7968,7 @@ class ModelInfo(SnakeValue):
     provider: str  # for people
     display_name: str
     supports_tools: bool
-    reasoning: bool = True  # perhaps: its effort can be chosen
+    reasoning: bool = True  # its effort may be selectable
 
 
 class ChatModel(Protocol):
@@ -8091,9 +8084,9 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def fold_notes(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return `messages` with each later system text at the end of another message.
+    """Return `messages` with later system texts appended to user and tool messages.
 
-    Templates and servers know one at the beginning only, and no user after a tool.
+    Templates and servers accept one only at the beginning, and no user after a tool.
     """
     folded: list[ChatMessage] = []
     for message in messages:
@@ -8868,9 +8861,9 @@ class ModelProvider:
 
 
 def fitting_effort(effort: str, refusal: str) -> str:
-    """Return the effort that a server takes in place of one that it refused.
+    """Return the effort to try instead of one that a server refused.
 
-    Both as APIs say it; "" if it should be left out, `effort` if that was not refused.
+    Both of EFFORT_WORDS; "": send none, `effort`: the refusal has another reason.
     """
     _, *named = re.split(
         "(?i)supported values|one of|(?:must|should) be|expected", refusal
@@ -8983,7 +8976,7 @@ class OllamaProvider(ModelProvider):
         if "does not support thinking" in error.detail and "think" in body:
             del body["think"]
             return ""
-        # Few models know more than yes and no.
+        # Most models accept only true and false.
         if "think value" in error.detail and isinstance(body.get("think"), str):
             body["think"] = True
             return ""
@@ -9211,9 +9204,9 @@ class AnthropicProvider(ModelProvider):
     def _turns(
         self, request: ChatRequest, messages: Sequence[ChatMessage]
     ) -> list[JsonObject]:
-        """Return the turns, which alternate: results and the next message are one.
+        """Return alternating turns: tool results and the next message are one.
 
-        What was read is kept there, up to the end of the user's last two turns.
+        The provider caches the prefix up to the end of the user's last two turns.
         """
         turns: list[JsonObject] = []
         for message in messages:
@@ -9270,7 +9263,7 @@ class AnthropicProvider(ModelProvider):
         return ""
 
     def _amend_thinking(self, body: JsonObject) -> None:
-        """Replace adaptive thinking by a budget, for older models, or by none."""
+        """Replace adaptive thinking by a budget (older models), or remove it."""
         thinking = body.pop("thinking")
         effort = pick(body.pop("output_config", {}), "effort", str)
         tokens = min(THINKING_TOKENS.get(effort, 2048), body["max_tokens"] // 2)
@@ -9290,7 +9283,7 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 
 
 class ProviderSettings(SnakeValue):
-    """What a person entered for one provider, in Settings → Models or a terminal."""
+    """The settings of one provider, from the page or `moltis model add`."""
 
     api_key: str = ""
     base_url: str = ""
@@ -10357,8 +10350,8 @@ MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
 MAX_LINE = 1000  # commands in line for one of these places; more are refused
-MAX_TERMINALS = 64  # side by side; more are refused
-TERMINAL_WINDOW = 256 * 1024  # bytes: an interrupt is seen behind at most so many
+MAX_TERMINALS = 64  # at a time; more are refused
+TERMINAL_WINDOW = 256 * 1024  # bytes of output at most between Ctrl+C and its effect
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_COPIES = 4  # transfers of files each way side by side
 INPUT_PATIENCE = 900.0  # s without a byte; then a transfer to this machine is given up
@@ -10514,7 +10507,7 @@ class Task(Protocol):
 
     @property
     def consumed(self) -> int | None:
-        """The offset where the sender of input goes on; None where it takes none."""
+        """The offset from which input continues; None where it takes none."""
 
     def begin(self) -> None:
         """Start early, in the calling thread; run() continues in another."""
@@ -10885,9 +10878,9 @@ def find_work(name: str) -> Work:
 
 
 def work_of(work: str, spec: JsonObject) -> str:
-    """Return the work as rows and machines name it: a `run` with `tty` has its own.
+    """Return the work's name in rows and limits: TERMINAL for a `run` with `tty`.
 
-    It is no command that waits in line, and a row keeps it when its spec is gone.
+    Terminals do not wait in line with commands, and a row outlives its spec.
     """
     return TERMINAL if work == "run" and spec.get("tty") is not None else work
 
@@ -11044,7 +11037,7 @@ class Machine:
             job.task.input(offset, data)
 
     def resize(self, job_id: str, size: TerminalSize | None) -> None:
-        """Change a terminal's size, or have it drawn anew (None).
+        """Change a terminal's size; None: have it redrawn.
 
         Raises RpcError for a job without one.
         """
@@ -11454,7 +11447,7 @@ class GatewayLink:
         )
 
     def _on_resize(self, payload: JsonObject) -> None:
-        has_size = "rows" in payload  # otherwise it is drawn anew
+        has_size = "rows" in payload  # else a redraw is requested
         size = TerminalSize.from_json(payload) if has_size else None
         self._machine.resize(required(payload, "id", str), size)
 
@@ -12233,7 +12226,7 @@ class SystemdService(ServiceManager):
             raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def lingers(self) -> bool:
-        """Whether the user's services run while nobody is logged in."""
+        """Whether the user's services run without a login session."""
         return Path("/var/lib/systemd/linger", account_name(os.getuid())).exists()
 
     def _enable_linger(self) -> bool:
@@ -12825,7 +12818,7 @@ class Session(Value):
     created_at: int
     updated_at: int
     approvals: str = "ask"  # before each command of a model; "all": allow them
-    effort: str = ""  # of reasoning; "": as the model likes
+    effort: str = ""  # of reasoning; "": the model's default
     archived: bool = False
     seq: int = 0
     run_id: str = ""
@@ -13416,7 +13409,7 @@ class DevicesTable(Table):
     def gone_ids(self, *, but: str) -> list[str]:
         """Return the node ids that devices other than `but` had once.
 
-        Sessions and scripts may still name them: nothing else may answer to them.
+        Sessions and scripts may still name them: no other node may use them.
         """
         sql = (
             "SELECT node_id FROM devices WHERE id <> :but AND revoked_at IS NOT NULL"
@@ -13487,7 +13480,7 @@ class DevicesTable(Table):
     ) -> bool:
         """Replace the device's credential; False: no such device.
 
-        One that shall connect until `expires_at` must never have done so before.
+        With `expires_at` (ms), until which it has to connect, it must be unused so far.
         """
         where: JsonObject = {"id": device_id, "revoked_at": None}
         changes: JsonObject = {**credential.__dict__}
@@ -14213,7 +14206,7 @@ SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
 
 DEVICE = "device"
 OPERATOR = "operator"
-# What an operator asks through, as History shows it.
+# Kinds of operators' clients, as History shows them.
 CLIENTS: Mapping[str, str] = {  # by the first word of a WebSocket client's id
     "shell": "shell",
     "mcp": "MCP",
@@ -14727,7 +14720,7 @@ class Access:
 
 LOCAL_ID = "local"
 LOCAL_NAME = "Local"
-ROUGH = str.maketrans("0i1|", "olll")  # nobody may be taken for Local at a glance
+ROUGH = str.maketrans("0i1|", "olll")  # no name may look like Local
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
@@ -14760,7 +14753,7 @@ class NodeLink(Protocol):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, job_id: str, size: TerminalSize | None) -> None:
-        """Change a terminal's size; None: have it drawn anew at the one it has."""
+        """Change a terminal's size; None: have it redrawn at the current one."""
 
     def answers(self, timeout: float) -> bool:
         """Return whether the connection is alive, after `timeout` s at most."""
@@ -15080,7 +15073,7 @@ class Fleet:
         # References that people and sessions keep must not reach another machine.
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         for gone in [] if problem else self._devices.gone_ids(but=device.id):
-            # The beginning of an id will do, and an id that is gone is one of this.
+            # A former id that is a prefix of this one would resolve to it.
             if len(gone) >= MIN_ID_PREFIX and node_id.casefold().startswith(
                 gone.casefold()
             ):
@@ -15205,8 +15198,8 @@ HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
 MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
 MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
-IDLE_TERMINAL = 24 * 3600.0  # s that a terminal goes on with nobody in it
-SCREEN = 256 * 1024  # bytes of a terminal's log that fill a screen, and their history
+IDLE_TERMINAL = 24 * 3600.0  # s without a person, after which a terminal is ended
+SCREEN = 256 * 1024  # bytes of a terminal's log that a late follower gets
 
 # The fields of an Ending that are columns of a row.
 ENDING_COLUMNS = tuple(
@@ -15571,7 +15564,7 @@ class Follower(Protocol):
 
     holds: bool
     position: int  # the offset before which all is read; of a holder
-    person: str  # its name; "" for one who waits for an answer only
+    person: str  # the name of a person in a terminal; "" for other followers
     lost_at: int  # the offset of input where another holder took over
 
     def wake(self, job: Job) -> None:
@@ -15598,18 +15591,18 @@ class Job:
         self.directory: str | None = None  # of its Ending
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
-        # Held while input is forwarded, and while another takes over a terminal: what
-        # both type arrives in the order of its offsets.  Taken before `lock`.
+        # Held while input is forwarded, and while a terminal's holder changes: all
+        # input is sent in the order of its offsets.  Taken before `lock`.
         self.typing = threading.Lock()
         self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
-        # Those that were sent to it, of a terminal; None: its node has to say it first.
+        # Bytes of input sent to a terminal; None until its node reports them.
         self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
-        self.size: TerminalSize | None = None  # wanted since it was started
+        self.size: TerminalSize | None = None  # requested since its start
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
-        self.empty_since: float | None = time.monotonic()  # nobody follows it
+        self.empty_since: float | None = time.monotonic()  # without followers
         # Monotonic; an unkept job has waited for its holder since then.
         self.alone_since: float | None = None if record.kept else time.monotonic()
 
@@ -15651,7 +15644,7 @@ class Job:
         return people
 
     def screen(self) -> int:
-        """Return where somebody who comes late starts to read a terminal: a mark."""
+        """Return the offset, of a mark, from which a late follower reads a terminal."""
         offset = self.log.tail(SCREEN)
         start, data = self.log.read(offset, SCREEN)
         for kind, at, _ in scan_frames(data):
@@ -15723,7 +15716,7 @@ def job_summary(record: JobRecord) -> JsonObject:
 
 
 class Gathering:
-    """The holder of an unkept job that gathers all its output, for a future."""
+    """The holder of an unkept job; completes `future` with all its output."""
 
     holds = True
     person = ""
@@ -15759,7 +15752,7 @@ class Gathering:
                 self.future.set_result(self)
 
     def _gather(self) -> str:
-        """Take what is new; return what is wrong with it."""
+        """Append new output; return the problem with it, or ""."""
         problem = ""
         while True:
             start, data = self.job.log.read(self.position)
@@ -15872,7 +15865,7 @@ class Jobs:
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
-        # Called when somebody opens a terminal, comes, leaves, and when it has ended:
+        # Called when a person opens, joins or leaves a terminal, and when it has ended:
         # with the job, an AuditEvent, and the Caller or None.
         self.on_people: Callable[[Job, str, Any], None] = lambda *_: None
         # Called when a recorded job has begun or its state has changed; never blocks.
@@ -15977,7 +15970,7 @@ class Jobs:
             if job.record.state == JobState.LOST:
                 self._add(job)  # its node may bring it back: `follower` is notified
         if follower.person and job.is_terminal:
-            self._wake(job)  # the others see who came
+            self._wake(job)  # announces the person to the others
         else:
             follower.wake(job)
 
@@ -15998,7 +15991,7 @@ class Jobs:
         if cancels:
             self.cancel(job)
         if follower.person and job.is_terminal:
-            self._wake(job)  # the others see who left
+            self._wake(job)  # announces it to the others
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
@@ -16122,15 +16115,15 @@ class Jobs:
                 raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
             if job.is_terminal:
                 if job.input_end is None or offset > job.input_end:
-                    return  # sent before it was asked to go on elsewhere
+                    return  # sent before the request to resend
                 job.input_end = max(job.input_end, offset + len(data))
             # No follower and no other lock is reached from here.
             self._notify(job, lambda link: link.input(job.id, offset, data))
 
     def resize(self, job: Job, size: TerminalSize, by: Follower | None) -> None:
-        """Give a terminal this size; from now on it is that of `by`.
+        """Set a terminal's size, which `by` determines from now on.
 
-        Raises RpcError for a job without a terminal, and for an odd size.
+        Raises RpcError for a job without a terminal, or a size out of range.
         """
         size.check()
         if not job.is_terminal:
@@ -16141,7 +16134,7 @@ class Jobs:
         self._wake(job)
 
     def redraw(self, job: Job) -> None:
-        """Have the programs of a terminal draw it anew, for one who comes late."""
+        """Have the programs of a terminal redraw it, for a late follower."""
         if job.is_terminal:
             self._notify(job, lambda link: link.resize(job.id, None))
 
@@ -16662,9 +16655,9 @@ def command_risks(command: str) -> list[str]:
 
 
 class PlannedCommand(Value):
-    """A command before it runs: what is approved is this, and this is what runs.
+    """A command, or work on a file, exactly as it is approved and then run.
 
-    Or other work, on a file: `command` has it in words.
+    `command` describes work on a file in words.
     """
 
     job_id: str
@@ -16698,7 +16691,7 @@ class PlannedCommand(Value):
         return self.work in ("file.list", "file.read")
 
     def risks(self) -> list[str]:
-        """Return what a person should notice before it is approved, in words."""
+        """Return the risks that are shown with the question, in words."""
         if self.work == "run":
             return command_risks(self.command)
         outside = re.match(_OUTSIDE, self.path or "")
@@ -16753,7 +16746,7 @@ class Conversation:
     def append(self, message: ChatMessage) -> None: ...
 
     def resume(self) -> bool:
-        """Drop an answer that broke off; return whether one is due."""
+        """Drop an incomplete answer; return whether an answer is due."""
         return False
 
     def begin_answer(self, turn: int) -> None: ...
@@ -16821,7 +16814,7 @@ class Machines(Protocol):
         begun: Callable[[], None],
         cancel: Cancellation,
     ) -> tuple[JsonObject, bytes]:
-        """Do work on a file; return its result and its output.
+        """Run work on a file; return its result and its output.
 
         `begun` may be called once it has a job.  Raises RpcError, Cancelled.
         """
@@ -16944,13 +16937,13 @@ class Question(Value):
 
     @property
     def scope(self) -> tuple[str, str, str, bool]:
-        """The reach of "always": of reading files, only that."""
+        """The scope of "always"; that of reading files covers nothing else."""
         where = self.chat.key, self.planned.node_id, self.chat.key_id
         return (*where, self.planned.reads)
 
     @property
     def scopes(self) -> Sequence[tuple[str, str, str, bool]]:
-        """Those that let it run: who may do all may also read files."""
+        """The scopes that allow it: that of commands includes reading files."""
         return (self.scope, (*self.scope[:3], False))
 
 
@@ -16961,7 +16954,7 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, Question] = {}
-        # Name and key of those who answered, by the scope of the question.
+        # Name and key of who answered "always", by scope.
         self._always: dict[tuple[str, str, str, bool], tuple[str, str]] = {}
 
     def ask(
@@ -17009,10 +17002,10 @@ class Approvals:
         key_id: str = "",
         always: bool = False,
     ) -> None:
-        """Let a command run, or not, in the name of `by`, who holds the key `key_id`.
+        """Approve or deny a command, in the name of `by`, who holds the key `key_id`.
 
-        `always`: here, in this session, without asking.  Raises RpcError NOT_FOUND if
-        the question is closed, INVALID_REQUEST for one that has no such answer.
+        `always`: later ones of this node and session, too.  Raises RpcError NOT_FOUND
+        if the question is closed, INVALID_REQUEST if it has no such answer.
         """
         with self._lock:
             question = self._open.get(job_id)
@@ -17271,7 +17264,7 @@ def describe_node(view: JsonObject) -> str:
     return ": ".join(filter(None, (name, ", ".join(parts))))
 
 
-INSTRUCTIONS = (  # always the same: servers keep what they read of a conversation
+INSTRUCTIONS = (  # constant: providers cache the prefix of a conversation
     "You help a person to look after their machines, by running shell commands with "
     "the tool exec. Look before you answer; say on which machine you found what. Do "
     "only what was asked: changes beyond it need a question first. A command may be "
@@ -17287,7 +17280,7 @@ MOVES = (
 def machines_note(
     machines: Machines, selected_id: str, directory: str | None = None
 ) -> str:
-    """Return what a model gets to know of the machines, with each question.
+    """Return the note on the machines that a model gets with each question.
 
     `directory` is where the next command on the selected machine starts.
     """
@@ -17444,7 +17437,7 @@ def _diff_lines(data: bytes, *, shows_ends: bool) -> list[str]:
 
 
 def _common_lines(some: Sequence[str], others: Sequence[str]) -> int:
-    """Return how many lines are the same at the beginning of both."""
+    """Return the length of the common prefix, in lines."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(some, others))
     return sum(1 for _ in pairs)
 
@@ -17452,7 +17445,7 @@ def _common_lines(some: Sequence[str], others: Sequence[str]) -> int:
 def file_diff(old: bytes, new: bytes) -> str:
     """Return what changes, as `diff -u` shows it: whole, with three lines around.
 
-    Raises RpcError if it is too long to be looked at.
+    Raises RpcError if it is longer than MAX_DIFF.
     """
     import difflib
 
@@ -17468,7 +17461,7 @@ def file_diff(old: bytes, new: bytes) -> str:
     if len(before) * len(after) <= MAX_COMPARED:
         lines = list(difflib.unified_diff(before, after, lineterm="", n=3))[2:]
     else:
-        # difflib takes time in proportion to the product: all old lines, then all new.
+        # difflib takes time in proportion to the product: replace the whole text.
         lines = [f"@@ -1,{len(before)} +1,{len(after)} @@"]
         lines += ["-" + line for line in before]
         lines += ["+" + line for line in after]
@@ -17515,7 +17508,7 @@ class Toolbox:
         self._cancel = cancel
         self._approvals = approvals
         self._with_nodes = with_nodes
-        self._seen: set[tuple[str, str]] = set()  # nodes and paths that it may read
+        self._seen: set[tuple[str, str]] = set()  # nodes and paths approved for reading
         self._tools: Mapping[str, Callable[[ToolCall, JsonObject], ToolJob]] = {
             "exec": self._exec,
             "exec_status": self._exec_status,
@@ -17649,7 +17642,7 @@ class Toolbox:
         return partial(self._run_command, planned)
 
     def _decide(self, planned: PlannedCommand) -> str | None:
-        """Return who let it run, None if nobody had to.  Raises RpcError, Cancelled."""
+        """Return who approved it, or None (not needed).  Raises RpcError, Cancelled."""
         decided_by = None
         if self._approvals is not None and self._chat.asks_first():
             verdict = self._approvals.ask(self._chat, planned, self._cancel)
@@ -17799,7 +17792,7 @@ class Toolbox:
         )
         if (planned.node_id, planned.path) in self._seen:
             return partial(self._change, call, planned, edit)
-        # What an edit answers tells about the file: first, it may be read.
+        # The result of an edit reveals content: reading has to be approved.
         self._chat.begin_call(call, planned)
         return partial(self._read_and_change, call, planned, edit)
 
@@ -17846,14 +17839,14 @@ class Toolbox:
         before, data = self._transfer(planned, spec, decided_by)
         splices = edit(data)
         change = self._plan_change(planned, before, data, splices)
-        # What is not the file of this diff any more is not written.
+        # The node refuses the write unless the file is still that of the diff.
         expects = before["sha256"] if before["files"] else ""
         return change, FileWrite(before["path"], splices=splices, expects=expects)
 
     def _apply(
         self, call: ToolCall, change: PlannedCommand, written: FileWrite
     ) -> JsonObject:
-        """Change a file once a person has seen how.  Raises RpcError, Cancelled."""
+        """Change a file once its diff is approved.  Raises RpcError, Cancelled."""
         self._chat.begin_call(call, change)
         result, _ = self._transfer(change, written, self._decide(change))
         return {
@@ -17872,7 +17865,7 @@ class Toolbox:
         data: bytes,
         splices: Sequence[Splice],
     ) -> PlannedCommand:
-        """Return a change with its diff.  Raises RpcError if nobody could judge it."""
+        """Return a change with its diff.  Raises RpcError if the diff is too long."""
         after = splice_bytes(data, splices)
         if before["files"] and after == data:
             raise RpcError("INVALID_REQUEST", "the file has that content already")
@@ -17999,7 +17992,7 @@ class RunEnd(Value):
     reason: str = "stop"
     input_tokens: int = 0
     output_tokens: int = 0
-    answered: str = ""  # by the model's server in place of an answer, secrets cut
+    answered: str = ""  # the error body of the model's server, without secrets
 
 
 class AgentRun:
@@ -18041,7 +18034,7 @@ class AgentRun:
             elif not self._chat.resume():
                 return RunEnd("final")
             if text and not self._is_shell:
-                # Once, and kept: what a server has read must not change.
+                # Added once and stored: a cached prefix must not change.
                 selected = self._chat.selected()
                 note = machines_note(
                     self._machines, selected, self._chat.directory(selected)
@@ -18989,8 +18982,8 @@ class TurnChat(Conversation):
         if not turn.is_typed:
             told = store.turns.last(self.key, MAX_RECALLED)
             self._messages = [ChatMessage.from_json(value) for value in told]
-        self._answer = ""  # id of the message that the model is saying
-        self._thought = ""  # of the one that it is thinking; one of both at a time
+        self._answer = ""  # id of the message with the current answer
+        self._thought = ""  # likewise with its reasoning; at most one of both is set
         self._lock = threading.Lock()  # guards _calls
         # Ids of their messages, and whether it is a command, by id of the tool call.
         self._calls: dict[str, tuple[str, bool]] = {}
@@ -19312,7 +19305,7 @@ class Chats:
         """Have `text` answered, now or when its turn comes.  Raises RpcError.
 
         `!command` goes to Shell, whatever the model.  Model, node and directory are
-        those that the caller saw, None for what the session has then.  A message whose
+        those that the caller saw, None: the session's own then.  A message whose
         id is known is not answered again; `over`: its turn has ended.
         """
         session = self._session(key)
@@ -19770,7 +19763,7 @@ class ClientFollower:
         self.holds = holds
         self.person = person
         self.lost_at = 0
-        self._held = holds  # as the client knows
+        self._held = holds  # as last sent to the client
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
@@ -19810,7 +19803,7 @@ class ClientFollower:
         consumed = (job.input_at, job.input_resumes)
         takes_input = _takes_input(record)
         if job.is_terminal and job.input_end is None:
-            takes_input = False  # its node has to say how much arrived
+            takes_input = False  # until its node reports what arrived
         if self._held and not self.holds:
             self._held = False
             return encode_envelope(
@@ -19829,7 +19822,7 @@ class ClientFollower:
         state = (record.state, job.place, job.away_since is not None, people)
         newest = None if self.holds else self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
-            # Whoever reads a terminal too slowly skips to a screen.
+            # A client that reads a terminal too slowly skips to the last screen.
             self._sent = job.screen() if job.is_terminal else job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
@@ -19922,7 +19915,7 @@ class OperatorPeer:
             before = self._followers.get(job.id)
             self._followers[job.id] = follower
         if before is not None:
-            before.person = ""  # not twice in the list of who is there
+            before.person = ""  # not listed twice among the people
         self._unopened.append(follower)
         self._jobs.follow(job, follower)
         if before is not None:  # the same client, from another offset
@@ -19939,7 +19932,7 @@ class OperatorPeer:
         return self._follower(job.id)
 
     def _note(self, job: Job, event: str) -> None:
-        """Record in the audit who comes into a terminal, or leaves it."""
+        """Record in the audit who joins or leaves a terminal."""
         if job.is_terminal and job.record.is_open:
             self._jobs.on_people(job, event, self.caller)
 
@@ -20023,7 +20016,7 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def listens(self, name: str) -> bool:
-        """Return whether somebody gets this event."""
+        """Return whether a peer subscribes to this event."""
         with self._lock:
             return any(name in peer.events for peer in self._peers)
 
@@ -20460,7 +20453,7 @@ class JobMethods:
             peer.check_room(len(jobs))
         kept = not hold if keep is None else keep
         if work_of(work, spec) == TERMINAL:
-            kept = True  # it is recorded, and outlives whoever holds it
+            kept = True  # it is recorded, and outlives its holder
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
         records = [
@@ -20516,11 +20509,11 @@ class JobMethods:
         hold: bool,
         screen: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`.
+        """Send the log from `offset` on; of what exists, at most the last `tail` bytes.
 
         `skip`: also later, if the client falls behind by several times as much.
-        `screen`: of a terminal, what a screen needs; its programs draw it anew, for a
-        caller who may write: it is a signal to them.
+        `screen`: of a terminal, the last screen; for a caller with the scope write, its
+        programs also redraw it (they get SIGWINCH).
         """
         if hold:
             peer.caller.require(Scope.WRITE)
@@ -20580,9 +20573,9 @@ class JobMethods:
     def resize(
         self, call: RpcCall, job: Job, rows: int | None, cols: int | None, redraw: bool
     ) -> None:
-        """Give a terminal the caller's size, or have it drawn anew at the one it has.
+        """Set a terminal's size to the caller's, or have it redrawn at the current one.
 
-        Raises RpcError for a job without a terminal, and for half a size.
+        Raises RpcError for a job without a terminal, or one of rows and cols alone.
         """
         if rows is None or cols is None:
             if rows is not cols or not redraw:
@@ -20755,7 +20748,7 @@ class AccessMethods:
         self._audit = audit
         self._audience = audience
         self._on_key_revoked = on_key_revoked
-        self._revoked: dict[str, str] = {}  # by whom, by key id; in this life
+        self._revoked: dict[str, str] = {}  # revoker by key id, since the start
 
     def keys(self) -> list[JsonObject]:
         return list(map(_key_view, self._access.operators.keys()))
@@ -20827,7 +20820,7 @@ def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
 
 
 def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
-    """Send the caller these events no longer.  Raises RpcError."""
+    """Stop sending the caller these events.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
@@ -21953,7 +21946,7 @@ class JsonRpcError(Exception):
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client left before its answer."""
 
 
 def json_rpc(method: str, params: JsonObject) -> JsonObject:
@@ -23102,12 +23095,12 @@ class Reply(Value):
     """The answer to an HttpRequest."""
 
     status: int
-    # Anything but bytes goes on up to the connection's end, unless more is said below.
+    # Without a length or chunks, only the end of the connection ends a stream.
     body: bytes | Generator[bytes, None, None] | Stream = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
     length: int | None = None  # bytes of a generator's body, where it is known
-    chunked: bool = False  # else: whoever reads it notices where it breaks off
+    chunked: bool = False  # else the client cannot detect a truncated body
 
 
 def json_reply(
@@ -23169,7 +23162,7 @@ def download_reply(
         kind,
         [
             ("Content-Disposition", content_disposition(name)),
-            ("Content-Security-Policy", "sandbox"),  # next to the one of all replies
+            ("Content-Security-Policy", "sandbox"),  # besides the one of all replies
             ("Cache-Control", "no-store"),
         ],
         **framing,
@@ -23192,7 +23185,7 @@ def job_output(job: Job) -> Generator[bytes, None, None]:
 def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
     record, position, end = job.record, 0, job.log.end
-    recording = recording_of(record.command, record.node_name, record.asked_at)
+    recording = Recording(record.command, record.node_name, record.asked_at)
     while position < end:
         start, data = job.log.read(position)
         if not data:
@@ -23359,7 +23352,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Generator[bytes, None, None]
 
 
 class JobReader:
-    """Reads what a transfer of files writes, as the holder of its job."""
+    """A blocking reader of a file transfer's output; holds its job."""
 
     holds = True
     person = ""
@@ -23380,14 +23373,14 @@ class JobReader:
         self._jobs.follow(self.job, self)
 
     def close(self, *, leaves: bool) -> None:
-        """Hold it no more; `leaves`: end it if it is not over."""
+        """Release the job; `leaves`: cancel it if it is open."""
         self._jobs.unfollow(self.job, self, leaves=leaves)
 
     def wake(self, _job: Job) -> None:
         self._news.set()
 
     def read(self, _size: int) -> bytes:
-        """Return what comes next on its standard output, b"" at the end.
+        """Return the next piece of its standard output, b"" at the end.
 
         Raises RpcError unless the job ends well, ClientGone.
         """
@@ -23415,7 +23408,7 @@ class JobReader:
             if kind == STDOUT:
                 self._pieces.append(piece)
             elif kind == STDERR and len(self.notes) < MAX_NOTES:
-                with contextlib.suppress(ValueError):  # the node's mistake
+                with contextlib.suppress(ValueError):  # malformed: dropped
                     said = from_json(piece)
                     if isinstance(said, dict) and "note" in said:
                         self.notes.append(clip(visible(str(said["note"])), 400))
@@ -23454,7 +23447,7 @@ class Download:
         return download_reply(self.name, pieces, kind, **framing)
 
     def _pieces(self, is_abandoned: Callable[[], bool]) -> Generator[bytes, None, None]:
-        """Yield all of it.  Raises OSError: what was sent is not whole."""
+        """Yield its bytes.  Raises OSError if it ends incomplete."""
         self._reader.open(is_abandoned)
         try:
             yield from self._archive() if self.size is None else self._file(self.size)
@@ -23487,7 +23480,7 @@ class Downloads:
     """Downloads that wait to be fetched, each once."""
 
     def __init__(self, drop: Callable[[Download], None]) -> None:
-        """`drop` gets those that nobody fetches."""
+        """`drop` is called with each that expires."""
         self._drop = drop
         self._lock = threading.Lock()  # guards _waiting
         self._waiting: dict[str, Download] = {}  # by ticket, the oldest first
@@ -23883,10 +23876,10 @@ class HttpApp:
         return download_reply(name, job_output(job), "text/plain; charset=utf-8")
 
     def _prepare_download(self, request: HttpRequest) -> Reply:
-        """Begin to read a file or a directory; answer where it is fetched, once.
+        """Open a file or a directory for reading; answer with its address, valid once.
 
-        A browser saves what a link leads to while it comes, and a link cannot send the
-        page's secret: its ticket stands for it.
+        Browsers stream only links to disk, and a link cannot send the page's secret:
+        the ticket in the address replaces it.
         """
         caller, params = self.caller(request), json_body(request)
         caller.require(Scope.WRITE)
@@ -23931,7 +23924,7 @@ class HttpApp:
         return download.reply(request.is_abandoned)
 
     def tick(self) -> None:
-        """Drop downloads that nobody fetches; call it every second."""
+        """Drop expired downloads; call it every second."""
         self._downloads.tick()
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
@@ -24012,7 +24005,7 @@ class HttpApp:
             response = json_rpc_error(readable_id(message), error)
         except ClientGone:
             response = None
-        if response is None:  # nobody waits for it
+        if response is None:  # a notification, or the client left
             return Reply(202)
         modern = is_modern(message, request.headers)
         statuses = MODERN_MCP_STATUS if modern else LEGACY_MCP_STATUS
@@ -24134,7 +24127,7 @@ class ConnectionLimits:
             raise _too_many("connections from your network")
 
     def identify(self, admission: Admission, caller: Caller) -> None:
-        """Count it as a stranger's no longer.  Raises RpcError RATE_LIMITED."""
+        """Count it as the caller's, not a stranger's.  Raises RpcError RATE_LIMITED."""
         limited = not caller.may(Scope.ADMIN)
         with self._lock:
             if admission.key_id is not None:
@@ -24485,7 +24478,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                     for piece in filter(None, pieces):
                         frame = b"%x\r\n%b\r\n" % (len(piece), piece)
                         self.wfile.write(frame if chunked else piece)
-                except RpcError as error:  # an answer would pass for a part of it
+                except RpcError as error:  # a reply would pass for a part of the body
                     raise ConnectionAbortedError(error.message) from error
             if chunked:
                 self.wfile.write(b"0\r\n\r\n")
@@ -26725,7 +26718,7 @@ function cssColor(color) {
   return `rgb(${levels.map(level)})`;
 }
 
-// How characters look, and the link that they are part of.
+// Attributes, colours and link of characters.
 class Style {
   constructor(flags, ink, ground, link) {
     Object.assign(this, {flags, ink, ground, link});
@@ -27256,7 +27249,7 @@ class Page {
     }
   }
 
-  // Cut or fill the rows: whoever drew them draws them anew.
+  // Cut or fill the rows, and have all redrawn.
   crop(columns, height) {
     const extra = this.rows.length - height;
     if (extra > 0) {
@@ -27282,7 +27275,7 @@ class Page {
     this.setTabs(columns);
   }
 
-  // Break long lines anew.  The first row of the screen stays the first one, as far
+  // Rewrap long lines.  The first row of the screen stays the first one, as far
   // as there is something below it to show.
   reflow(columns, height) {
     const {rows, base} = this;
@@ -27450,7 +27443,7 @@ class Emulator {
     this.reset();
   }
 
-  // Begin anew.
+  // Reset everything.
   reset() {
     const {columns, height} = this;
     this.primary = new Page(columns, height, SCROLLBACK);
@@ -27621,7 +27614,7 @@ class Emulator {
     if (row.cells[page.x]?.width === 0) row.cells[page.x] = cells.blank;
   }
 
-  // Go on in the next row.
+  // Wrap to the next row.
   wrap(row, blank) {
     const {page} = this;
     if (page.x < this.columns) row.cells.fill(blank, page.x); // of a wide character
@@ -27929,7 +27922,7 @@ class Emulator {
     else if (what === 23 && which !== 1) this.title = this.titles.pop() ?? this.title;
   }
 
-  // Take a title, a link or a question for a colour.  What would set the clipboard
+  // Take a title, a link or a query for a colour.  What would set the clipboard
   // or the colours of this page is ignored.
   endString() {
     const [, number, rest] = /^(\d*);?(.*)$/s.exec(this.sequence) || [];
@@ -28650,8 +28643,8 @@ const MAX_INPUT = 64 * 1024; // bytes in one message
 const TYPED_WINDOW = 256 * 1024; // bytes on their way to a terminal
 const AWAY_KEYS = 4096; // bytes typed while a link is away; more are refused
 
-// What is typed at a terminal, kept until it has arrived.  Others may type as well:
-// only whoever holds the terminal's input sends.
+// Input typed at a terminal, kept until it has arrived.  Only the page that holds the
+// terminal's input sends.
 class TypedInput {
   constructor(send) {
     this.send = send; // called with an offset and bytes
@@ -28701,7 +28694,7 @@ class TypedInput {
     this.sendRest();
   }
 
-  // Keep what is typed: another holds the input, or the connection broke.
+  // Keep typed input: another client holds the terminal, or the connection broke.
   pause() {
     this.flows = false;
     this.sent = this.consumed;
@@ -28778,7 +28771,7 @@ function touch(...topics) {
 const LONG_PRESS = 1000; // ms; then the page changes even under a pressed pointer
 let press; // the timer of LONG_PRESS while the pointer is pressed
 
-// A click is lost where what is pressed changes or moves before it is released.
+// A click is lost if its target changes or moves before the pointer is released.
 function pointerPressed() {
   clearTimeout(press);
   press = setTimeout(pointerReleased, LONG_PRESS);
@@ -28858,7 +28851,7 @@ class Chat {
     touch("chat");
   }
 
-  // Send what waits, in its order; what fails for want of a connection goes on waiting.
+  // Send the outbox in order; without a connection, messages stay in it.
   async deliver() {
     if (this.delivering) return;
     this.delivering = true;
@@ -29140,7 +29133,7 @@ async function refreshOne(topic) {
     if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
-    // What the key may not list stays empty.
+    // Lists that the key may not read stay empty.
     if (!["UNAVAILABLE", "FORBIDDEN"].includes(error.code)) showError(error);
   }
   const again = refreshing.get(topic);
@@ -29157,7 +29150,7 @@ function updateBusy() {
 
 // == jobs ==
 
-// Take over what the gateway says of a job.
+// Merge the gateway's view of a job.
 function learn(change) {
   const known = state.jobs.get(change.id);
   // Events overtake answers; a lost job may come back with its node.
@@ -29294,7 +29287,7 @@ async function loadActivity(older = false) {
   if (!jobs || request !== listRequests) return;
   const ids = jobs.map(job => job.id);
   const isFull = jobs.length === PAGE_SIZE;
-  // What was fetched before stays, unless there is a gap after what is new.
+  // Keep the pages fetched before, unless a gap separates them from the new one.
   const before = activity.isLoaded ? activity.ids : [];
   const overlaps = before.length > ids.length && ids.includes(before[0]);
   if (older) activity.ids = [...before, ...ids.filter(id => !before.includes(id))];
@@ -29336,13 +29329,13 @@ const ACK_AFTER = 64 * 1024; // bytes of a log; its program waits for them
 const encoder = new TextEncoder();
 const TERMINAL = "terminal"; // the work of such a job
 
-// A terminal on a machine: its screen here, and what is typed into it.
+// A terminal on a machine: its emulator, its log position, its typed input.
 class TerminalSession {
   constructor(id, size) {
     this.id = id;
     this.emulator = new Emulator(size.cols, size.rows);
     this.emulator.answer = text => {
-      // One of those who look answers, and nobody what is over.
+      // Only the holder answers queries, and never those of replayed output.
       if (this.holds && this.position > this.oldUntil) this.type(text);
     };
     this.position = 0; // in its log
@@ -29419,7 +29412,7 @@ class TerminalSession {
     this.changed();
   }
 
-  // Stop looking at it; it goes on.
+  // Unfollow it; it keeps running.
   leave() {
     state.terminals.delete(this.id);
     if (this.follows) link.call("job.unfollow", {id: this.id}).catch(() => null);
@@ -29431,7 +29424,7 @@ class TerminalSession {
 
   take(offset, frames) {
     if (offset > this.position) {
-      if (this.position) this.isFresh = true; // from here on it is another screen
+      if (this.position) this.isFresh = true; // after a gap begins another screen
       this.position = offset;
     }
     for (const {kind, data, end} of logFrames(frames)) {
@@ -29566,7 +29559,7 @@ async function refreshAsks() {
   const known = new Set(state.asks.map(ask => ask.jobId));
   await refresh("asks");
   state.asks.filter(ask => !known.has(ask.jobId)).forEach(notifyAsk);
-  // What was denied never was a running job.
+  // No job event announces a denied command: fetch the list.
   if (state.route.page === "activity" && state.activity.ids.length <= PAGE_SIZE)
     loadActivity();
 }
@@ -30020,7 +30013,7 @@ function runningTime(job) {
   return formatDuration(Math.max(0, duration ?? (end - begin) / 1000));
 }
 
-// What ends at once is not worth a place of its own.
+// Short commands are not listed.
 const longRunning = () => state.running.filter(job =>
   job.state === "queued" || now() - job.askedAt > 1000);
 
@@ -30299,7 +30292,7 @@ class AssistantTurn {
   }
 }
 
-// What the model thinks, folded.
+// The model's reasoning, folded.
 class ThinkingTurn {
   constructor() {
     this.text = h("p");
@@ -30369,7 +30362,7 @@ const FILE_QUESTIONS = {
 
 // Return who asked for a job, and through what: shell, MCP, API, page or chat.
 function callerOf({callerName, callerKind}) {
-  // A model's name says it; older rows do not know.
+  // A model's name says enough; older rows have no kind.
   const isPlain = !callerKind || ["model", "operator"].includes(callerKind);
   return isPlain ? callerName || "" : `${callerName} (${callerKind})`;
 }
@@ -30441,7 +30434,7 @@ class CommandCard {
     this.drawOutput(job);
   }
 
-  // Show what a command changes in a file, all of it.
+  // Show the whole diff of a change to a file.
   drawDiff({command, diff}) {
     this.diff.hidden = !diff;
     if (!diff) return;
@@ -30477,7 +30470,7 @@ class CommandCard {
     return terminal.text();
   }
 
-  // Show what a list of all jobs says more than a chat.
+  // Show the details that only the list of all jobs has.
   drawRow(job) {
     const {askedAt, sessionKey} = job || this.row;
     const chat = sessionKey && {href: chatPath(sessionKey)};
@@ -30860,7 +30853,7 @@ function drawComposer(chat) {
   $("prompt").title = shell ? place : "";
   text.placeholder = shell ? "" : `Message ${model}`;
   text.setAttribute("aria-label", shell ? `Command for ${place}` : "Message");
-  // What a person types for a shell is not corrected.
+  // No autocorrection of shell commands.
   const isCommand = shell || text.value.startsWith("!");
   text.spellcheck = !isCommand;
   text.setAttribute("autocorrect", isCommand ? "off" : "on");
@@ -30887,7 +30880,7 @@ function drawComposer(chat) {
     `dot ${sessionNode(currentSession()).connected ? "on" : "off"}`;
 }
 
-// Say that the chat was moved elsewhere while somebody types here.
+// Say that another browser changed the chat while a text is being typed here.
 function drawBound(entry) {
   const current = namesOf(currentSession());
   const own = namesOf(entry);
@@ -31403,14 +31396,14 @@ async function revokeNode() {
 
 // == files ==
 
-// Paths are texts in which a byte that is no UTF-8 is half a surrogate pair, as Python
-// has them: JSON carries such a path as NUL and base64, an address as bytes.
+// Bytes of paths that are not UTF-8 are lone surrogates (Python's surrogateescape).
+// JSON carries such a path as NUL and base64, a URL as percent-encoded bytes.
 const UTF8 = new RegExp(
   "[\\xc2-\\xdf][\\x80-\\xbf]|\\xe0[\\xa0-\\xbf][\\x80-\\xbf]|" +
   "[\\xe1-\\xec\\xee\\xef][\\x80-\\xbf]{2}|\\xed[\\x80-\\x9f][\\x80-\\xbf]|" +
   "\\xf0[\\x90-\\xbf][\\x80-\\xbf]{2}|[\\xf1-\\xf3][\\x80-\\xbf]{3}|" +
   "\\xf4[\\x80-\\x8f][\\x80-\\xbf]{2}|[\\x80-\\xff]", "g");
-const NO_UTF8 = /[\udc80-\udcff]/gu; // these halves
+const NO_UTF8 = /[\udc80-\udcff]/gu; // lone surrogates
 
 const bytesOf = binary => Uint8Array.from(binary, one => one.charCodeAt(0));
 
@@ -31445,7 +31438,7 @@ const parentOf = path => path.replace(/\/[^/]*$/, "") || "/";
 
 const LISTING_TIME = 60_000; // ms
 
-// Do a short work on a machine; return its result, its output, one byte a character,
+// Run a short job on a machine; return its result, its output, one byte a character,
 // and sentences about files that it left out.
 async function workOn({nodeId}, work, spec) {
   const params = {nodeId, work, spec};
@@ -31479,8 +31472,8 @@ function contentOf(archive) {
   return null;
 }
 
-// SHA-256 (FIPS 180-4) of bytes that come in pieces: the browser's own takes all at
-// once, and only where the page came by HTTPS.
+// SHA-256 (FIPS 180-4) of bytes in pieces: crypto.subtle takes all at once, and needs
+// HTTPS.
 const fractions = power => {
   const primes = [];
   for (let n = 2; primes.length < 64; n += 1)
@@ -31621,7 +31614,7 @@ const INPUT_WINDOW = 768 * 1024; // bytes that the machine has not taken yet
 const SOCKET_BUFFER = 256 * 1024; // bytes: what a person types must not wait behind it
 const UPLOADS = "uploads"; // of this tab, for after a reload; their names in storage
 
-// What tells whether the same files were chosen again.
+// By this, files that are chosen again after a reload are recognized.
 const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
   [path, file?.size, file?.lastModified]));
 
@@ -31693,7 +31686,7 @@ class Upload {
     }
   }
 
-  // Take what the machine says of its input.
+  // Take the machine's report on its input.
   onInput({offset, resume, held}) {
     if (held === false) this.finish("failed", "Another page goes on with it.");
     if (!this.entries || !this.isOpen) return;
@@ -31762,7 +31755,7 @@ class Upload {
     if (state === "done" && this.path === files.path) loadFiles();
   }
 
-  // End it: what has arrived has no name yet, and goes.
+  // Cancel it; the machine deletes the unfinished file.
   cancel() {
     link.call("job.cancel", {id: this.id}).catch(() => {});
     this.finish("cancelled", "Cancelled: nothing was uploaded.");
@@ -31894,7 +31887,7 @@ async function droppedEntries(transfer) {
   return found;
 }
 
-// Call `take` with the entries of what is dropped on an element.
+// Call `take` with the entries dropped on an element.
 function onDrop(element, take) {
   const holdsFiles = ({dataTransfer}) =>
     dataTransfer?.types.includes("Files") && may("write");
@@ -31921,8 +31914,8 @@ function onDrop(element, take) {
 const quoted = path => /^[\w./~+-]+$/.test(path) ? path
   : `'${path.replace(/'/g, "'\\''")}'`;
 
-// Upload what is dropped on a chat to its machine and directory, and mention it in what
-// is typed there.
+// Upload files dropped on a chat to its machine and directory, and mention them in its
+// composer.
 async function dropIntoChat(entries) {
   const chat = currentChat();
   const session = composed(chat);
@@ -32192,7 +32185,7 @@ function fileKey(event) {
 const tooLarge = limit =>
   `It is too large to be shown here: ${formatBytes(limit)} are the limit.`;
 
-// Show a text or a raster image; what else it may be stays closed.
+// Show a text or a raster image; other types are not shown.
 async function openFile(node, path, entry) {
   const opened = (files.opened = {path, entry});
   const {size, kind} = entry;
@@ -32402,7 +32395,7 @@ class PathField {
     event.preventDefault();
   }
 
-  // Complete the text; what is below may be typed next.
+  // Complete the text, then suggest the entries below it.
   take(path) {
     this.field.value = `${path}/`;
     this.suggest();
@@ -32867,7 +32860,7 @@ async function openProvider(provider = null) {
 const chosenProvider = () => editedProvider || state.providers.find(({id, own}) =>
   !own && id === $("provider-id").value) || OWN_SERVER;
 
-// What a person has to know to fill the form in.
+// Return the hint for the form.
 function providerHelp({own, protocol, keyFrom, keyVariable}) {
   if (own)
     return "vLLM, llama.cpp, LM Studio, LiteLLM, … where the gateway reaches them.";
@@ -33184,7 +33177,7 @@ function drawPalette() {
   active?.scrollIntoView({block: "nearest"});
 }
 
-// Look for what is typed, also among the commands that only the gateway knows.
+// Search the typed text, also among commands that only the gateway knows.
 function searchPalette() {
   palette.active = 0;
   drawPalette();
@@ -33487,7 +33480,7 @@ class TerminalView {
     this.base = base;
   }
 
-  // Return the element of a row, drawn anew if it has changed.
+  // Return the element of a row, redrawn if it has changed.
   rowOf(row) {
     let div = this.divs.get(row);
     if (!div) this.divs.set(row, (div = h("div")));
@@ -33718,7 +33711,7 @@ async function makeTerminal(id) {
     return;
   }
   await view.session.follow();
-  // The size of whoever came last; never that of a hidden tab.
+  // Whoever came last sets the size; a hidden tab does not.
   if (!view.session.isOver) view.fit(true);
 }
 
@@ -33812,7 +33805,7 @@ function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
     ["Use this window’s size", () => shownTerminal().fit(true)]];
 }
 
-let noteTimer; // what is over in a moment is not said
+let noteTimer; // delays notes: short interruptions are not shown
 
 function drawTerminalNote(session) {
   const [text = "", act] = session ? terminalNote(session) : [];
@@ -34512,7 +34505,7 @@ AWAY_KEYS = 4096  # bytes typed while a link is away; more are refused
 
 
 class TypedInput(JobInput):
-    """What is typed at a terminal, of which others may hold the input meanwhile."""
+    """Input typed at a terminal, whose hold may pass to other clients."""
 
     def type(self, data: bytes, away: Callable[[], bool]) -> bool:
         """Send `data`; return False, without it, if too much waits for a lost link."""
@@ -34529,17 +34522,17 @@ class TypedInput(JobInput):
 
     @property
     def waits(self) -> bool:
-        """Whether something is typed that nobody was sent."""
+        """Whether typed input waits to be sent."""
         with self._changed:
             return bool(self._kept) and not self._flows
 
     def go_on(self, offset: int) -> None:
-        """Send what is kept from `offset` on: what is before it has arrived."""
+        """Send what is kept from `offset` on; everything before it has arrived."""
         with self._changed:
             gone = offset - self._consumed
             if 0 <= gone <= self._sent - self._consumed:
                 del self._kept[:gone]
-            # Otherwise others have typed, and ours follows: it was not sent yet.
+            # Otherwise other clients have typed; ours is unsent and follows.
             self._consumed = offset
         self.resume()
 
@@ -36342,7 +36335,7 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
 
 
 def current_telemetry(row: JsonObject) -> JsonObject:
-    """Return what a node reports; {} of one that is offline, or reports no more."""
+    """Return what a node reports; {} of one that is offline or does not report."""
     telemetry = row.get("telemetry") or {}
     return telemetry if row["connected"] and not telemetry.get("stale") else {}
 
@@ -37175,7 +37168,7 @@ def people_words(row: JsonObject) -> str:
 def caller_words(row: JsonObject) -> str:
     """Return who asked for a job, and through what."""
     name, kind = row["callerName"], row["callerKind"]
-    # A model's name says it; older rows do not know.
+    # A model's name says enough; older rows have no kind.
     return str(name) if kind in (MODEL_CALLER, OPERATOR) else f"{name} ({kind})"
 
 
@@ -37234,9 +37227,9 @@ whose window changes last sets the size)
 # Resets margins, characters, insert mode and attributes; the cursor stays.
 PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
-# What asks a terminal for an answer, which would be typed into the program: device
-# attributes, status, modes, version, window, colours, settings (xterm's ctlseqs).  At
-# each @ it may have control characters, which a terminal carries out on the way.
+# Queries, whose answers a terminal would type into the program: device attributes,
+# status, modes, version, window, colours, settings (xterm's ctlseqs).  Each @ stands for
+# control characters, which a terminal carries out within a sequence.
 _CONTROLS = rb"[\x00-\x17\x19\x1c-\x1f\x7f]{0,40}"
 TERMINAL_QUERY = re.compile(
     (
@@ -37260,10 +37253,10 @@ NO_QUERY = b"\x1b[?9999h"
 
 
 class QueryFilter:
-    """Replaces queries in a terminal's output, wherever it is cut."""
+    """Replaces queries in a terminal's output, even split ones."""
 
     def __init__(self) -> None:
-        self._rest = b""  # what may be the beginning of a query
+        self._rest = b""  # perhaps an incomplete query
 
     def feed(self, data: bytes) -> bytes:
         data = TERMINAL_QUERY.sub(NO_QUERY, self._rest + data)
@@ -37273,7 +37266,7 @@ class QueryFilter:
         return data[:at]
 
     def flush(self) -> bytes:
-        """Return what was kept back."""
+        """Return the bytes that were held back."""
         rest, self._rest = self._rest, b""
         return rest
 
@@ -37329,7 +37322,7 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not stopped by it, where a shell has put us into the background.
+        # In the background of a shell, SIGTTOU would stop us in tcsetattr().
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         with contextlib.suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
@@ -37389,12 +37382,12 @@ class TerminalSession:
         self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
-        self._is_fresh = job.position == 0 and not job.holds  # draw from nothing
+        self._is_fresh = True  # clear the screen first
 
     def run(self, *, joins: bool) -> int:
         """Return the exit status.  Raises UserError when the terminal is lost.
 
-        `joins`: it was there before; else it is ours, with our size.
+        `joins`: it existed before; else it was started with our size.
         """
         self._resized = joins
         self._is_fresh = joins
@@ -37419,7 +37412,6 @@ class TerminalSession:
 
     def show_ended(self) -> int:
         """Show the last screen of a terminal that has ended; return its status."""
-        self._is_fresh = True
         try:
             self._follow()
         finally:
@@ -37506,7 +37498,7 @@ class TerminalSession:
         self._feed.client.notify(JOB_RESIZE, {"id": self._job.id, **params})
 
     def _show(self, news: JobOutput) -> None:
-        if news.cut:  # from here on it is another screen
+        if news.cut:  # after a gap begins another screen
             self._is_fresh = True
         is_old = news.job.received <= news.job.old_until
         for kind, data in news.frames:
@@ -37516,7 +37508,7 @@ class TerminalSession:
             if kind not in STREAMS:
                 continue
             self._clear_notice()
-            # Only one of those who look answers, and nobody what is over.
+            # Only the holder answers queries, and never those of replayed output.
             answers = news.job.holds and not is_old
             shown = self._filter.flush() + data if answers else self._filter.feed(data)
             self._modes.feed(shown)
@@ -37544,7 +37536,7 @@ class TerminalSession:
         self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
-        """Note a link that was lost `before` ms ago, or that is back."""
+        """Record that a link was lost `before` ms ago, or is back."""
         if away:
             self._away.setdefault(name, time.monotonic() - before / 1000)
         elif self._away.pop(name, None) is not None and not self._away:
@@ -37575,14 +37567,14 @@ class TerminalSession:
             raise LeaveTerminal(".") from None
 
     def _plain(self) -> bytes:
-        """Return what gives our terminal its own modes back, after any cut (CAN)."""
+        """Return the sequences that reset our terminal's modes, after any cut (CAN)."""
         return b"\x18" + self._modes.undoing() + PLAIN_SCREEN
 
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
             if self._notice:
-                self._may_type = False  # nothing is to be drawn for us
+                self._may_type = False  # no redraw: we leave
                 self._clear_notice()
             self._write(self._filter.flush() + self._plain())
 
@@ -37654,7 +37646,7 @@ def cmd_node_recording(args: argparse.Namespace, context: Context) -> int:
         view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
         if view["work"] != TERMINAL:
             raise UserError(f"{job_id} {NO_RECORDING}")
-        recording = recording_of(view["command"], view["nodeName"], view["askedAt"])
+        recording = Recording(view["command"], view["nodeName"], view["askedAt"])
         job = feed.follow(job_id, view["nodeName"])
         for news in feed.news():
             if isinstance(news, JobOutput):
@@ -37713,7 +37705,7 @@ class Finding(Value):
 
 
 def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
-    """Return what an error says; what to do comes after its semicolon."""
+    """Return an error as a finding; the advice follows its semicolon."""
     words, _, advice = str(error).partition("; ")
     return Finding(check, state, words, advice)
 
@@ -37834,7 +37826,7 @@ def check_clock(name: str, url: str, trust: TlsTrust) -> Iterator[Finding]:
         raise Refused(f"{url} is no gateway; correct the address") from error
     if not isinstance(there, int):
         return  # a Moltis gateway does not say
-    # It looked at its clock somewhere between our two looks.
+    # The gateway read its clock between our two readings.
     ahead = (max(0, asked - there) - max(0, there - now_ms())) / 1000
     if abs(ahead) < 1:
         yield Finding(name, WELL, "agrees with the gateway's")
@@ -38412,7 +38404,7 @@ class ChatCommand:
         self.node: str = command["node"]
         self.background: bool = command.get("background", False)
         self.decision = ""  # here, about its approval
-        self.concluded = False  # it was said how it ended
+        self.concluded = False  # its ending was printed
         self.job: FollowedJob | None = None
         self._decoders = {
             kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
@@ -38450,7 +38442,7 @@ class ChatTerminal:
         self._status = EXIT_OK  # of the turn
 
     def call(self, method: str, params: JsonObject) -> Any:
-        """Return the answer, also of a gateway that has to come back first.
+        """Return the answer; wait for a gateway that is away.
 
         Raises UserError.
         """
@@ -38526,7 +38518,7 @@ class ChatTerminal:
         return str(node["displayName"])
 
     def _news(self) -> Iterator[News | None]:
-        """Yield what happens, and say it of the gateway.
+        """Yield news; print when the gateway goes away or comes back.
 
         Raises UserError when that does not come back.
         """
@@ -38555,7 +38547,7 @@ class ChatTerminal:
             elif isinstance(news, GatewayChange):
                 if news.reachable:
                     over = self._send(message, again=True)
-                    stops = False  # whoever came back was not told
+                    stops = False  # the stop has to be sent again
             elif news is not None and news.name == "chat":
                 over = self._show(news.payload) or over
             if over and not any(
@@ -38568,7 +38560,7 @@ class ChatTerminal:
         """Send the message of a turn; return whether that is over already.
 
         `again`: to a gateway that came back.  It may have the message, and more of the
-        answer than was heard of.
+        answer than was received.
         """
         client = self._feed.client
         history: list[JsonObject] = []
@@ -38760,7 +38752,7 @@ class ChatTerminal:
 
 
 class ChatPrompt:
-    """What a person types in a chat: messages, and words that change where they go."""
+    """The prompt of a chat: messages, and commands that change their target."""
 
     def __init__(self, terminal: ChatTerminal, output: Output) -> None:
         self._terminal = terminal
@@ -39136,7 +39128,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--require-scram",
-                "refuse tokens that are sent as they are (original Moltis nodes)",
+                "refuse nodes that send the token itself (original Moltis)",
             ),
             arg(
                 "--keep-audit DAYS",
@@ -39157,7 +39149,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--idle-terminal HOURS",
-                "how long a terminal goes on with nobody in it (default: 24)",
+                "end a terminal after so long without people (default: 24)",
                 type=float,
                 default=IDLE_TERMINAL / 3600,
             ),
@@ -39184,7 +39176,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     ),
     "doctor": Subcommand(
         cmd_doctor,
-        "say what is wrong here and what to do; the status is 1 if anything is",
+        "check this machine, its gateway and its node; exit status 1: a fault",
         "moltis doctor",
         (*GATEWAY, JSON),
     ),
@@ -39276,12 +39268,12 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--url URL", "address of your own server, up to /v1"),
             arg(
                 "--protocol",
-                "as whose API your own server talks (default: openai)",
+                "API that your own server speaks (default: openai)",
                 choices=[*OWN_SERVERS],
             ),
             arg(
                 "--api-key-stdin",
-                "read its key from stdin; else from MOLTIS_MODEL_KEY, or asked for",
+                "read its key from stdin (else: MOLTIS_MODEL_KEY, or a prompt)",
             ),
             *GATEWAY,
         ),
@@ -39296,7 +39288,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         cmd_model_remove,
         "remove a server, or the key that was entered for one",
         "moltis model remove gpu-box",
-        (arg("name NAME", "as `moltis model list --providers` says"), *GATEWAY),
+        (arg("name NAME", "from `moltis model list --providers`"), *GATEWAY),
     ),
     "node generate-token": Subcommand(
         cmd_node_generate_token,
@@ -39338,8 +39330,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 action="append",
             ),
             arg("--no-terminal", "open no terminals; --allow implies it"),
-            arg("--allow-terminal", "open terminals all the same with --allow"),
-            arg("--no-files", "do not let files be read and written; so does --allow"),
+            arg("--allow-terminal", "open terminals despite --allow"),
+            arg("--no-files", "refuse to read and write files; --allow implies it"),
             arg(
                 "--allow-files DIR",
                 "only files in this directory; may be given more than once",
@@ -39412,7 +39404,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node jobs pi",
         (
             arg("node", "name or id (default: all nodes)", nargs="?"),
-            arg("--cancel ID", "end this one"),
+            arg("--cancel ID", "cancel this job"),
             *GATEWAY,
             JSON,
         ),
