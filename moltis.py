@@ -6347,7 +6347,7 @@ DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
 MAX_READ_LINES = 2000  # in one tool result, which names the next line
 MAX_READ_TEXT = 50 * 1024  # bytes in one tool result; cut at the end of a line
-MAX_SPLICED = 1024 * 1024  # bytes of a file that tools change, and of the change itself
+MAX_SPLICED = 1024 * 1024  # bytes of a file that tools change, and of the change
 SPLICE_FRAME = 64  # bytes of a Splice in JSON beside its data
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
@@ -37228,8 +37228,8 @@ whose window changes last sets the size)
 PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 
 # Queries, whose answers a terminal would type into the program: device attributes,
-# status, modes, version, window, colours, settings (xterm's ctlseqs).  Each @ stands for
-# control characters, which a terminal carries out within a sequence.
+# status, modes, version, window, colours, settings (xterm's ctlseqs).  Each @ stands
+# for control characters, which a terminal carries out within a sequence.
 _CONTROLS = rb"[\x00-\x17\x19\x1c-\x1f\x7f]{0,40}"
 TERMINAL_QUERY = re.compile(
     (
