@@ -29684,7 +29684,8 @@ function applyAddress() {
 // Fetch the data of the current route.
 function enterRoute() {
   if (state.link !== "up") return;
-  const {page, id} = state.route;
+  const {route} = state;
+  const {page, id} = route;
   if (page === "chat") currentChat().load();
   else if (page === "terminal") refresh("nodes");
   else if (page === "activity") {
@@ -29692,6 +29693,7 @@ function enterRoute() {
     loadActivity();
   }
   else refresh(...PAGE_TOPICS[page]).then(() => {
+    if (state.route !== route) return; // it was left meanwhile
     if (page === "node") loadNodeJobs();
     else if (page === "files") loadFiles();
   });
@@ -31630,7 +31632,7 @@ function inTarOrder(entries) {
   const newest = entries.reduce((time, {file}) =>
     Math.max(time, file?.lastModified ?? 0), 0);
   for (const entry of known.values())
-    entry.changedAt = entry.file?.lastModified ?? (newest || Date.now());
+    entry.changedAt = entry.file?.lastModified ?? (newest || now());
   return [...known.values()].sort((a, b) => (a.path < b.path ? -1 : 1));
 }
 
@@ -31647,7 +31649,7 @@ class Upload {
     this.state = entries ? "sends" : "waits"; // then "done", "failed" or "cancelled"
     this.words = "";
     this.notes = [];
-    this.since = Date.now();
+    this.since = performance.now();
     this.wake = () => {}; // ends the wait of pump()
     this.over = new Promise(done => (this.end = done));
   }
@@ -31768,7 +31770,7 @@ class Upload {
       showToast("These are not the files that were being uploaded.");
       return;
     }
-    Object.assign(this, {entries, state: "sends", since: Date.now()});
+    Object.assign(this, {entries, state: "sends", since: performance.now()});
     this.hold();
     touch("uploads");
   }
@@ -31782,7 +31784,7 @@ class Upload {
         notes.length > 1 && `${notes.length - 1} more notes`);
     }
     if (state !== "sends") return words;
-    const rate = taken / Math.max(1, (Date.now() - this.since) / 1000);
+    const rate = taken / Math.max(1, (performance.now() - this.since) / 1000);
     return dotted(`${Math.floor(100 * taken / total)} %`,
       `${formatBytes(taken)} of ${formatBytes(total)}`, `${formatBytes(rate)}/s`);
   }
@@ -33436,8 +33438,8 @@ class TerminalView {
       this.fit();
     }
     if (emulator.modes.synchronized) {
-      this.heldSince ??= Date.now();
-      if (Date.now() - this.heldSince < HOLD) {
+      this.heldSince ??= performance.now();
+      if (performance.now() - this.heldSince < HOLD) {
         setTimeout(() => this.schedule(), HOLD / 3);
         return;
       }

@@ -1503,13 +1503,13 @@ def test_a_key_that_reads_is_shown_nothing_that_it_may_not_press(site, make_page
 
 
 def test_who_may_not_do_something_reads_which_scope_is_missing(site):
-    key = site.call("keys.create", name="looks", scopes=["operator.read"])
+    key = site.call("keys.create", name="reads", scopes=["operator.read"])
     reader = Site.__new__(Site)
     reader.url, reader.key = site.url, key["key"]
     with pytest.raises(urllib.error.HTTPError) as caught:
         reader.call("sessions.create")
     said = json.load(caught.value)["error"]["message"]
-    assert "the key looks lacks the scope operator.write" in said
+    assert "the key reads lacks the scope operator.write" in said
     assert "sessions.create" not in said
     site.call("keys.revoke", keyId=key["keyId"])
 
