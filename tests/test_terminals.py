@@ -675,7 +675,8 @@ def test_of_two_who_look_one_answers_and_nobody_what_is_over(site):
         assert b"old\x1b[6nready" in first.bytes
         job_id = site.terminals()[0]["id"]
         with site.person("node", "attach", job_id) as second:
-            second.expect("oldready")
+            second.expect("ready")
+            assert b"old" + moltis.NO_QUERY + b"ready" in second.bytes
             second.type("x")  # from now on it is the one who types, and answers
             second.spawned.expect_exact("new\x1b[6n")
             first.expect("new")
