@@ -352,7 +352,8 @@ def test_vim_less_and_tmux_work_as_they_do_in_any_terminal(site, tmp_path):
     text = tmp_path / "text"
     with site.bash() as shell:
         shell.type(f"vim -u NONE -N {text}\r")
-        shell.shows("~")
+        # pyte leaves the rest of a piece out after what it does not know.
+        shell.shows(lambda text: "~" in text or "[New]" in text, "vim")
         shell.type("iline of vim\x1b:wq\r")
         shell.expect("written.*prompt> ")
         assert text.read_text() == "line of vim\n"
