@@ -31,7 +31,12 @@ def read(path, first=1, count=moltis.MAX_READ_LINES, base="/", below=()):
 
 
 @given(
-    st.lists(st.text(st.characters(blacklist_characters="\n\r\0"), max_size=5)),
+    st.lists(
+        st.text(
+            st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r\0"),
+            max_size=5,
+        )
+    ),
     st.booleans(),
     st.integers(1, 4),
 )
