@@ -5803,8 +5803,8 @@ def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
     return f"cannot start {SHELL}: {error.strerror}"
 
 
-def login_shell() -> tuple[str, dict[str, str]]:
-    """Return this user's shell and login variables, from the user database."""
+def login_variables() -> dict[str, str]:
+    """Return the variables that a login sets, from the user database."""
     import pwd
 
     variables = {"HOME": home_directory(), "SHELL": SHELL}
@@ -5815,7 +5815,7 @@ def login_shell() -> tuple[str, dict[str, str]]:
     runtime = f"/run/user/{os.getuid()}"
     if os.path.isdir(runtime) and os.stat(runtime).st_uid == os.getuid():
         variables["XDG_RUNTIME_DIR"] = runtime
-    return variables["SHELL"], variables
+    return variables
 
 
 def _is_utf8(locale: str) -> bool:
@@ -5826,7 +5826,7 @@ def terminal_environment(
     environ: Mapping[str, str], forwarded: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the environment of programs on a terminal: as after a login, in UTF-8."""
-    env = {"TERM": "xterm-256color", **environ, **login_shell()[1], **forwarded}
+    env = {"TERM": "xterm-256color", **environ, **login_variables(), **forwarded}
     for name in ("LINES", "COLUMNS"):  # they override the size of the terminal
         env.pop(name, None)
     chosen = env.get("LC_ALL") or env.get("LC_CTYPE") or env.get("LANG") or ""
@@ -5983,7 +5983,7 @@ class Command:
             if self.spec.tty is not None:
                 env = terminal_environment(self._environ, forwarded)
                 if not self.spec.command.strip():
-                    words = [login_shell()[0], "-l"]
+                    words = [env["SHELL"], "-l"]
             self._group = ProcessGroup(
                 words,
                 cwd=cwd,
@@ -6528,6 +6528,19 @@ class FilePlaces:
         return ""
 
 
+def make_directory(parent: int, name: str, umask: int) -> None:
+    """Make a directory with the mode that `umask` leaves.  Raises OSError.
+
+    Our own umask is narrower.
+    """
+    os.mkdir(name, 0o700, dir_fd=parent)
+    made = descend(os.dup(parent), [name])
+    try:
+        os.fchmod(made, 0o777 & ~umask)
+    finally:
+        os.close(made)
+
+
 # -- listing -------------------------------------------------------------------
 
 
@@ -6691,12 +6704,7 @@ class FileChanger:
         return parent, name
 
     def _make(self, _spec: FileChange, parent: int, name: str) -> None:
-        os.mkdir(name, 0o700, dir_fd=parent)
-        made = descend(os.dup(parent), [name])
-        try:
-            os.fchmod(made, 0o777 & ~self._umask)  # not our own umask
-        finally:
-            os.close(made)
+        make_directory(parent, name, self._umask)
 
     def _rename(self, spec: FileChange, parent: int, name: str) -> None:
         target = self._places.absolute(decode_path(spec.to))
@@ -7555,9 +7563,7 @@ class FileTarget:
                 self._open(above, make=True)
             parent = self._places.open_directory(above)
             try:
-                os.mkdir(os.path.basename(path), dir_fd=parent)
-                mode = 0o777 & ~self._umask  # not our own umask, which is narrower
-                os.chmod(os.path.basename(path), mode, dir_fd=parent)
+                make_directory(parent, os.path.basename(path), self._umask)
             except OSError as error:
                 raise RpcError("FORBIDDEN", file_problem(path, error)) from error
             finally:
@@ -15564,8 +15570,8 @@ class Follower(Protocol):
 
     holds: bool
     position: int  # the offset before which all is read; of a holder
-    person: str  # the name of a person in a terminal; "" for other followers
-    lost_at: int  # the offset of input where another holder took over
+    person: str = ""  # the name of a person in a terminal
+    lost_at: int = 0  # the offset of a person's input where another took the hold
 
     def wake(self, job: Job) -> None:
         """Notice that the job has changed.  Neither blocks nor raises."""
@@ -15715,12 +15721,10 @@ def job_summary(record: JobRecord) -> JsonObject:
     return {name: view[name] for name in names if name in view}
 
 
-class Gathering:
+class Gathering(Follower):
     """The holder of an unkept job; completes `future` with all its output."""
 
     holds = True
-    person = ""
-    lost_at = 0
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.future: Future[Gathering] = Future()
@@ -15788,13 +15792,11 @@ def gathered_output(gathering: Gathering) -> tuple[JsonObject, bytes]:
     return job.result, gathering.output()
 
 
-class Wait:
+class Wait(Follower):
     """A watcher whose future completes at news, at the ending, or after a timeout."""
 
     holds = False
     position = 0
-    person = ""
-    lost_at = 0
 
     def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
         """News are bytes after `offset` and changes of state; None: only the ending."""
@@ -16566,6 +16568,44 @@ class LocalLink:
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
         assert self._jobs is not None
         self._jobs.on_input(self, job_id, offset, resume=resume)
+
+
+class JobHolder(Follower):
+    """The holder of an unkept job, whose log one thread reads as it grows."""
+
+    holds = True
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.job = job
+        self.position = 0
+        self.news = threading.Event()  # the job has changed since it was looked at
+        self._jobs = jobs
+
+    def open(self) -> None:
+        self._jobs.follow(self.job, self)
+
+    def close(self, *, leaves: bool = True) -> None:
+        """Release the job; `leaves`: cancel it if it has not ended."""
+        self._jobs.unfollow(self.job, self, leaves=leaves)
+
+    def wake(self, _job: Job) -> None:
+        self.news.set()
+
+    def frames(self) -> list[tuple[int, bytes]] | None:
+        """Return the new log frames, None at the end of the log.
+
+        Raises RpcError UNAVAILABLE if a part of the log is missing.
+        """
+        ended = not self.job.record.is_open  # all bytes are in the log before that
+        start, data = self.job.log.read(self.position)
+        if start > self.position:
+            name = self.job.record.node_name
+            raise RpcError("UNAVAILABLE", f"{name} lost a part of its answer")
+        if not data:
+            return None if ended else []
+        self.position = start + len(data)
+        self._jobs.acknowledge(self.job)
+        return list(log_frames(data))
 
 
 # ==============================================================================
@@ -18131,26 +18171,18 @@ MAX_PREFIXES = 8  # of a model's id that may be a node's id or name
 MODEL_CALLER = "model"  # the kind of caller that a model is, or is asked by
 
 
-class HeldJob:
-    """An unrecorded job on a node that lends its models, and its holder."""
-
-    holds = True
-    person = ""
-    lost_at = 0
+class LentWork(JobHolder):
+    """An unrecorded job on a node that lends its models."""
 
     def __init__(
         self, jobs: Jobs, node: tuple[str, str], work: str, spec: JsonObject
     ) -> None:
         """`node` is id and name.  Raises RpcError."""
-        self.position = 0
-        self.news = threading.Event()
-        self._jobs = jobs
         origin = Origin(kind=MODEL_CALLER, id="", name=work)
-        self.job = jobs.start(new_job(node, work, spec, origin, kept=False))
-        jobs.follow(self.job, self)
-
-    def wake(self, job: Job) -> None:  # noqa: ARG002
-        self.news.set()
+        super().__init__(
+            jobs, jobs.start(new_job(node, work, spec, origin, kept=False))
+        )
+        self.open()
 
     def read(self) -> bytes | None:
         """Return what is new on stdout, None at the end of the log.
@@ -18159,22 +18191,14 @@ class HeldJob:
         """
         output = b""
         while not output:
-            ended = not self.job.record.is_open  # all bytes are in the log before that
-            start, data = self.job.log.read(self.position)
-            if start > self.position:
-                name = self.job.record.node_name
-                raise ModelError(f"{name} lost a part of its answer")
-            if not data:
-                return None if ended else b""
-            self.position = start + len(data)
-            self._jobs.acknowledge(self.job)
-            pieces = (piece for kind, piece in log_frames(data) if kind == STDOUT)
-            output = b"".join(pieces)
+            try:
+                frames = self.frames()
+            except RpcError as error:
+                raise ModelError(error.message) from error
+            if not frames:
+                return None if frames is None else b""
+            output = b"".join(piece for kind, piece in frames if kind == STDOUT)
         return output
-
-    def close(self) -> None:
-        """Leave the job; one that has not ended is cancelled."""
-        self._jobs.unfollow(self.job, self, leaves=True)
 
 
 class RemoteModel:
@@ -18205,7 +18229,7 @@ class RemoteModel:
             self._model_id, tuple(messages), tuple(tools), self._effort
         )
         try:
-            work = HeldJob(self._jobs, self._node, "chat", request.to_json())
+            work = LentWork(self._jobs, self._node, "chat", request.to_json())
         except RpcError as error:
             raise ModelError(str(error)) from error
         with closing(work), cancel.calling(work.news.set):
@@ -18217,7 +18241,7 @@ class RemoteModel:
                     yield event
             yield self._conclude(work.job, finished)
 
-    def _events(self, work: HeldJob, cancel: Cancellation) -> Iterator[ModelEvent]:
+    def _events(self, work: LentWork, cancel: Cancellation) -> Iterator[ModelEvent]:
         """Yield what the node sends, until it has sent all.
 
         Raises ModelError, Cancelled.
@@ -18460,7 +18484,7 @@ class ModelDirectory:
                 with contextlib.suppress(RpcError):  # it has just left
                     name = self._fleet.resolve(node.node_id)[1]
                     spec = {"refresh": refresh}
-                    work = HeldJob(self._jobs, (node.node_id, name), "models", spec)
+                    work = LentWork(self._jobs, (node.node_id, name), "models", spec)
                     asked.append(stack.enter_context(closing(work)).job)
             models, _ = self._catalog.models(self._cancel, refresh=refresh)
             shell = ModelInfo(
@@ -22278,7 +22302,7 @@ class McpCall(Conversation):
         line = self._line
         if view["end"] != self._end:
             self._end = view["end"]
-            with contextlib.suppress(MoltisError):  # it is no more than news
+            with contextlib.suppress(MoltisError):  # progress is optional
                 line = self._machines.last_line(view["id"])
         due = time.monotonic() - self._told >= PROGRESS_INTERVAL
         if due or line != self._line:
@@ -23169,32 +23193,34 @@ def download_reply(
     )
 
 
-def job_output(job: Job) -> Generator[bytes, None, None]:
-    """Yield a job's output so far, with a line for each gap."""
+def log_so_far(job: Job) -> Iterator[tuple[int, bytes]]:
+    """Yield the pieces of a job's log, each with the bytes missing before it."""
     position, end = 0, job.log.end  # it may grow faster than a client reads
     while position < end:
         start, data = job.log.read(position)
         if not data:
             start = end
-        if start > position:
-            yield f"\n{gap_words(start - position)}\n".encode()
-        yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
+        yield start - position, data
         position = start + len(data)
+
+
+def job_output(job: Job) -> Generator[bytes, None, None]:
+    """Yield a job's output so far, with a line for each gap."""
+    for missing, data in log_so_far(job):
+        if missing:
+            yield f"\n{gap_words(missing)}\n".encode()
+        yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
 
 
 def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
-    record, position, end = job.record, 0, job.log.end
+    record = job.record
     recording = Recording(record.command, record.node_name, record.asked_at)
-    while position < end:
-        start, data = job.log.read(position)
-        if not data:
-            return
+    for _, data in log_so_far(job):
         lines = itertools.chain.from_iterable(
             recording.lines(*frame) for frame in log_frames(data)
         )
         yield "".join(f"{line}\n" for line in lines).encode("utf-8")
-        position = start + len(data)
 
 
 class OperatorCalls:
@@ -23351,33 +23377,19 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Generator[bytes, None, None]
 # --- Downloads of files ---
 
 
-class JobReader:
-    """A blocking reader of a file transfer's output; holds its job."""
-
-    holds = True
-    person = ""
-    lost_at = 0
+class JobReader(JobHolder):
+    """A blocking reader of a file transfer's output."""
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
-        self.job = job
-        self.position = 0
+        super().__init__(jobs, job)
         self.notes: list[str] = []  # sentences about files that are left out
-        self._jobs = jobs
-        self._news = threading.Event()  # the job has changed since it was looked at
         self._pieces: collections.deque[bytes] = collections.deque()
         self._is_abandoned: Callable[[], bool] = lambda: False
 
-    def open(self, is_abandoned: Callable[[], bool]) -> None:
+    def open_for(self, is_abandoned: Callable[[], bool]) -> None:
         """Hold the job, for a client that may hang up."""
-        self.holds, self._is_abandoned = True, is_abandoned
-        self._jobs.follow(self.job, self)
-
-    def close(self, *, leaves: bool) -> None:
-        """Release the job; `leaves`: cancel it if it is open."""
-        self._jobs.unfollow(self.job, self, leaves=leaves)
-
-    def wake(self, _job: Job) -> None:
-        self._news.set()
+        self._is_abandoned = is_abandoned
+        self.open()
 
     def read(self, _size: int) -> bytes:
         """Return the next piece of its standard output, b"" at the end.
@@ -23385,26 +23397,22 @@ class JobReader:
         Raises RpcError unless the job ends well, ClientGone.
         """
         while not self._pieces:
-            self._news.clear()
-            record = self.job.record  # read before the log: an ending follows all bytes
-            start, data = self.job.log.read(self.position, MAX_LOG_MESSAGE)
-            if data and start > self.position:
-                raise RpcError("UNAVAILABLE", f"{record.node_name}: a part was lost")
-            if data:
-                self.position = start + len(data)
-                self._take(data)
-                self._jobs.acknowledge(self.job)
-            elif record.state == JobState.DONE:
-                return b""
-            elif not record.is_open:
+            self.news.clear()
+            frames = self.frames()
+            if frames:
+                self._take(frames)
+            elif frames is None:
+                record = self.job.record
+                if record.state == JobState.DONE:
+                    return b""
                 reason = record.reason or record.words()
                 raise RpcError("UNAVAILABLE", f"{record.node_name}: {reason}")
-            elif not self._news.wait(1.0) and self._is_abandoned():
+            elif not self.news.wait(1.0) and self._is_abandoned():
                 raise ClientGone
         return self._pieces.popleft()
 
-    def _take(self, frames: bytes) -> None:
-        for kind, piece in log_frames(frames):
+    def _take(self, frames: Iterable[tuple[int, bytes]]) -> None:
+        for kind, piece in frames:
             if kind == STDOUT:
                 self._pieces.append(piece)
             elif kind == STDERR and len(self.notes) < MAX_NOTES:
@@ -23448,7 +23456,7 @@ class Download:
 
     def _pieces(self, is_abandoned: Callable[[], bool]) -> Generator[bytes, None, None]:
         """Yield its bytes.  Raises OSError if it ends incomplete."""
-        self._reader.open(is_abandoned)
+        self._reader.open_for(is_abandoned)
         try:
             yield from self._archive() if self.size is None else self._file(self.size)
         except (RpcError, ClientGone) as error:
@@ -23897,7 +23905,7 @@ class HttpApp:
             kept=False,
         )
         reader = JobReader(self._jobs, self._jobs.start(record))
-        reader.open(request.is_abandoned)
+        reader.open_for(request.is_abandoned)
         ready = False
         try:
             name = "files" if name in ("", ".", "..", "~") else name
@@ -37161,7 +37169,7 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
 
 
 def people_words(row: JsonObject) -> str:
-    """Return who is in a terminal; "nobody" for an open one without people."""
+    """Return the people in a terminal, "" for a job that is none, or has ended."""
     if row["work"] != TERMINAL or row["state"] not in JobState.OPEN:
         return ""
     return ", ".join(person["name"] for person in row.get("people", ())) or "nobody"
@@ -37233,22 +37241,18 @@ PLAIN_SCREEN = b"\x1b7\x1b[r\x1b8\x1b(B\x0f\x1b[4l\x1b[m"
 # status, modes, version, window, colours, settings (xterm's ctlseqs).  Each @ stands
 # for control characters, which a terminal carries out within a sequence.
 _CONTROLS = rb"[\x00-\x17\x19\x1c-\x1f\x7f]{0,40}"
-TERMINAL_QUERY = re.compile(
-    (
-        rb"\x05|\x1b@Z|\x1b@\[@[>=]?@(?:[0-9;]@)*c|\x1b@\[@\??@(?:[0-9;]@)*n"
-        rb"|\x1b@\[@\??@(?:[0-9;]@)+\$@p|\x1b@\[@(?:[01]@)?x|\x1b@\[@>@(?:[0-9]@)*q"
-        rb"|\x1b@\[@(?:1@[1-9]|2@[01])@(?:[0-9;]@)*t|\x1b@\[@\?@u"
-        rb"|\x1b@\[@\?@(?:[0-9;]@)+S"
-        rb"|\x1b@\][0-9]+;[^\x07\x1b]{0,300}\?(?:\x07|\x1b\\)"
-        rb"|\x1b@P[$+]q[^\x07\x1b]{0,300}(?:\x07|\x1b\\)"
-    ).replace(b"@", _CONTROLS)
-)
-PART_OF_QUERY = re.compile(
-    (
-        rb"\x1b@(?:\[@[>=?]?@(?:[0-9;]@){0,40}(?:\$@)?"
-        rb"|[\]P][^\x07\x1b]{0,300}\x1b?)?\Z"
-    ).replace(b"@", _CONTROLS)
-)
+TERMINAL_QUERY = (  # compiled when first used: that takes 3 ms
+    rb"\x05|\x1b@Z|\x1b@\[@[>=]?@(?:[0-9;]@)*c|\x1b@\[@\??@(?:[0-9;]@)*n"
+    rb"|\x1b@\[@\??@(?:[0-9;]@)+\$@p|\x1b@\[@(?:[01]@)?x|\x1b@\[@>@(?:[0-9]@)*q"
+    rb"|\x1b@\[@(?:1@[1-9]|2@[01])@(?:[0-9;]@)*t|\x1b@\[@\?@u"
+    rb"|\x1b@\[@\?@(?:[0-9;]@)+S"
+    rb"|\x1b@\][0-9]+;[^\x07\x1b]{0,300}\?(?:\x07|\x1b\\)"
+    rb"|\x1b@P[$+]q[^\x07\x1b]{0,300}(?:\x07|\x1b\\)"
+).replace(b"@", _CONTROLS)
+PART_OF_QUERY = (
+    rb"\x1b@(?:\[@[>=?]?@(?:[0-9;]@){0,40}(?:\$@)?"
+    rb"|[\]P][^\x07\x1b]{0,300}\x1b?)?\Z"
+).replace(b"@", _CONTROLS)
 # Stands in the place of a query: it ends what was begun before, as that did, or else
 # what is around a query would become one.  No terminal has that mode.
 NO_QUERY = b"\x1b[?9999h"
@@ -37261,8 +37265,8 @@ class QueryFilter:
         self._rest = b""  # perhaps an incomplete query
 
     def feed(self, data: bytes) -> bytes:
-        data = TERMINAL_QUERY.sub(NO_QUERY, self._rest + data)
-        part = PART_OF_QUERY.search(data)
+        data = re.sub(TERMINAL_QUERY, NO_QUERY, self._rest + data)
+        part = re.search(PART_OF_QUERY, data)
         at = len(data) if part is None else part.start()
         self._rest = data[at:]
         return data[:at]
@@ -38325,7 +38329,7 @@ class InputLines:
 
 
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
-    """Serve until the input ends, a signal comes, or nobody reads the answers.
+    """Serve until the input ends, a signal comes, or the output is closed.
 
     Raises UserError, BrokenPipeError.
     """
