@@ -8,6 +8,12 @@ fail() { # MESSAGE
     exit 1
 }
 
+set_alarm() { # COMMAND...
+    "$python" -I -c 'import os, signal, sys
+signal.alarm(600)
+os.execvp(sys.argv[1], sys.argv[1:])' "$@"
+}
+
 main() {
     from=$(dirname "$0")/moltis.py option=''
     # From a pipe, $0 is the shell: what lies in this directory is not meant.
@@ -42,12 +48,13 @@ sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
         trap 'rm -rf "$work"' EXIT
         trap 'exit 1' HUP INT TERM
         program=$work/moltis.py
+        # Ended after 10 minutes: a server may send its answer byte by byte.
         if command -v curl; then
-            curl -fsSL -o "$program" "$from"
+            set_alarm curl -fsSL -o "$program" "$from"
         elif command -v wget; then
-            wget -q -O "$program" "$from"
+            set_alarm wget -q -O "$program" "$from"
         else
-            "$python" -I -c 'import sys, urllib.request
+            set_alarm "$python" -I -c 'import sys, urllib.request
 urllib.request.urlretrieve(*sys.argv[1:])' "$from" "$program"
         fi >/dev/null || fail "cannot download $from; is that the address of a gateway?"
         ;;

@@ -761,7 +761,9 @@ class Copies:
         return {name: self._most[name] - self._rest[name] for name in self._pids}
 
     def seconds(self, command: list[str]) -> float:
-        shutil.rmtree(self.place / "copied", ignore_errors=True)
+        # Not deleted: for 5 s ext4 looks for other inodes, which takes 1 ms a file.
+        with contextlib.suppress(FileNotFoundError):
+            (self.place / "copied").rename(self.place / secrets.token_hex(8))
         begin = time.perf_counter()
         process = subprocess.Popen(command, env=self.site.environ())
         while process.poll() is None:
@@ -781,9 +783,9 @@ class Copies:
 
 def bench_files(bench: Bench) -> Iterator[Row]:
     """Files to a node and from it, beside scp."""
-    copies, rounds = Copies(bench), min(bench.rounds, 3)
+    copies, rounds = Copies(bench), min(bench.rounds, 3) if bench.quick else 1
     place = copies.place
-    size, count = (64, 2000) if bench.quick else (256, 10_000)
+    size, count = (64, 2000) if bench.quick else (1024, 10_000)
     with (place / "big").open("wb") as file:
         for _ in range(size):
             file.write(secrets.token_bytes(2**20))
@@ -813,9 +815,9 @@ def bench_files(bench: Bench) -> Iterator[Row]:
     scp = bench.ssh_peer("scp -r", lambda ssh: copies.scp(ssh, *tree), faster(2))
     what = f"{count:,} files of 1 KiB to a node, `node cp -r`"
     yield from rows_for("files", what, "s", lambda: copies.ours(*tree), [scp], 1)
-    for name, most in (("node", 30), ("gateway", 40)):
-        what, grown = f"memory of the {name} above rest, in copies", copies.grown[name]
-        yield limit_row("files", what, "MiB", grown, limit(most, "MiB"))
+    for name, grown in copies.grown.items():
+        what = f"memory of the {name} above rest, in copies"
+        yield limit_row("files", what, "MiB", grown, limit(8, "MiB"))
 
 
 # -- rows: terminals -----------------------------------------------------------

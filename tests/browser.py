@@ -41,7 +41,7 @@ FLAGS = (
     "--remote-debugging-port=0",
 )
 CALL_TIMEOUT = 60.0  # s
-TIMEOUT = 30.0  # s; see wait_for()
+TIMEOUT = 60.0  # s; see wait_for()
 
 # Name of a key: its `code`, its virtual key code, and the text that it enters.
 KEYS = {

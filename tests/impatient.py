@@ -40,5 +40,6 @@ def keep_the_clock_to_ourselves():
 
 if __name__ == "__main__":
     be_impatient()
+    moltis.RUNTIMES = {"python3": moltis.RUNTIMES["python3"]}
     keep_the_clock_to_ourselves()
     sys.exit(moltis.main())

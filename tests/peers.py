@@ -117,12 +117,12 @@ class RawPeer:
         """Send a Ping; nothing else may wait to be sent."""
         self.ws._channel.sock.sendall(raw_frame(0x9, payload, masked=True))
 
-    def receive(self, timeout=30):
+    def receive(self, timeout=60):
         """Return the next message: an envelope, bytes, or None after a close."""
         message = self.ws.receive(timeout)
         return json.loads(message) if isinstance(message, str) else message
 
-    def receive_until(self, wanted, timeout=30):
+    def receive_until(self, wanted, timeout=60):
         """Return the first message for which `wanted(message)`, and drop the others."""
         while True:
             message = self.receive(timeout)
@@ -187,3 +187,29 @@ def silent_node(gateway, node_id="gone"):
         params = rust_connect(gateway.token(), node_id, extensions=extensions)
         assert peer.request("connect", params)["ok"]
         yield peer
+
+
+@contextlib.contextmanager
+def other_node(world, name, **settings):
+    """A node beside the one of the world, with settings of its own."""
+    token = world.rpc("device.token.create", displayName=name)["deviceToken"]
+    settings = moltis.NodeSettings(
+        gateway_url=f"ws{world.direct_url[4:]}/ws",
+        device_token=token,
+        node_id=f"id-of-{name}",
+        display_name=name,
+        **settings,
+    )
+    environ = {**os.environ, "MOLTIS_DATA_DIR": str(world.scratch / "data")}
+    with InProcessNode(settings, environ) as node:
+        try:
+            wait_for(lambda: True in node.states, what="the node to connect")
+            yield
+        finally:
+            revoke(world, f"id-of-{name}")
+
+
+def revoke(world, node_id):
+    for device in world.rpc("device.pair.list"):
+        if device["nodeId"] == node_id:
+            world.rpc("device.token.revoke", deviceId=device["deviceId"])

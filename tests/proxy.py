@@ -169,7 +169,7 @@ class FaultyProxy:
     def _do(self, order):
         done = threading.Event()
         self._orders.put((order, done))
-        assert done.wait(10)
+        assert done.wait(60)
 
     # The thread
 

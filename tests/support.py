@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pty
+import random
 import socket
 import subprocess
 import sys
@@ -18,9 +19,12 @@ import moltis
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "moltis.py"
+# What the gateways and nodes of tests ask for its version: Java takes longer to answer
+# than they take to start.
+ONE_RUNTIME = {"python3": moltis.RUNTIMES["python3"]}
 
 
-def wait_for(condition, timeout=30.0, what="the condition"):
+def wait_for(condition, timeout=60.0, what="the condition"):
     """Return the first true value of `condition()`; fail after `timeout` seconds.
 
     That is long, as it costs nothing where all is well: only a machine that is busy
@@ -39,12 +43,24 @@ def wait_for(condition, timeout=30.0, what="the condition"):
         time.sleep(0.01)
 
 
+def with_patience(attempt, *limits):
+    """Return `attempt(limit)` for the first of the time limits that is enough.
+
+    Within a short one, a busy machine may not even have started a program.
+    """
+    *short, longest = limits
+    for limit in short:
+        with contextlib.suppress(AssertionError):
+            return attempt(limit)
+    return attempt(longest)
+
+
 def at_once(action, count=8):
     """Call `action` in several threads at once; return results and errors."""
     barrier, ended = threading.Barrier(count), []
 
     def run():
-        barrier.wait(10)
+        barrier.wait(60)
         try:
             ended.append(action())
         except Exception as error:
@@ -54,7 +70,7 @@ def at_once(action, count=8):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert len(ended) == count
     return ended
 
@@ -112,10 +128,15 @@ def process_exists(pid):
 
 
 def free_port():
-    """Return a TCP port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a TCP port of 127.0.0.1 on which nothing listens.
+
+    It stays free: no connection, nor a server on port 0, takes one of these by itself.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def clean_environment(home, **extra):
@@ -132,10 +153,12 @@ def clean_environment(home, **extra):
 def launched(program):
     """Return what starts `program` from its compiled form, as a launcher does.
 
-    It takes a third of the time; the tests of processes start the file itself as well.
+    It takes a fifth of the time; the tests of installing start the file itself as well.
     """
-    words = (sys.executable, "-S", "-c", moltis.IMPORT_AND_RUN)
-    return [*words, str(Path(program).parent)]
+    code = moltis.IMPORT_AND_RUN.replace(
+        "import moltis; ", f"import moltis; moltis.RUNTIMES = {ONE_RUNTIME!r}; "
+    )
+    return [sys.executable, "-S", "-c", code, str(Path(program).parent)]
 
 
 def run_moltis(*arguments, home, stdin=b"", timeout=60, program=PROGRAM, **extra):
@@ -157,18 +180,22 @@ def run_moltis(*arguments, home, stdin=b"", timeout=60, program=PROGRAM, **extra
 
 
 class Program:
-    """A moltis that runs beside the test, with what it has written so far."""
+    """A moltis that runs beside the test, with what it has written so far.
 
-    def __init__(self, *arguments, home, program=PROGRAM, **extra):
+    It starts as from a launcher, or else as the script `program`.
+    """
+
+    def __init__(self, *arguments, home, program=None, **extra):
+        script = [sys.executable, "-u", str(program)]
         self.process = subprocess.Popen(
-            [sys.executable, "-u", str(program), *map(str, arguments)],
+            [*(script if program else launched(PROGRAM)), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=clean_environment(home, **extra),
             cwd=str(home),
         )
-        self._texts = {"stdout": b"", "stderr": b""}
+        self._texts = {"stdout": bytearray(), "stderr": bytearray()}
         self._readers = [
             threading.Thread(target=self._read, args=(name,), name=f"test-{name}")
             for name in self._texts
@@ -201,17 +228,17 @@ class Program:
     def output(self):
         return self.stdout + self.stderr
 
-    def wait_for_output(self, text, timeout=30.0):
+    def wait_for_output(self, text, timeout=60.0):
         """Return all output once `text` is in it."""
 
         def said():
             return text in self.output or self.process.poll() is not None
 
         wait_for(said, timeout, lambda: f"{text!r} in {self.output!r}")
-        wait_for(lambda: text in self.output, 5, lambda: f"{text!r}: {self.output}")
+        wait_for(lambda: text in self.output, what=lambda: f"{text!r}: {self.output}")
         return self.output
 
-    def end(self, signal_number=15, timeout=20.0):
+    def end(self, signal_number=15, timeout=60.0):
         """Send a signal where it still runs; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
@@ -238,6 +265,7 @@ class Terminal:
         parent, child = pty.openpty()
         self.descriptor = parent
         self.text = ""
+        self._bytes = b""
         environ = clean_environment(home, TERM="dumb")
         self.process = subprocess.Popen(
             [*launched(PROGRAM), *arguments],
@@ -260,7 +288,8 @@ class Terminal:
                 return
             if not data:
                 return
-            self.text += data.decode("utf-8", "replace").replace("\r\n", "\n")
+            self._bytes += data  # may end inside a character or the end of a line
+            self.text = self._bytes.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def wait_for(self, text):
         wait_for(lambda: text in self.text, what=lambda: f"{text!r}: {self.text!r}")
@@ -270,7 +299,7 @@ class Terminal:
 
     def close(self):
         try:
-            return self.process.wait(20)
+            return self.process.wait(60)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -367,3 +396,37 @@ class ScriptedTools:
         record = self._directory / ".calls"
         lines = record.read_text().splitlines() if record.exists() else []
         return [line.split("\0")[:-1] for line in lines]
+
+
+@contextlib.contextmanager
+def trickling_server(head, rest):
+    """Yield the address of an HTTP server that sends `rest` slowly, again and again."""
+    ends = threading.Event()
+
+    def serve(sock):
+        with contextlib.closing(sock), contextlib.suppress(OSError):
+            sock.recv(4096)
+            sock.sendall(head.encode())
+            while not ends.wait(0.05):
+                for character in rest:
+                    sock.sendall(character.encode())
+
+    def accept():
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=serve, args=(sock,)))
+            threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads = [threading.Thread(target=accept)]
+        threads[0].start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ends.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join()

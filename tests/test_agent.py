@@ -430,7 +430,7 @@ def test_a_selected_node_that_is_offline_is_an_error_and_not_local(machines):
     chat.talk.node_id = "pi-id"
     chat.run(Scripted(runs("true"), says("ok")))
     (result,) = chat.results()
-    assert "Pi is offline since" in result["error"]
+    assert "Pi has been offline since" in result["error"]
     assert chat.ran() == []
 
 

@@ -47,7 +47,7 @@ class Watcher:
         )
         return self.take(lambda m: m.get("id") == "send")["payload"]
 
-    def take(self, wanted, timeout=20):
+    def take(self, wanted, timeout=60):
         """Return the first message for which `wanted`, and apply all up to it."""
         while True:
             message = self._peer.receive(timeout)
@@ -60,7 +60,7 @@ class Watcher:
             if wanted(message):
                 return message
 
-    def until(self, condition, timeout=20):
+    def until(self, condition, timeout=60):
         """Apply what comes until `condition()`, and return that."""
         while not condition():
             self.take(lambda _: True, timeout)
@@ -206,7 +206,7 @@ def test_commands_run_on_the_node_of_the_session_and_nowhere_else(gateway, chat)
     chat.send("echo here")
     cards = chat.finish(2)
     assert cards[1]["state"] == "error"
-    assert "far is offline since" in cards[1]["command"]["error"]
+    assert "far has been offline since" in cards[1]["command"]["error"]
     assert "job" not in cards[1]
     (entry,) = gateway.call("sessions.list")
     assert entry["node_id"] == "id-of-far"
@@ -264,10 +264,10 @@ def test_a_turn_that_is_stopped_before_it_begins_is_not_the_session_s_last():
     run = queue._run
     queue._run = lambda: (queue.abort(), run())  # Stop is faster
     queue.add(turns[0])
-    wait_for(lambda: queue._thread is None, 5, what="its thread to end")
+    wait_for(lambda: queue._thread is None, what="its thread to end")
     queue._run = run
     queue.add(turns[1])
-    wait_for(lambda: taken == turns[1:], 5, what="the next turn")
+    wait_for(lambda: taken == turns[1:], what="the next turn")
     queue.close()
 
 
@@ -455,7 +455,7 @@ def download(gateway, path):
 def test_each_view_of_the_page_has_an_address(gateway, path):
     with urllib.request.urlopen(gateway.url + path) as answer:
         page = answer.read().decode().replace("../", "")  # to its script and styles
-        assert page == moltis.WEB_HTML
+        assert page == moltis.WEB_HTML.decode()
         assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
         assert "unsafe" not in answer.headers["Content-Security-Policy"]
 
@@ -577,7 +577,7 @@ class ScriptedOllama:
 
     def _stream(self, message):
         yield line({"message": {"role": "assistant", **message}, "done": False})
-        self.held.wait(20)
+        self.held.wait(60)
         yield line(
             {
                 "message": {"role": "assistant", "content": ""},
@@ -881,9 +881,9 @@ def test_a_command_in_the_background_that_cannot_start_is_no_job(tmp_path):
         chat.send("start it")
         (card,) = chat.finish()
         assert card["state"] == "error"
-        assert "far is offline" in card["command"]["error"]
+        assert "far has been offline since" in card["command"]["error"]
         chat.until(lambda: chat.saw("final"))
-        assert "far is offline" in model.results()[0]["error"]
+        assert "far has been offline" in model.results()[0]["error"]
         assert gateway.call("job.list") == []
 
 
@@ -1057,7 +1057,7 @@ def test_a_card_is_completed_after_the_gateway_has_come_back(
     (_, card) = history_of(restartable)
     assert (card["state"], card["job"]["state"]) == ("running", "running")
     (tmp_path / "go").touch()
-    wait_for(lambda: history_of(restartable)[-1]["state"] == "done", 30)
+    wait_for(lambda: history_of(restartable)[-1]["state"] == "done")
     (said, card) = history_of(restartable)
     assert said["state"] == "done"
     assert card["job"]["exitCode"] == 5
@@ -1306,7 +1306,7 @@ class Site:
             home=self.home,
             MOLTIS_DEVICE_TOKEN=token,
         )
-        wait_for(lambda: self.gateway.is_connected("far"), 20, "the node")
+        wait_for(lambda: self.gateway.is_connected("far"), what="the node")
         self.gateway.call("nodes.set_session", session_key="main", node_id="far")
 
     def send(self, text):
@@ -1326,7 +1326,7 @@ class Site:
         return next(m for m in history_of(self) if m["role"] == "command")
 
     def wait_for_card(self, state):
-        wait_for(lambda: self.card()["state"] == state, 20, lambda: str(self.card()))
+        wait_for(lambda: self.card()["state"] == state, what=lambda: str(self.card()))
         return self.card()["job"]
 
     def row(self):
@@ -1569,7 +1569,7 @@ def test_a_command_for_a_machine_that_was_removed_says_so_without_json(gateway, 
     (notice,) = chat.until(
         lambda: [r for r in chat.of("notice") if r["state"] == "error"]
     )
-    assert notice["text"].startswith("There is no node 'id-of-far'")
+    assert notice["text"].startswith("The machine of this chat was removed; choose")
 
 
 def test_a_message_is_answered_once_for_each_id(gateway, chat, tmp_path):

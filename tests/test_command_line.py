@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import json
 import marshal
 import os
@@ -30,15 +31,18 @@ import pytest
 from peers import InProcessGateway, silent_node
 from support import (
     PROGRAM,
+    ROOT,
     Program,
     ScriptedServer,
     Terminal,
     clean_environment,
     launched,
     run_moltis,
+    trickling_server,
     wait_for,
     wait_in_shell,
 )
+from test_agent_on_nodes import ModelServer, calls, says
 from world import SmallDisk
 
 import moltis
@@ -118,8 +122,26 @@ def test_the_parser_of_one_subcommand_says_what_the_whole_parser_says(
             outcome = parser.parse_args(words)
         except SystemExit as end:
             outcome = end.code
+        except moltis.UsageError as error:
+            outcome = str(error)
         outcomes.append((outcome, capsys.readouterr()))
     assert outcomes[0] == outcomes[1]
+
+
+def test_every_help_says_what_the_subcommand_does(capsys):
+    for name, subcommand in moltis.SUBCOMMANDS.items():
+        with pytest.raises(SystemExit):
+            moltis.main([*name.split(), "--help"])
+        words = " ".join(capsys.readouterr().out.split()).casefold()
+        assert f" {' '.join(subcommand.help.split()).casefold()}. " in words
+
+
+def test_the_longest_subcommand_has_its_help_beside_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        moltis.main(["node", "--help"])
+    out = capsys.readouterr().out
+    assert "\n    generate-token  make a token for a machine" in out
 
 
 @pytest.mark.parametrize("columns", [40, 100])
@@ -226,6 +248,18 @@ def test_a_join_link_that_is_used_up_is_refused_in_its_own_words(tmp_path):
     assert "mc_abcdefgh" not in done.stderr
 
 
+def test_a_join_link_whose_answer_trickles_is_given_up(home, monkeypatch, capsys):
+    monkeypatch.setattr(moltis, "fetch", partial(moltis.fetch, limit=0.4))
+    with trickling_server("HTTP/1.1 200 OK\r\n\r\n", "x") as url:
+        status, out, err = said(
+            capsys, "node", "add", "--join", f"{url}/join/mc_abcdefgh"
+        )
+    assert (status, out) == (moltis.EXIT_UNREACHABLE, "")
+    assert "did not finish its answer within 0.4 s" in err
+    assert err.count("\n") == 1
+    assert "mc_abcdefgh" not in err
+
+
 # -- output --------------------------------------------------------------------
 
 
@@ -292,6 +326,40 @@ def test_a_list_fits_the_terminal_and_the_beginnings_of_ids_stay(monkeypatch):
         40, lambda o: o.table(rows, columns, whole=True), monkeypatch, NO_COLOR="1"
     )
     assert whole[1] == f"{rows[0]['id']}  {'x' * 200}"
+
+
+def test_columns_that_say_nothing_give_way_first(monkeypatch):
+    rows = [{"what": "x" * 30}, {"what": "y", "who": ""}]
+    columns = {"WHAT": "what", "WHO": "who", "IN IT": "people"}
+
+    def lines(width):
+        return shown_in_terminal(
+            width, lambda o: o.table(rows, columns), monkeypatch, NO_COLOR="1"
+        )
+
+    assert lines(30) == ["WHAT", "x" * 30, "y"]
+    assert lines(80)[2].split() == ["y", "-", "-"]
+
+
+def test_a_time_that_does_not_fit_keeps_its_end(monkeypatch):
+    rows = [{"at": "2026-01-31 18:00", "what": "x" * 30}]
+    columns = {"WHEN": "at", "WHAT": "what"}
+
+    def line(width):
+        return shown_in_terminal(
+            width, lambda o: o.table(rows, columns), monkeypatch, NO_COLOR="1"
+        )[1]
+
+    assert line(40) == f"01-31 18:00  {'x' * 26}…"  # without the year, at once
+    assert line(24) == f"01-31 18:00  {'x' * 10}…"
+    assert line(20) == f"31 18:00   {'x' * 8}…"
+
+
+def test_what_is_misnamed_is_answered_with_some_of_many_names():
+    rows = [{"keyId": f"{i:08}", "name": f"key {i}"} for i in range(5000)]
+    with pytest.raises(moltis.UserError, match=r"and 4,9\d\d more") as caught:
+        moltis.find_one("nobody", rows, "key", "keyId")
+    assert len(str(caught.value)) < 500
 
 
 def test_states_are_coloured_on_a_terminal_unless_no_color_is_set(monkeypatch, capsys):
@@ -430,11 +498,11 @@ def test_only_whole_words_typed_after_the_question_answer_it(tmp_path, monkeypat
         monkeypatch.setattr(sys, "stderr", Stderr())
         asking.start()
         for typed in (b"yup\n", b"nah\n", b"alright\n", b"why?\n", b" No \n"):
-            assert prompted.wait(20)
+            assert prompted.wait(60)
             assert not answers
             prompted.clear()
             os.write(terminal, typed)
-        asking.join(20)
+        asking.join(60)
         assert answers == ["deny"]
     os.close(terminal)
 
@@ -636,7 +704,7 @@ def terminal_for(feed, nodes, command, **spec):
 @pytest.mark.parametrize(
     ("hangs_up", "when"),
     [
-        (True, "when gone is back"),
+        (True, "when Rust box is back"),
         (False, "once the gateway and the node answer again"),
     ],
 )
@@ -664,6 +732,24 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
         assert terminal.execute(feeds=False) == moltis.INTERRUPTED
         thread.join()
     assert f"left; the command is ended {when}" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_obeyed_while_output_never_pauses():
+    job = moltis.FollowedJob("id", "far", holds=True)
+
+    class Flood:
+        open = {job.id: job}
+        interrupted = signal.SIGINT
+
+        def news(self, tick):
+            return itertools.repeat(moltis.JobOutput(job, 0, ()), 1000)
+
+        def cancel(self):
+            self.open = {}
+
+    feed = Flood()
+    moltis.JobTerminal(feed, [job], moltis.Output({}))._print_all()
+    assert not feed.open
 
 
 @pytest.mark.parametrize(
@@ -732,7 +818,7 @@ def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
     ("text", "rest"),
     [
         ("pi: its token was revoked", "its token was revoked"),
-        ("Pi is offline since noon", "offline since noon"),
+        ("Pi has been offline since noon", "offline since noon"),
         ("the gateway stops", "the gateway stops"),
         ("pizza is out", "pizza is out"),
     ],
@@ -802,11 +888,33 @@ def test_lines_of_nodes_of_the_same_name_have_labels_of_their_own(tmp_path):
     assert len({"Local", "pi", *labels}) == len(labels) == 3
 
 
+def test_a_node_is_shown_as_it_is_called_and_not_as_it_was_typed(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis") as gateway, gateway.node("Far away"):
+        run = partial(run_moltis, "node", "exec", home=tmp_path)
+        lines = run("LOCAL", "id-of-far", "--", "echo hi").stdout.splitlines()
+        assert sorted(lines) == ["Far away | hi", "Local | hi"]
+        assert run("far AWAY", "--", "kill $$").stderr == ""
+        [result] = json.loads(run("far AWAY", "--json", "--", "true").stdout)
+        assert result["node"] == "Far away"
+        [result] = json.loads(run("LOCAL", "--json", "--detach", "--", "true").stdout)
+        assert result["node"] == "Local"
+
+
+def test_one_long_cell_does_not_pad_the_others_in_a_pipe(capsys):
+    rows = [{"how": "x" * 200, "what": "y"}, {"how": "x", "what": "y"}]
+    moltis.Output({}).table(rows, {"HOW": "how", "WHAT": "what"})
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'HOW':24}  WHAT",
+        f"{'x' * 200}  y",
+        f"{'x':24}  y",
+    ]
+
+
 def test_an_interrupt_of_several_commands_counts_as_one(tmp_path):
     with InProcessGateway(tmp_path / ".moltis") as gateway, gateway.node("far"):
         words = ("node", "exec", "--all", "--", "echo begun; sleep 120")
         with Program(*words, home=tmp_path) as execution:
-            wait_for(lambda: execution.stdout.count("begun") == 2, 20)
+            wait_for(lambda: execution.stdout.count("begun") == 2)
             assert execution.end(signal.SIGINT) == moltis.INTERRUPTED
 
 
@@ -816,9 +924,11 @@ def test_a_typed_command_that_cannot_run_is_a_failure_of_the_chat(tmp_path):
         wait_for(lambda: not gateway.is_connected("id-of-far"))
         done = run_moltis("chat", "--node", "far", "echo ran", home=tmp_path)
         assert done.returncode == moltis.EXIT_FAILURE
-        assert "far is offline" in done.stderr
+        assert re.fullmatch(r"\[far\] offline since [-\d]+ [\d:]+\n", done.stderr)
         done = run_moltis("chat", "--node", "local", "exit 3", home=tmp_path)
-        assert done.returncode == moltis.EXIT_OK  # it ran, and that is its answer
+        assert done.returncode == 3
+        done = run_moltis("chat", "--node", "local", "/no-such-word", home=tmp_path)
+        assert done.returncode == 127
 
 
 def wait_for_a_stop(home, code):
@@ -835,7 +945,7 @@ def wait_for_a_stop(home, code):
         [sys.executable, "-c", code, str(PROGRAM.parent)],
         check=False,
         env=clean_environment(home),
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 0
 
@@ -909,10 +1019,10 @@ def test_a_detached_command_is_attached_to_by_the_begin_of_its_id(gateway, home)
 
 
 def test_jobs_are_listed_and_cancelled(gateway, home):
-    job = start(gateway, "sleep 60")
+    job = start(gateway, "sleep 120")
     listed = run_moltis("node", "jobs", "local", home=home)
     assert job in listed.stdout
-    assert "sleep 60" in listed.stdout
+    assert "sleep 120" in listed.stdout
     done = run_moltis("node", "jobs", "--cancel", job[:8], home=home)
     assert done.returncode == 0
     attached = run_moltis("node", "attach", job, home=home)
@@ -921,11 +1031,11 @@ def test_jobs_are_listed_and_cancelled(gateway, home):
 
 
 def test_a_command_that_was_not_detached_is_listed_while_it_runs(gateway, home):
-    with Program("node", "exec", "local", "--", "echo on; sleep 60", home=home) as run:
+    with Program("node", "exec", "local", "--", "echo on; sleep 120", home=home) as run:
         run.wait_for_output("on\n")
-        assert "sleep 60" in run_moltis("node", "jobs", home=home).stdout
+        assert "sleep 120" in run_moltis("node", "jobs", home=home).stdout
         run.end(signal.SIGINT)
-    assert "sleep 60" not in run_moltis("node", "jobs", home=home).stdout
+    assert "sleep 120" not in run_moltis("node", "jobs", home=home).stdout
 
 
 def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home):
@@ -938,7 +1048,7 @@ def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home
         assert gateway.call("job.wait", id=job, wait=0)["state"] == "running"
         named = run_moltis("node", "jobs", "far", *words, home=home)
         assert [row["id"] for row in json.loads(named.stdout)] == [job]
-        assert gateway.call("job.wait", id=job, wait=20)["state"] == "cancelled"
+        assert gateway.call("job.wait", id=job, wait=60)["state"] == "cancelled"
 
 
 def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
@@ -950,7 +1060,7 @@ def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
         printed = [line.split() for line in started.stdout.splitlines()]
         jobs = {j["id"]: j["nodeName"] for j in gateway.call("job.list")}
     assert [jobs[job].casefold() for job, _ in printed] == ["far", "local"]
-    assert [name for _, name in printed] == ["far", "local"]
+    assert [name for _, name in printed] == ["far", "Local"]
     assert started.returncode == moltis.EXIT_FAILURE
     assert "gone: offline since" in started.stderr
 
@@ -965,7 +1075,7 @@ def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
 )
 def test_lists_say_how_a_command_ended(gateway, command, words):
     job = start(gateway, command, timeout=300 if "sleep" in command else 60_000)
-    gateway.call("job.wait", id=job, wait=20)
+    gateway.call("job.wait", id=job, wait=60)
     (row,) = gateway.call("job.list", kept=True)
     assert moltis.cells(row, moltis.JOB_COLUMNS)[2] == words
     rows = gateway.call("audit.list")
@@ -1020,7 +1130,7 @@ def test_who_waits_in_line_is_told_the_place(gateway, capsys):
         thread.start()
         assert terminal.execute(feeds=False) == 5
         thread.join()
-    assert "gone: number 3 in line" in capsys.readouterr().err
+    assert "Rust box: number 3 in line" in capsys.readouterr().err
 
 
 def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
@@ -1039,7 +1149,7 @@ def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
             attached.wait_for_output("the output of this command is not stored")
             foreground.stdin.write(b"x\n")
             foreground.stdin.close()
-            assert attached.process.wait(20) == 7
+            assert attached.process.wait(60) == 7
             attached.wait_for_output("more\n")
         assert foreground.stdout.read() == b"more\n"
     after = run_moltis("node", "attach", job["id"], home=home)
@@ -1051,7 +1161,7 @@ def test_output_that_is_no_longer_kept_is_said_to_be_cut(gateway, home, monkeypa
     for name, size in (("SEGMENT", 65536), ("MAX_SEGMENTS", 3), ("MEMORY_LOG", 65536)):
         monkeypatch.setattr(moltis, name, size)
     job = start(gateway, "seq 200000")
-    gateway.call("job.wait", id=job, wait=30)
+    gateway.call("job.wait", id=job, wait=60)
     attached = run_moltis("node", "attach", job, home=home)
     assert attached.stdout.startswith("1\n2\n")
     assert attached.stdout.endswith("\n199999\n200000\n")
@@ -1172,7 +1282,7 @@ def test_a_backup_of_a_running_gateway_is_restored_whole(gateway, home, tmp_path
     """FAULTS D24: with what is in the WAL alone."""
     made = gateway.call("device.token.create", displayName="Pi")
     job = start(gateway, "echo kept")
-    gateway.call("job.wait", id=job, wait=20)
+    gateway.call("job.wait", id=job, wait=60)
     file, empty = tmp_path / "a backup?.db", tmp_path / "elsewhere"
     done = run_moltis("gateway", "backup", file, home=home)
     assert done.returncode == 0, done.stderr
@@ -1189,6 +1299,19 @@ def test_a_backup_of_a_running_gateway_is_restored_whole(gateway, home, tmp_path
         (pair,) = restored.call("device.pair.list")
         assert pair["deviceId"] == made["deviceId"]
         assert b"kept" in restored.running.store.jobs.log(job)
+
+
+def test_columns_are_even_beside_wide_and_combining_characters(capsys):
+    names = ["plain", "\u65e5\u672c", "e\u0301t"]
+    rows = [{"name": name, "state": "x"} for name in names]
+    moltis.Output({}).table(rows, {"NAME": "name", "STATE": "state"})
+    assert capsys.readouterr().out.split("\n")[:4] == [
+        "NAME   STATE",
+        "plain  x",
+        "\u65e5\u672c   x",  # four columns
+        "e\u0301t     x",  # two
+    ]
+    assert moltis.fitting_start("a\u65e5\u672c", 4) == "a\u65e5"
 
 
 def test_a_restore_replaces_nothing(gateway, home, tmp_path):
@@ -1212,7 +1335,7 @@ def test_a_restore_replaces_nothing(gateway, home, tmp_path):
     [
         (None, "is not a file"),
         (b"", "is no database of a gateway"),
-        (b"not a database, whatever its name says\n" * 100, "not a database"),
+        (b"not a database\n" * 100, "is no database of a gateway; name what `backup`"),
     ],
 )
 def test_a_restore_of_what_is_no_backup_leaves_nothing(
@@ -1289,7 +1412,10 @@ def test_a_node_without_any_name_has_that_of_its_host(gateway):
 def test_an_interrupt_while_the_program_loads_is_no_traceback(tmp_path, code):
     """In the first 50 ms it is not our code that would have to handle it."""
     slow = tmp_path / "moltis.py"
-    slow.write_text("print('loading', flush=True)\nwhile True: pass\n")
+    slow.write_text(
+        "import time\nprint('loading', flush=True)\nend = time.monotonic() + 60\n"
+        "while time.monotonic() < end: pass\n"
+    )
     descriptor = -1
     if code == "LOAD_AND_RUN":
         parts = (compile(slow.read_text(), "moltis.py", "exec"), {}, sys.path)
@@ -1304,7 +1430,7 @@ def test_an_interrupt_while_the_program_loads_is_no_traceback(tmp_path, code):
     )
     assert process.stdout.readline() == b"loading\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == -signal.SIGINT
     if descriptor >= 0:
         os.close(descriptor)
@@ -1343,6 +1469,7 @@ def test_a_machine_that_is_no_node_has_no_log_and_nothing_to_remove(home, capsys
         status, out, err = said(capsys, "node", "logs", *follow)
         assert (status, out) == (1, "")
         assert err.startswith("moltis: there is no log here: ")
+        assert err.endswith("node.log is made when the node runs\n")
 
 
 def test_a_wrong_key_is_refused_in_one_sentence(gateway, capsys, monkeypatch):
@@ -1385,19 +1512,43 @@ def test_http_to_a_gateway_with_tls_says_what_to_use(tmp_path, capsys, monkeypat
         ("gateway bakup", "did you mean `moltis gateway backup`?", "gateway backup"),
         ("audti", "did you mean `moltis audit`?", "audit"),
         ("frobnicate", "'frobnicate'; `moltis --help` lists them", "[-h] [--version]"),
-        ("node frobnicate", "'node frobnicate'; `moltis --help` lists", "node [-h]"),
+        ("node frobnicate", "'node frobnicate'; `moltis node --help` l", "node [-h]"),
+        ("node ls", "'node ls'; did you mean `moltis node list`?", "node list"),
+        ("ps", "'ps'; did you mean `moltis node jobs`?", "node jobs"),
+        (
+            "model rm x",
+            "'model rm'; did you mean `moltis model remove`?",
+            "model remove",
+        ),
+        ("node rm x", "'node rm'; did you mean `moltis node revoke`?", "node revoke"),
         (
             "node exec x --timout 1",
             "no option --timout; did you mean --time",
             "node exec",
         ),
         ("node list --jsn", "has no option --jsn; did you mean --json?", "node list"),
+        ("node cp -rf a b:", "no option", "node cp"),  # newer Pythons name it: -f
         ("--versoin", "`moltis` has no option --versoin; did you mean --vers", "[-h]"),
         (
             "node list one",
             "`moltis node list` takes no further word, as 'one'",
             "node list",
         ),
+        (
+            "gateway --prot 1",
+            "`moltis gateway` has no option --prot; did you",
+            "gateway",
+        ),
+        (
+            "node attach --jsn",
+            "`moltis node attach` has no option --jsn",
+            "node attach",
+        ),
+        ("version", "'version'; did you mean `moltis --version`?", "[-h]"),
+        ("help lst", "'lst'; did you mean `moltis node list`?", "node list"),
+        ("key", "make an operator key, shown once", "key [-h]"),
+        ("", "serve the page, the nodes and the command line", "[-h]"),
+        ("node jobs --cancel", "`moltis node jobs`: argument --cancel", "node jobs"),
     ],
 )
 def test_a_misspelt_word_gets_the_nearest_one_and_the_usage_that_helps(
@@ -1407,6 +1558,131 @@ def test_a_misspelt_word_gets_the_nearest_one_and_the_usage_that_helps(
     assert (status, out) == (2, "")
     assert hint in err
     assert f"usage: moltis {usage}" in err
+
+
+@pytest.mark.parametrize("line", ["", "node", "node exec", "chat"])
+def test_help_is_a_word_as_well_as_an_option(capsys, line):
+    texts = []
+    for words in ([*line.split(), "--help"], ["help", *line.split()]):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            moltis.main(words)
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("usage: moltis")
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def gateway_with_attic(tmp_path_factory):
+    """A data directory whose gateway knows a node that is away."""
+    directory = tmp_path_factory.mktemp("attic")
+    with InProcessGateway(directory) as running:
+        running.node("Attic").close()
+        yield directory
+
+
+@pytest.fixture
+def attic(gateway_with_attic, monkeypatch):
+    monkeypatch.setenv("MOLTIS_DATA_DIR", str(gateway_with_attic))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("audit --state faild", "--state does not take 'faild'; did you mean failed?"),
+        ("audit --state FAILED", "--state does not take 'FAILED'; did you mean failed"),
+        ("audit --what comand", "--what does not take 'comand'; did you mean command?"),
+        ("audit --what key.creatd", "did you mean key.created?"),
+        (
+            "audit --what xyz",
+            "--what takes command, login, key, token, node, chat, mod",
+        ),
+        ("completion zsch", "SHELL does not take 'zsch'; did you mean zsh?"),
+        ("completion tcl", "SHELL takes bash, zsh, fish, not 'tcl'"),
+        ("node add --auth scramm", "--auth does not take 'scramm'; did you mean scram"),
+        ("model add x --protocol opanai", "did you mean openai?"),
+        ("key create --name x --scope operater.write", "did you mean operator.write?"),
+        ("key create --name x --scope wirte", "not take 'wirte'; did you mean operato"),
+        ("key create --name x --scope bogus", "operator.admin, not 'bogus'"),
+    ],
+)
+def test_a_misspelt_value_gets_one_sentence_with_the_nearest_one(capsys, line, problem):
+    status, out, err = said(capsys, *line.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert problem in err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("node exec atic -- true", "Attic"),
+        ("node exec local atic -- true", "Attic"),
+        ("node jobs ATTICK", "Attic"),
+        ("node rename attc pi", "Attic"),
+        ("node revoke atic", "Attic"),
+        ("node cp atic:x .", "Attic"),
+        ("chat --node atic hi", "Attic"),
+        ("audit --node atic", "Attic"),
+        ("audit --who ownr", "owner"),
+        ("audit --json --who ownr", "owner"),
+        ("key revoke onwer", "owner"),
+        ("chat --model olama/llama hi", "ollama/llama"),
+    ],
+)
+def test_a_misspelt_name_gets_one_sentence_with_the_nearest_one(
+    attic, capsys, line, near
+):
+    status, out, err = said(capsys, *line.split())
+    assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
+    assert err.endswith(f"; did you mean {near}?\n")
+
+
+def test_an_empty_list_is_said_to_be_empty(attic, capsys):
+    assert said(capsys, "audit", "--state", "lost") == (
+        *(0, ""),
+        "nothing in the audit matches\n",
+    )
+    assert said(capsys, "node", "jobs", "attic") == (
+        *(0, ""),
+        "no job runs on attic, and none was left in the background\n",
+    )
+    assert said(capsys, "node", "jobs", "--json") == (0, "[]\n", "")
+    assert said(capsys, "audit", "--json", "--state", "lost") == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("gateway --port 65536", "--port takes a number, from 0 to 65535, not 65536"),
+        ("gateway --port x", "--port takes a number, from 0 to 65535, not x"),
+        ("gateway --keep-audit 0", "--keep-audit takes days, more than 0 and at most"),
+        ("gateway --keep-output inf", "--keep-output takes GiB, more than 0"),
+        ("gateway --idle-terminal nan", "--idle-terminal takes hours, more than 0"),
+        (
+            "node exec pi --timeout 0",
+            "--timeout takes seconds, more than 0 and at most",
+        ),
+        ("audit --limit 0.5", "--limit takes a number, from 1 to"),
+        ("audit --since tomorrow", "--since takes 30min, 24h, 7d, 2026-01-31"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(home, capsys, line, words):
+    status, out, err = said(capsys, *line.split())
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_a_new_key_comes_with_its_sign_in_link_and_no_log_has_it(gateway, capsys, home):
+    create = ("key", "create", "--name", "ann", "--scope", "read")
+    made = json.loads(said(capsys, *create, "--json")[1])
+    assert made["signInLink"] == f"{gateway.url}/#key={made['key']}"
+    assert made["keyId"] in [key["keyId"] for key in gateway.call("keys.list")]
+    # Nobody looks at this stderr, which may be kept in a log.
+    status, out, err = said(capsys, *create[:3], "bob", *create[4:])
+    assert (status, out.count("mk_")) == (0, 1)
+    assert "mk_" not in err
+    shown = Terminal("key", "create", "--name", "cy", "--scope", "read", home=home)
+    assert shown.close() == 0
+    assert f"{gateway.url}/#key=mk_" in shown.text
 
 
 def test_a_scope_needs_no_operator_before_it(gateway, capsys):
@@ -1449,7 +1725,7 @@ def test_exec_prints_outputs_and_endings_as_json(gateway, home):
     done = run_moltis("node", "exec", "--json", "local", "--", line, home=home)
     assert done.returncode == 3
     [result] = json.loads(done.stdout)
-    assert (result["node"], result["state"], result["exitCode"]) == ("local", "done", 3)
+    assert (result["node"], result["state"], result["exitCode"]) == ("Local", "done", 3)
     assert (result["stdout"], result["stderr"]) == ("out\n", "err\n")
     assert (result["words"], result["failed"]) == ("exit status 3", True)
     with gateway.node("far"):
@@ -1468,8 +1744,8 @@ def test_detached_commands_are_named_in_json(gateway, capsys):
     status, out, _ = said(capsys, *words, "--", "true")
     assert status == 0
     [started] = json.loads(out)
-    assert started["node"] == "local"
-    assert gateway.call("job.wait", id=started["id"], wait=30)["state"] == "done"
+    assert started["node"] == "Local"
+    assert gateway.call("job.wait", id=started["id"], wait=60)["state"] == "done"
 
 
 def test_input_that_nobody_reads_is_hinted_at(tmp_path):
@@ -1494,6 +1770,26 @@ def test_input_that_nobody_reads_is_hinted_at(tmp_path):
     os.close(reader)
 
 
+def test_exec_says_on_a_terminal_that_it_passes_no_input_on(gateway, home):
+    """FAULTS E17"""
+    ours, terminal = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*launched(PROGRAM), "node", "exec", "local", "--", "cat; echo over"],
+            check=False,
+            input=b"hello",
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            env=clean_environment(home),
+        )
+    finally:
+        os.close(terminal)  # or a read would wait for ever where nothing was said
+    with open(ours, "rb", buffering=0) as shown:
+        said = shown.read(4096)
+    assert (done.returncode, done.stdout) == (0, b"over\n")
+    assert b"standard input was not read; --stdin passes it on" in said
+
+
 def test_the_audit_is_filtered_by_who_what_where_and_when(gateway, capsys):
     gateway.call("keys.create", name="ci", scopes=["operator.read"])
     gateway.call(
@@ -1510,9 +1806,12 @@ def test_the_audit_is_filtered_by_who_what_where_and_when(gateway, capsys):
     assert entries("--what", "command") == [("command", "false")]
     assert entries("--state", "failed", "--who", "OWNER") == [("command", "false")]
     assert entries("--state", "done", "--what", "key") == []
-    assert entries("--who", "nobody") == []
+    assert entries("--who", "ci") == []  # has done nothing
     assert ("command", "false") in entries("--since", "5min")
     assert entries("--since", "2100-01-01") == []
+    status, out, err = said(capsys, "audit", "--json", "--who", "nobody")
+    assert (status, out) == (1, "")
+    assert err.endswith("nothing in the audit is by 'nobody'; there is ci, owner\n")
     status, _, err = said(capsys, "audit", "--since", "yesterday")
     assert status == 2
     assert "not yesterday" in err
@@ -1619,6 +1918,57 @@ def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, wor
     status, out, err = said(capsys, "completion", "fish", "--", *line.split(" "))
     assert (status, err) == (0, "")
     assert [found.partition("\t")[0] for found in out.splitlines()] == words
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_paths_of_nodes(shell, gateway, launcher, home, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    words, script = SHELLS[shell]
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "there" / "deep" / "file.txt").touch()
+    with gateway.node("Attic"):
+        terminal = ShellTerminal(
+            words,
+            **clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm"),
+        )
+        try:
+            terminal.type(f"{script}; echo rea''dy\n", "ready")
+            terminal.type("moltis node cp Att\t", "Attic:")
+            terminal.type(f"{tmp_path}/the\t", "there/")
+            terminal.type("de\t", "deep/")
+            terminal.type("f\t", "file.txt")
+        finally:
+            terminal.close()
+
+
+@pytest.mark.parametrize(
+    ("shell", "line", "words"),
+    [
+        ("fish", "node cp Attic:{}/d", ["Attic:{}/deep/", "Attic:{}/doc.txt"]),
+        ("fish", "node cp -r a Attic:{}/deep/", ["Attic:{}/deep/a b"]),
+        ("bash", "node cp Attic : {}/d", ["{}/deep/", "{}/doc.txt"]),
+        ("bash", "node cp Attic : {}/.h", ["{}/.hidden"]),
+        ("fish", "node cp Attic:{}/none/", []),
+        ("fish", "node cp nobody:{}/d", []),
+        ("fish", "node cp Away:{}/d", []),
+        ("fish", "node cp ./Attic:{}/d", []),
+        ("fish", "node cp At", ["Attic:"]),
+    ],
+)
+def test_paths_of_nodes_are_offered_and_none_of_one_that_is_away(
+    gateway, capsys, tmp_path, shell, line, words
+):
+    (tmp_path / "deep").mkdir()
+    for name in ("doc.txt", "other", ".hidden", "deep/a b"):
+        (tmp_path / name).touch()
+    gateway.call("device.token.create", displayName="Away")
+    with gateway.node("Attic"):
+        typed = line.format(tmp_path).split(" ")
+        status, out, err = said(capsys, "completion", shell, "--", *typed)
+    assert (status, err) == (0, "")
+    found = [one.partition("\t")[0] for one in out.splitlines()]
+    assert sorted(found) == [word.format(tmp_path) for word in words]
 
 
 # -- model ---------------------------------------------------------------------
@@ -1739,7 +2089,7 @@ def test_the_prompt_of_a_chat_says_where_a_message_goes(gateway, terminal):
         terminal.type("/model\n")
         terminal.wait_for("/model\nshell\n")
         terminal.type("/help\n")
-        terminal.wait_for("/exit   leave, as Ctrl+D does")
+        terminal.wait_for("/exit           leave, as Ctrl+D does")
         terminal.type("/new work\n")
         wait_for(lambda: "work" in sessions(gateway))
         assert sessions(gateway)["work"]["node_id"] == "id-of-far"
@@ -1754,10 +2104,25 @@ def test_a_message_goes_to_the_machine_and_directory_of_its_prompt(gateway, term
     terminal.type("cd /\n")
     terminal.wait_for("Local / · Shell › ")
     key = sessions(gateway)["here"]["key"]
+    gateway.call("chat.send", sessionKey=key, text="cd /usr", nodeId="local")
+    wait_for(lambda: sessions(gateway)["here"]["directory"] == "/usr")
     with gateway.node("far"):
         gateway.call("sessions.patch", key=key, node_id="far")
         terminal.type("echo here: $PWD\n")
         terminal.wait_for("here: /\nfar · Shell › ")
+
+
+def test_a_chat_whose_machine_was_removed_says_so(gateway, home, capsys):
+    gateway.node("Attic").close()
+    assert said(capsys, "chat", "--session", "t", "--node", "attic", "echo hi")[0] == 1
+    assert said(capsys, "node", "revoke", "Attic")[0] == 0
+    status, out, err = said(capsys, "chat", "--session", "t", "echo hi")
+    assert (status, out) == (1, "")
+    assert "the machine of this chat was removed; choose another with --node" in err
+    terminal = Terminal("chat", "--session", "t", home=home)
+    terminal.wait_for("removed machine · Shell ›")
+    terminal.type("/exit\n")
+    assert terminal.close() == 0
 
 
 def test_exit_ends_a_chat(gateway, home):
@@ -1787,6 +2152,85 @@ def test_the_model_of_a_chat_is_kept(gateway, home):
         run_moltis("chat", "--session", "kept", "--model", "own/x", "hi", home=home)
     assert sessions(gateway)["kept"]["model"] == "own/x"
     assert run_moltis("chat", "--session", "kept", "hi", home=home).returncode == 1
+
+
+def test_a_model_that_changes_a_file_shows_the_whole_diff_and_waits(gateway, home):
+    old = "".join(f"key{i} = old value {i}\n" for i in range(300))
+    (home / "conf").write_text(old)
+    turns = [
+        calls(("file_write", {"path": "conf", "content": old.replace("old", "new")})),
+        says("It is written."),
+    ]
+    server = ModelServer()
+    server.turns = turns
+    with contextlib.closing(server):
+        own = {"provider": "own", "baseUrl": server.server.url, "protocol": "openai"}
+        gateway.call("models.configure", **own)
+        words = ("--session", "w", "--model", "own/clever", "change conf")
+        chat = Terminal("chat", *words, home=home)
+        try:
+            chat.wait_for("[y]es, [n]o: ")
+            assert (home / "conf").read_text() == old
+            for i in range(300):
+                assert f"-key{i} = old value {i}\n" in chat.text
+                assert f"+key{i} = new value {i}\n" in chat.text
+            chat.type("always\n")  # no change of a file is approved unseen
+            wait_for(lambda: chat.text.count("[y]es, [n]o: ") == 2, what="the question")
+            chat.type("y\n")
+            chat.wait_for("It is written.")
+        finally:
+            assert chat.close() == 0
+    assert (home / "conf").read_text() == old.replace("old", "new")
+
+
+def test_a_turn_that_ended_while_the_gateway_was_away_is_over_for_older_ones_too(
+    gateway, monkeypatch, capsys
+):
+    """They do not say so when the message comes again."""
+    clients = []
+
+    def dial(on_news):
+        client = gateway.operator(on_news)
+        clients.append(client)
+        call = client.call
+
+        def call_and_break(method, params, *rest):
+            answer = call(method, params, *rest)
+            if method == "chat.send":
+                answer.pop("over", None)
+                if len(clients) == 1:
+                    [session] = call("sessions.list", {})
+                    while session["replying"]:
+                        [session] = call("sessions.list", {})
+                    client.drop()
+            return answer
+
+        client.call = call_and_break
+        return client
+
+    monkeypatch.setattr(moltis, "operator_client", lambda _a, _c, news: dial(news))
+    status, out, _ = said(capsys, "chat", "echo once")
+    assert (status, len(clients)) == (0, 2)
+    assert "once" in out
+
+
+def test_a_gateway_of_version_0_1_is_said_to_be_too_old(home, capsys):
+    """It refuses the right key, which it cannot verify without being sent it."""
+
+    def refuse(*_args):
+        raise moltis.Refused("authentication failed")
+
+    health = json.dumps({"status": "ok", "version": "0.1.0"}).encode()
+    with pytest.MonkeyPatch.context() as patch, ScriptedServer(
+        lambda _handler: (200, {}, [health])
+    ) as server:
+        patch.setattr(moltis, "OperatorClient", refuse)
+        url = server.url
+        moltis.GatewayFile(url, "mk_x", os.getpid()).save(home / ".moltis")
+        status, out, err = said(capsys, "chat", "hi")
+    assert (status, out) == (77, "")
+    assert f"{url} runs moltis 0.1.0" in err
+    assert "upgrade it with `moltis install" in err
 
 
 def test_a_chat_goes_on_after_a_restart_of_the_gateway(tmp_path, home, lasting_node):
@@ -1891,6 +2335,54 @@ def test_a_stopped_gateway_is_wrong_once(home, capsys):
     assert [f["check"] for f in found.values() if f["state"] == "wrong"] == ["gateway"]
 
 
+@pytest.mark.parametrize("module", ["ssl", "sqlite3"])
+def test_a_doctor_names_a_module_that_python_lacks(home, tmp_path, module):
+    with InProcessGateway(home / ".moltis") as gateway:
+        words = f"import sys; sys.modules[{module!r}] = None; {moltis.IMPORT_AND_RUN}"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", words, str(ROOT), "doctor", "--json"],
+            env=clean_environment(home, MOLTIS_GATEWAY_URL=gateway.url),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    found = [f for f in json.loads(done.stdout) if f["state"] != "well"]
+    assert f"Python's module {module}" in found[0]["words"]
+    assert "OpenWrt: python3-" in found[0]["advice"]
+    assert found[0]["state"] == ("wrong" if module == "sqlite3" else "note")
+    assert done.returncode == (module == "sqlite3")
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_doctor_says_that_a_data_directory_is_of_root(mode):
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o755)
+        data = Path(scratch) / "data"
+        with InProcessGateway(data):
+            pass
+        data.chmod(mode)
+        program = Path(scratch) / "moltis.py"
+        shutil.copy(PROGRAM, program)
+        done = subprocess.run(
+            ["/usr/bin/python3", str(program), "doctor", "--json"],
+            env=clean_environment("/nonexistent", MOLTIS_DATA_DIR=str(data)),
+            preexec_fn=partial(os.setuid, 65534),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.stderr == ""
+    wrong = [f for f in json.loads(done.stdout) if f["state"] == "wrong"]
+    assert f"{data} belongs to root" in wrong[0]["words"]
+    assert f"chown -R nobody {data}" in wrong[0]["advice"]
+    assert done.returncode == moltis.EXIT_FAILURE
+
+
 @pytest.mark.parametrize(
     ("break_it", "check", "words", "advice"),
     [
@@ -1980,7 +2472,7 @@ def test_a_certificate_is_wrong_when_it_has_expired_or_is_another(
 
 @pytest.mark.parametrize(
     ("off", "state", "words"),
-    [(3600, "wrong", "59 min behind"), (-5, "note", "ahead of"), (0, "well", "agrees")],
+    [(3570, "wrong", "59 min behind"), (-5, "note", "ahead of"), (0, "well", "agrees")],
 )
 def test_a_clock_that_is_off_is_said(off, state, words):  # off: of the gateway's, s
     def health(_request):
@@ -2053,7 +2545,7 @@ def test_a_job_says_through_which_client_it_was_asked_for(gateway, home, capsys)
                 "Accept": "application/json, text/event-stream",
             },
         )
-        with urllib.request.urlopen(asked, timeout=20) as answer:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             answer.read()
     kinds = {j["command"]: j["callerKind"] for j in gateway.call("job.list")}
     assert kinds == {

@@ -19,6 +19,7 @@ from support import (
     clean_environment,
     free_port,
     run_moltis,
+    trickling_server,
     wait_for,
 )
 
@@ -67,11 +68,11 @@ def test_the_second_address_of_a_name_is_dialled_when_the_first_refuses(monkeypa
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         resolve_to(monkeypatch, entry(free_port()), entry(port))
-        with moltis.dial("name", port, timeout=5.0) as sock:
+        with moltis.dial("name", port, timeout=LONG) as sock:
             assert sock.getpeername()[1] == port
         resolve_to(monkeypatch)
         with pytest.raises(OSError, match="name has no address"):
-            moltis.dial("name", port, timeout=5.0)
+            moltis.dial("name", port, timeout=LONG)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a queue that drops SYNs")
@@ -83,7 +84,7 @@ def test_the_second_address_starts_a_quarter_second_after_a_silent_one(monkeypat
         started = time.monotonic()
         with moltis.dial("name", port, timeout=LONG) as sock:
             assert sock.getpeername()[1] == port
-        assert 0.5 <= time.monotonic() - started < 5
+        assert 0.5 <= time.monotonic() - started < LONG / 2
         resolve_to(monkeypatch, entry(silent), entry(silent))
         with pytest.raises(socket.timeout):
             moltis.dial("name", port, timeout=0.6)
@@ -116,6 +117,39 @@ def test_an_http_request_reaches_an_ipv6_address_whose_end_is_no_number():
         with moltis.http_exchange("GET", url) as response:
             assert response.read() == b"here"
         assert server.requests[0][2]["Host"] == f"[::ffff:127.0.0.1]:{server.port}"
+
+
+@pytest.mark.parametrize(
+    ("head", "rest"),
+    ids=["head", "length", "to the end", "chunk", "redirects"],
+    argvalues=[
+        ("HTTP/1.1 200 OK\r\nX: ", "x"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", "x"),
+        ("HTTP/1.1 200 OK\r\n\r\n", "x"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "0"),
+        ("HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 3\r\n\r\n", "x"),
+    ],
+)
+def test_an_answer_that_trickles_is_given_up_after_the_time_for_all_of_it(head, rest):
+    """Each byte would begin a socket's own timeout anew."""
+    begun = time.monotonic()
+    with trickling_server(head, rest) as url, pytest.raises(
+        moltis.Unreachable, match=r"fetched: .* did not finish its answer"
+    ) as caught:
+        moltis.fetch(f"{url}/join/mc_abcdefgh", moltis.TlsTrust(), 0.4)
+    assert time.monotonic() - begun < LONG / 2
+    assert "mc_abcdefgh" not in str(caught.value)
+
+
+def test_a_model_server_that_trickles_its_list_is_given_up(monkeypatch):
+    monkeypatch.setattr(moltis, "ANSWER_LIMIT", 0.3)
+    with trickling_server("HTTP/1.1 200 OK\r\n\r\n", "x") as url:
+        environ = {"OLLAMA_HOST": url}
+        assert moltis.find_ollama(environ, moltis.Cancellation()) is None
+        catalog = moltis.ModelCatalog(moltis.make_providers(environ, {}))
+        models, errors = catalog.models(moltis.Cancellation())
+    assert models == []
+    assert "did not finish its answer within 0.3 s" in errors["ollama"]
 
 
 # -- names ---------------------------------------------------------------------------
@@ -182,7 +216,7 @@ import moltis
 with socket.create_server(("::", 0), family=socket.AF_INET6) as server:
     for zone in ("%25lo", "%lo"):
         target = moltis.ServerUrl.parse(f"ws://[fe80::1{zone}]/")
-        moltis.dial(target.host, server.getsockname()[1], timeout=5.0).close()
+        moltis.dial(target.host, server.getsockname()[1], timeout=30).close()
 print("reached")
 """
 
@@ -447,7 +481,8 @@ def test_the_head_of_an_answer_costs_what_its_size_does():
             return time.process_time() - started
 
     seconds(1000)
-    assert seconds(60_000) < 0.2
+    # The least of three: the garbage of other tests may be collected meanwhile.
+    assert min(seconds(60_000) for _ in range(3)) < 0.2
 
 
 def test_a_join_code_for_this_machine_goes_through_no_proxy(home):

@@ -27,6 +27,7 @@ from support import (
     run_moltis,
     wait_for,
     wait_in_shell,
+    with_patience,
 )
 
 OK, FAILURE, USAGE, UNREACHABLE, REFUSED, CONFIGURATION = 0, 1, 2, 69, 77, 78
@@ -118,6 +119,7 @@ def test_gateway_json_is_for_its_owner_alone(site):
 
 def test_generate_token_prints_what_to_run_on_the_remote_machine(site):
     done = site.run("node", "generate-token", "--name", "Attic's Pi")
+    assert done.stderr.startswith("only this machine reaches 127.0.0.1; ")
     assert done.returncode == OK
     token = re.search(r"^Device token: (mdt_[\w-]{43})$", done.stdout, re.M).group(1)
     address = site.file["url"].replace("http://", "ws://") + "/ws"
@@ -175,10 +177,14 @@ def test_a_command_that_a_signal_ended_gives_the_status_a_shell_would(site):
 
 
 def test_a_command_whose_time_is_up_is_ended_and_its_output_kept(site):
-    done = site.run("node", "exec", "pi", "--timeout", "0.5", "--", "echo a; sleep 60")
-    assert done.returncode == 124
-    assert done.stdout == "a\n"
-    assert "timed out" in done.stderr
+    def attempt(limit):
+        words = ("--timeout", limit, "--", "echo a; sleep 120")
+        done = site.run("node", "exec", "pi", *words)
+        assert done.returncode == 124
+        assert done.stdout == "a\n"
+        assert "timed out" in done.stderr
+
+    with_patience(attempt, 0.5, 5, 30)
 
 
 def test_cwd_is_on_the_node_and_the_home_is_the_default(site, tmp_path):
@@ -227,7 +233,7 @@ def test_exec_prints_while_the_command_runs(site, tmp_path):
         running.wait_for_output("started")
         assert "ended" not in running.stdout
         gate.touch()
-        assert running.process.wait(20) == OK
+        assert running.process.wait(60) == OK
         running.wait_for_output("ended")
 
 
@@ -432,7 +438,7 @@ def test_a_signal_closes_a_node_and_ends_its_commands(own_site, number, tmp_path
     with Program("node", "exec", "far", "--", line, home=own_site.home) as running:
         running.wait_for_output("running")
         assert node.end(number) == OK
-        running.process.wait(30)
+        running.process.wait(60)
     pid = int((tmp_path / "pid").read_text())
     assert not process_exists(pid)
     assert "Traceback" not in node.stderr
@@ -451,7 +457,8 @@ def test_a_node_that_waits_for_a_silent_gateway_can_be_stopped(tmp_path):
         )
         with node:
             connection, _ = silent.accept()
-            assert node.end(signal.SIGTERM, timeout=6) == OK
+            assert node.end(signal.SIGTERM) == OK
+            assert "did not answer" not in node.output  # it did not give up by itself
             connection.close()
 
 
@@ -689,7 +696,7 @@ def test_two_machines_with_one_token(own_site, tmp_path):
 def test_a_revoked_node_is_dropped_at_once_and_stays_out(own_site):
     node = own_site.node("gone")
     assert own_site.run("node", "revoke", "gone").returncode == OK
-    wait_for(lambda: node.process.poll() is not None, 20, "the node to end")
+    wait_for(lambda: node.process.poll() is not None, what="the node to end")
     assert node.process.returncode == REFUSED
     assert "gone" not in {n for n, v in own_site.nodes().items() if v["connected"]}
 
@@ -699,7 +706,8 @@ def test_an_offline_node_says_since_when(own_site):
     wait_for(lambda: not own_site.nodes()["away"]["connected"], what="it to be offline")
     done = own_site.run("node", "exec", "away", "--", "true")
     assert done.returncode == UNREACHABLE
-    assert re.search(r"away is offline since \d{4}-\d\d-\d\d \d\d:\d\d", one_line(done))
+    since = r"away has been offline since \d{4}-\d\d-\d\d \d\d:\d\d"
+    assert re.search(since, one_line(done))
     assert re.search(r"away +offline for", own_site.run("node", "list").stdout)
 
 

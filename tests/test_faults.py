@@ -180,7 +180,7 @@ def test_what_ended_while_the_gateway_was_away_lands_in_the_audit(world):
     world.gateway.kill()
     time.sleep(1.2)  # the command's own time, and not a wait for something
     world.start_gateway()
-    row = wait_for(lambda: [r for r in world.rows() if r["ended_at"]], 20)[0]
+    row = wait_for(lambda: [r for r in world.rows() if r["ended_at"]])[0]
     assert (row["state"], row["exit_code"], row["stdout_bytes"]) == ("done", 5, 4)
 
 
@@ -255,7 +255,7 @@ def test_who_comes_back_to_a_lost_command_hears_what_others_heard(world):
     world.operator_proxy.cut()
     world.node.kill()
     world.node.start()
-    wait_for(lambda: [r for r in world.rows() if r["state"] == "lost"], 20)
+    wait_for(lambda: [r for r in world.rows() if r["state"] == "lost"])
     world.operator_proxy.silent = False
     assert call.wait() == moltis.EXIT_UNREACHABLE
     assert "how it ended is not known" in call.complaints
@@ -335,7 +335,7 @@ def test_commands_of_a_node_go_on_whose_gateway_has_no_room(small_world):
     wait_for(lambda: call.output)  # a busy machine may show several lines at once
     small_world.disks["gateway"].fill()
     small_world.node_proxy.cut()
-    assert call.wait(30) == 0
+    assert call.wait() == 0
     assert call.output == lines(6)
 
 
@@ -353,6 +353,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     """What could not be written is a gap, and nothing else is."""
     monkeypatch.setattr(moltis, "SEGMENT", 1)  # byte: each piece begins another
     monkeypatch.setattr(moltis, "MEMORY_LOG", 1)
+    monkeypatch.setattr(moltis, "UNWRITTEN", 1)  # nothing waits for more
     directory = small_disk.path / moltis.new_id()
     log = moltis.Log(str(directory))
     frames = [moltis.encode_log_frame(1, b"%04d" % n) for n in range(4)]
@@ -385,6 +386,23 @@ def test_an_operator_whose_own_disk_is_full_is_told(world):
     wait_for(lambda: [row["state"] for row in world.rows()] == ["cancelled"])
 
 
+@pytest.mark.parametrize(
+    "words", [["--help"], ["node", "exec", "--help"], ["--version"]]
+)
+def test_help_that_does_not_fit_on_a_disk_is_one_sentence(words, tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*MOLTIS, *words],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "HOME": str(tmp_path)},
+            text=True,
+        )
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr == ("moltis: the output is not whole: No space left on device\n")
+
+
 @pytest.fixture
 def clocks(tmp_path):
     if JumpingClock.library() is None:
@@ -398,12 +416,10 @@ def test_a_clock_that_jumps_changes_no_fate(clocks, seconds):
     """Nor when a command's time is up, nor what the audit says of its length."""
     call = clocks.call("echo one; sleep 60", options=("--timeout", "4"))
     wait_for(lambda: call.output == b"one\n")
-    began = time.monotonic()
     for clock in clocks.clocks.values():
         clock.jump(seconds)
     wait_for(lambda: clocks.rows()[0]["state"] == "running")
-    assert call.wait() == moltis.TIMED_OUT
-    assert time.monotonic() - began < 30
+    assert call.wait() == moltis.TIMED_OUT  # and not 0, which `sleep` ends with
     (row,) = clocks.rows()
     assert row["state"] == "timed_out"
     assert row["asked_at"] <= row["started_at"] <= row["ended_at"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import stat
+import threading
 import time
 
 import pytest
@@ -117,10 +119,12 @@ def test_what_is_no_text_is_refused_with_type_and_size(tmp_path, data, sentence)
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mem").symlink_to("/proc/self/mem")  # no page is at its beginning
     for path, sentence in (
         ("none", "none: No such file or directory"),
         ("pipe", "is neither a file nor a directory"),
         (".", "is a directory, not a file"),
+        *([("mem", "mem: Input/output error")] if os.path.exists("/proc/self") else []),
     ):
         with pytest.raises(RpcError, match=sentence):
             read(path, base=tmp_path)
@@ -147,6 +151,11 @@ def edited(data, old, new, every=False):
         (b"gr\xfcn\n", "gr\xfcn", "bl\xe4u", b"bl\xe4u\n"),
         ("grün 🙂".encode(), "🙂", "ß", "grün ß".encode()),
         (b"a\n", "a\n", "", b""),
+        (b"a\rb\r", "b", "c", b"a\rc\r"),
+        (b"a\r\nb\n", "a\r\n", "", b"b\n"),
+        pytest.param(
+            *(b"x" * 900_000 + b"y", "y", "z", b"x" * 900_000 + b"z"), id="a long line"
+        ),
     ],
 )
 def test_an_edit_changes_no_byte_beside_its_own(data, old, new, expected):
@@ -157,6 +166,11 @@ def test_an_edit_changes_no_byte_beside_its_own(data, old, new, expected):
     ("data", "old", "new", "sentence"),
     [
         (b"x\na\nb a\n", "a", "c", "2 times, at the lines 2, 3; give more"),
+        (b"x\nx\nx\n", "x\nx\n", "y\n", "2 times, at the lines 1, 2; give more"),
+        (b"aaa", "aa", "b", "2 times, at the lines 1; give more"),
+        (b"a\r\na\r\na\r\n", "a\na\n", "", "2 times, at the lines 1, 2; give more"),
+        (b"a\n" * 99, "a", "b", "99 times, at the lines 1, 2, .*, 20 and more; give"),
+        (b"", "x", "c", "old is not in the file; read it again"),
         (b"x\n", "y", "c", "old is not in the file; read it again"),
         (b"x\n", "", "c", "old is empty"),
         (b"x\n", "x", "x", "nothing changes"),
@@ -177,6 +191,33 @@ def test_an_edit_that_cannot_be_made_says_why(data, old, new, sentence):
 def test_an_edit_in_too_many_places_is_refused(data, old, new):
     with pytest.raises(RpcError, match="times, too often to be changed at once"):
         moltis.find_edits(data, old, new, every=True)
+
+
+def test_an_edit_that_overlaps_itself_everywhere_is_refused_at_once():
+    begun = time.process_time()
+    with pytest.raises(RpcError, match="21 times, at the lines 1 and more"):
+        edited(b"a" * 1_000_000, "a" * 500_000, "b")
+    assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("a\nc\n" * 10_000, "a\nb\n" * 99), ("a\na\nc\n" * 6600, "a\nb\n" * 99)],
+)
+def test_a_diff_of_lines_that_repeat_takes_no_longer_than_others(old, new):
+    """difflib would take ten seconds."""
+    begun = time.process_time()
+    with contextlib.suppress(RpcError):  # it may be too long to be shown
+        moltis.file_diff(old.encode(), new.encode())
+    assert time.process_time() - begun < 4
+
+
+def test_a_diff_of_two_places_far_apart_shows_both_and_little_else():
+    lines = [f"{n % 7 and n}\n" for n in range(2000)]
+    changed = ["x\n" if n in (5, 1990) else line for n, line in enumerate(lines)]
+    diff = moltis.file_diff("".join(lines).encode(), "".join(changed).encode())
+    assert (diff.count("\n+"), diff.count("\n-")) == (2, 2)
+    assert len(diff.split("\n")) < 20
 
 
 def test_a_diff_names_an_encoding_that_changes():
@@ -366,7 +407,9 @@ def test_a_change_asks_with_its_diff_and_that_is_what_is_written(chat, home):
     row = chat.ran()[-1]
     assert (row.id, row.work, row.decided_by) == (question.job_id, "file.write", "anna")
     digest = hashlib.sha256((home / "conf").read_bytes()).hexdigest()
-    assert row.words() == f"done: 1 file, 20 bytes, SHA-256 {digest}"
+    where = f"1 file ({home}/conf), 20 bytes"
+    assert row.words() == f"done: {where}, SHA-256 {digest}"
+    assert (row.result["path"], row.result["sha256"]) == (f"{home}/conf", digest)
 
 
 def test_a_file_that_changed_while_the_person_looked_is_not_written(chat, home):
@@ -512,6 +555,50 @@ def test_a_key_that_only_reads_has_no_tool_for_files(gateway):
         assert "operator.write" in result["error"]
     finally:
         client.close()
+
+
+def test_a_cancelled_call_over_mcp_ends_its_transfer(gateway, tmp_path, monkeypatch):
+    begun = threading.Event()
+
+    def read(_source, pause):
+        begun.set()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pause()
+            time.sleep(0.01)
+        raise AssertionError("nobody ended the transfer")
+
+    monkeypatch.setattr(moltis.TextSource, "read", read)
+    call = {"name": "file_read", "arguments": {"path": str(tmp_path / "f")}}
+    client = McpClient(gateway)
+    try:
+        client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call})
+        assert begun.wait(30)
+        (job,) = gateway.call("job.list", state="open")
+        note = {"jsonrpc": "2.0", "method": "notifications/cancelled"}
+        client.send({**note, "params": {"requestId": 1}})
+        wait_for(lambda: not gateway.call("job.list", state="open"), what="its end")
+        assert gateway.call("job.wait", id=job["id"])["state"] == "cancelled"
+        assert client.request(2, "ping")["result"] == {}
+        assert all(answer["id"] != 1 for answer in client.answers)
+    finally:
+        client.close()
+
+
+def test_a_change_whose_answer_was_lost_is_made_once_and_that_is_said(
+    gateway, tmp_path
+):
+    asked = {
+        "nodeId": "local",
+        "work": "file.change",
+        "spec": {"action": "mkdir", "path": moltis.encode_path(str(tmp_path / "new"))},
+        "jobId": moltis.uuid_text(bytes(16)),
+    }
+    gateway.call("job.once", **asked)
+    (tmp_path / "new").rmdir()
+    with pytest.raises(moltis.MoltisError, match="it was done, but its answer is lost"):
+        gateway.call("job.once", **asked)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_node_of_moltis_is_refused_with_a_sentence(gateway):

@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import os
-import re
 import tarfile
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from browser import Browser
+from peers import RawPeer, other_node, revoke, rust_connect
 from support import wait_for
 from world import World
 
@@ -99,7 +99,13 @@ def test_a_directory_is_listed_with_directories_first(page, world):
 
 
 def test_names_are_kept_byte_for_byte(page, world):
-    odd = [b"caf\xe9", b"a b%41?#&", "ünï€😀".encode(), b"\xed\xa0\x80", b"new\nline"]
+    odd = [
+        b"caf\xe9",
+        b"  a  b%41?#&",
+        "ünï€😀".encode(),
+        b"\xed\xa0\x80",
+        b"new\nline",
+    ]
     for number, name in enumerate(odd):
         path = os.path.join(os.fsencode(str(world.scratch)), name)
         os.mkdir(path)
@@ -107,8 +113,13 @@ def test_names_are_kept_byte_for_byte(page, world):
     show(page, world)
     wait_for(lambda: len(names(page)) == len(odd))
     assert {r"caf\xe9", "ünï€😀", r"\xed\xa0\x80", r"new\nline"} < set(names(page))
+    # To a person as well, with all spaces.
+    assert page.evaluate(
+        """[...document.querySelectorAll("#files-rows .file [data-part=name]")]
+          .every(name => name.innerText === name.textContent)"""
+    )
     for number in range(len(odd)):
-        shown = [r"caf\xe9", "a b%41?#&", "ünï€😀", r"\xed\xa0\x80", r"new\nline"][
+        shown = [r"caf\xe9", "  a  b%41?#&", "ünï€😀", r"\xed\xa0\x80", r"new\nline"][
             number
         ]
         row = f"""[...document.querySelectorAll("#files-rows .file")].find(row =>
@@ -164,6 +175,12 @@ def test_the_path_is_completed(page, world):
     page.press("Enter")
     page.wait_for_text("This directory is empty.")
     assert page.evaluate("location.pathname.endsWith('/documents/letters/')") is False
+    page.fill("#files-path", f"{world.scratch}/do")
+    page.click("#files-matches li:last-child")
+    page.wait_for(
+        "document.querySelector('#files-path').value.endsWith('/downloads/') && "
+        "document.activeElement.id === 'files-path'"
+    )
 
 
 def test_a_text_is_shown_with_line_numbers(page, world):
@@ -230,6 +247,63 @@ def test_a_click_downloads_a_file_and_a_directory(page, world):
     assert saved[1].read_text() == "content"
     with tarfile.open(saved[0]) as tar:
         assert tar.getnames() == ["d", "d/f"]
+
+
+def test_what_a_download_of_a_directory_leaves_out_is_said(page, world):
+    (world.scratch / "site").mkdir()
+    (world.scratch / "site" / "kept").write_text("kept")
+    os.mkfifo(world.scratch / "site" / "pipe")
+    target = world.scratch / "saved"
+    target.mkdir()
+    behaviour = {"behavior": "allow", "downloadPath": str(target)}
+    page.call("Page.setDownloadBehavior", **behaviour)
+    show(page, world)
+    wait_for_names(page, "saved", "site")
+    page.evaluate("document.querySelector('[aria-label$=\".tar: site\"]').click()")
+    page.wait_for("!document.querySelector('#toast').hidden")
+    said = page.text("#toast")
+    assert said.startswith("site.tar: ")
+    assert "pipe" in said
+    assert "neither a file nor a directory" in said
+    wait_for((target / "site.tar").exists, what=lambda: os.listdir(target))
+    with tarfile.open(target / "site.tar") as tar:
+        assert tar.getnames() == ["site", "site/kept"]
+
+
+def test_a_machine_that_lends_no_files_says_so(page, world):
+    with other_node(world, "closed", files=False):
+        show(page, world, node="closed")
+        page.wait_for_text("This machine's owner does not share its files")
+        assert page.evaluate("document.querySelector('#files-list').hidden")
+        seen = "[...document.querySelectorAll('#files .bar .button')]"
+        assert page.evaluate(f"{seen}.filter(b => b.offsetParent).length") == 0
+
+
+def test_a_machine_confined_to_directories_begins_in_the_first(page, world):
+    shared = world.scratch / "shared"
+    shared.mkdir()
+    (shared / "f").touch()
+    (world.scratch / "secret").touch()
+    with other_node(world, "confined", allow_files=[str(shared)]):
+        page.goto(f"{world.direct_url}/nodes/confined/files")
+        page.wait_for(READY)
+        wait_for_names(page, "f")
+        page.wait_for(f"location.pathname.endsWith({json.dumps(f'{shared}')})")
+        page.click("#files-up")
+        page.wait_for("document.querySelector('#files-problem').innerText !== ''")
+        assert "shared" in page.text("#files-problem")
+        assert page.evaluate("document.querySelector('#files-list').hidden")
+
+
+def test_a_moltis_node_says_that_it_has_no_files(page, world):
+    token = world.rpc("device.token.create", displayName="Rust box")["deviceToken"]
+    with RawPeer(f"ws{world.direct_url[4:]}/ws") as peer:
+        assert peer.request("connect", rust_connect(token))["ok"]
+        show(page, world, node="rust-1")
+        page.wait_for("document.querySelector('#files-problem').innerText !== ''")
+        assert "Rust box" in page.text("#files-problem")
+        assert page.evaluate("document.querySelector('#files-list').hidden")
+    revoke(world, "rust-1")
 
 
 def row(name, part):
@@ -346,7 +420,22 @@ def test_a_file_is_uploaded_by_a_button(page, world, chosen):
     wait_for_names(page, "f")
     (job,) = world.rpc("job.list", limit=1)
     assert job["command"] == f"write {world.scratch}"
-    assert "SHA-256" in job["reason"]
+    assert f"1 file ({world.scratch}/f), 3,000,000 bytes, SHA-256 " in job["reason"]
+    assert job["callerName"] == "owner"
+
+
+def test_a_directory_is_uploaded_by_a_button_of_a_phone(page, world, chosen):
+    page.set_viewport(390, 844)
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    box = "document.querySelector('#files-send-all').getBoundingClientRect()"
+    page.wait_for(f"{box}.width > 30 && {box}.right <= 390")
+    assert page.text("#files-title") == "far"
+    cut = "(title => title.scrollWidth > title.clientWidth)"
+    assert not page.evaluate(f"{cut}(document.querySelector('#files-title'))")
+    choose(page, "#files-chosen-all", chosen / "site")
+    uploaded(page, "2 files uploaded")
+    assert (world.scratch / "site" / "none").exists()
 
 
 def test_a_directory_is_uploaded_by_dropping_it(page, world, chosen):
@@ -416,7 +505,7 @@ def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen)
     assert (world.scratch / "large").stat().st_size == 60_000_000
     assert os.listdir(world.scratch) == ["large"]
     (job,) = world.rpc("job.list", limit=1)
-    assert "1 file, 60,000,000 bytes" in job["reason"]
+    assert (job["result"]["files"], job["result"]["bytes"]) == (1, 60_000_000)
 
 
 def test_what_cannot_be_written_is_said(page, world, chosen):
@@ -550,7 +639,24 @@ def test_a_download_names_its_file_in_the_audit(world):
         answer.read()
     (job,) = world.rpc("job.list", limit=1)
     assert (job["command"], job["state"]) == (f"read {world.scratch}/f", "done")
-    assert re.fullmatch("1 file, 7 bytes, SHA-256 [0-9a-f]{64}", job["reason"])
+    digest = job["result"]["sha256"]
+    words = f"1 file ({world.scratch}/f), 7 bytes, SHA-256 {digest}"
+    assert (job["reason"], job["callerName"]) == (words, "owner")
+
+
+def test_a_copy_in_the_commands_of_a_machine_stays_within_the_page(page, world):
+    (world.scratch / "f").write_bytes(b"content")
+    with fetch(prepare(world, f"{world.scratch}/f")) as answer:
+        answer.read()
+    page.goto(f"{world.direct_url}/nodes/far")
+    page.wait_for_text("Done: 1 file, 7 B, ")
+    row = "#node-jobs li"
+    assert "SHA-256" not in page.text(row)
+    assert "SHA-256" in page.evaluate(f"document.querySelector('{row} .detail').title")
+    assert page.evaluate(
+        f"[...document.querySelectorAll('{row} > *')]"
+        ".every(part => part.getBoundingClientRect().right <= innerWidth)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_an_error_names_twenty_of_five_thousand(world, monkeypatch):
 
 def test_an_offline_node_is_an_error_that_says_since_when(world, node):
     world.fleet.release(node)
-    with pytest.raises(moltis.RpcError, match="far is offline since"):
+    with pytest.raises(moltis.RpcError, match="far has been offline since"):
         world.fleet.require_connected(*world.fleet.resolve("far"))
 
 

@@ -20,7 +20,7 @@ from moltis import (
     tls_server_end_point,
 )
 
-FUZZ = settings(deadline=None, database=None, max_examples=300)
+FUZZ = settings(max_examples=100)
 
 TOKEN = "mdt_" + "t" * 43
 VERIFIER = make_verifier(TOKEN)

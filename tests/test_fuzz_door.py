@@ -18,15 +18,10 @@ from support import PROGRAM, wait_for
 
 import moltis
 
-FUZZ = settings(deadline=None, database=None, max_examples=200)
+FUZZ = settings(max_examples=80)
 # A connection each, and hypothesis' view of fixtures does not fit ours: one gateway
 # for all examples is the point.
-LIVE = settings(
-    deadline=None,
-    database=None,
-    max_examples=50,
-    suppress_health_check=list(HealthCheck),
-)
+LIVE = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 
 JSON = st.recursive(
     st.one_of(

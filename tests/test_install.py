@@ -19,6 +19,7 @@ from support import (
     ScriptedServer,
     clean_environment,
     run_moltis,
+    trickling_server,
     wait_for,
 )
 
@@ -213,6 +214,34 @@ def test_a_python_of_another_name_will_do(shell, home, source, path_of, name):
     assert "['install']" in done.stdout
 
 
+@pytest.mark.parametrize("tool", ["curl", "wget", None])
+def test_a_download_that_trickles_is_given_up(home, path_of, tool):
+    if tool and not shutil.which(tool):
+        pytest.skip(f"no {tool} here")
+    path = path_of(*([tool] if tool else []))
+    script = SCRIPT.read_text()
+    assert script.count("alarm(600)") == 1
+    with trickling_server("HTTP/1.1 200 OK\r\n\r\n", "x") as url:
+        done = run_script(
+            *([shutil.which("sh")], home, "--from", url),
+            script=None,
+            stdin=script.replace("alarm(600)", "setitimer(signal.ITIMER_REAL, 0.5)"),
+            PATH=str(path),
+            TMPDIR=str(home),
+        )
+    assert done.returncode == 1
+    assert f"cannot download {url}/moltis.py" in done.stderr
+    assert not list(home.iterdir())
+
+
+def test_moltis_install_gives_up_a_download_that_trickles(home, monkeypatch):
+    monkeypatch.setattr(moltis, "DOWNLOAD_LIMIT", 0.4)
+    with trickling_server("HTTP/1.1 200 OK\r\n\r\n", "x") as url, pytest.raises(
+        moltis.Unreachable, match="did not finish its answer"
+    ):
+        moltis.chosen_program(url)
+
+
 def test_a_download_that_stops_halfway_does_nothing(home, source):
     """All is in functions, and the last line calls one of them."""
     lines = SCRIPT.read_text().splitlines(keepends=True)
@@ -328,6 +357,9 @@ def test_install_sh_installs_runs_and_removes_the_program(shell, home):
     assert done.returncode == 0
     assert done.stderr == f"moltis is removed from {home}/.local\n"
     assert files_below(home) == [".local"]
+    done = run_script(shell, home, "--uninstall")
+    assert done.returncode == 0
+    assert done.stderr == f"moltis is not in {home}/.local; --prefix says where\n"
 
 
 def test_the_launcher_starts_compiled_code(tmp_path):
@@ -548,7 +580,9 @@ class Site:
         self.home = home
         # From bytecode: to compile the text takes a second each time.
         self.launcher = install(home / "installed", PROGRAM.read_text())[0].launcher
-        self.gateway = Program("gateway", "--port", "0", "--demo-node", home=home)
+        self.gateway = Program(
+            *("gateway", "--port", "0", "--demo-node"), home=home, program=PROGRAM
+        )
         self.gateway.wait_for_output("Ctrl+C stops it.")
 
     def run(self, *arguments):
@@ -610,7 +644,7 @@ def start(site):
     for node in nodes:
         node.terminate()
         try:
-            assert node.wait(20) in (0, -signal.SIGTERM)
+            assert node.wait(60) in (0, -signal.SIGTERM)
         finally:
             node.kill()
             node.wait()

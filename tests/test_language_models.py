@@ -388,6 +388,9 @@ class Script:
         )
 
     def _reply(self, handler):
+        if handler.path == "/api/show":  # of Ollama, before the first question
+            self.server.requests.pop()
+            return 200, {}, [b"{}"]
         return self.replies.pop(0)
 
     def stream(self, *chunks, **headers):
@@ -615,6 +618,9 @@ def test_an_answer_that_met_its_limit_says_so(script, vendor):
         ("max_tokens", "length"),
         ("model_context_window_exceeded", "length"),
         ("content_filter", "refusal"),
+        ("content_filter: PROHIBITED_CONTENT", "refusal"),
+        ("SAFETY", "refusal"),
+        ("sensitive", "refusal"),
         ("refusal", "refusal"),
     ],
 )
@@ -625,6 +631,20 @@ def test_calls_of_an_answer_that_was_cut_or_refused_are_not_run(
     finished = list(script.ask())[-1]
     assert (finished.reason, finished.message.text) == (reason, "and")
     assert finished.message.tool_calls == ()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        *("error", "network_error", "insufficient_system_resource"),
+        "function_call_filter: MALFORMED_FUNCTION_CALL",
+    ],
+)
+def test_an_answer_that_an_error_ended_is_not_complete(script, vendor, reason):
+    calls = [("a", "exec", {"command": "ls"})]
+    script.stream(vendor.answer("half", calls, reason=reason))
+    with pytest.raises(ModelError, match="because of an error of its own"):
+        list(script.ask())
 
 
 @pytest.mark.parametrize("reason", ["stop", "error"])
@@ -677,10 +697,24 @@ def test_a_key_or_address_that_http_does_not_take_is_said(vendor, key, address):
     assert not key or key not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["http://[::1", "http://h:99999/v1", "sk-in-the-wrong-place", "ftp://h/v1"],
+)
+def test_an_address_that_is_none_is_said_but_not_shown(address):
+    """It may be a key in the wrong variable."""
+    environ = {"OPENAI_BASE_URL": address, "ANTHROPIC_BASE_URL": address}
+    for provider in moltis.make_providers(environ, {})[-2:]:
+        with pytest.raises(ModelError, match="must look like http://gpu-box") as said:
+            provider.models(Cancellation())
+        assert address not in str(said.value)
+    moltis.make_providers({"OLLAMA_HOST": address}, {})
+
+
 def test_a_key_may_have_white_space_around_it(vendor):
     provider = vendor.make(vendor.spec, "http://nobody", " k-secret\n")
     assert "k-secret" in "".join(provider._headers().values())
-    provider._check_header_texts()
+    provider._check_settings()
 
 
 @pytest.mark.parametrize("status", [307, 308])
@@ -891,6 +925,7 @@ def test_a_wrong_key_is_said_without_the_key(script, vendor):
         "Input is too long for requested model.",
         "Range of input length should be [1, 30720]",
         "Prompt exceeds max length",
+        "total message size 10176584 exceeds limit 2097152",
         "`inputs` tokens + `max_new_tokens` must be <= 4097",
     ],
 )
@@ -975,7 +1010,7 @@ def test_cancelled_while_the_model_loads(script, vendor):
     released = threading.Event()
 
     def slow():
-        released.wait(10)
+        released.wait(60)
         yield vendor.answer("too late")
 
     script.stream()
@@ -995,7 +1030,7 @@ def test_cancelled_amid_the_answer(script, vendor):
 
     def slow():
         yield whole[:cut]
-        released.wait(10)
+        released.wait(60)
         yield whole[cut:]
 
     script.replies.append((200, {"Content-Type": vendor.content_type}, slow()))
@@ -1059,7 +1094,7 @@ def test_a_stream_that_nobody_reads_on_closes_its_connection(script, vendor):
     stream = script.ask()
     next(stream)
     stream.close()
-    assert gone.wait(10)
+    assert gone.wait(60)
 
 
 # --- Ollama alone ---
@@ -1611,7 +1646,7 @@ def test_over_tls_it_can_be_cancelled(script, vendor, tls, monkeypatch):
     cancel = Cancellation()
 
     def slow():
-        released.wait(10)
+        released.wait(60)
         yield b""
 
     script.replies.append((200, {}, slow()))
@@ -1835,6 +1870,75 @@ def test_ollama_lists_what_can_chat_and_what_can_use_tools():
         ("ollama/gemma3", False),
         ("ollama/of-an-old-server", True),
     ]
+
+
+def ollama(shown, sizes):
+    """Return a server whose `/api/show` answers `shown`; `sizes` gets contexts."""
+
+    def reply(handler):
+        body = json.loads(handler.body or b"{}")
+        if handler.path == "/api/tags":
+            found = {"models": [{"model": "m:latest"}, {"model": "n:latest"}]}
+        elif handler.path == "/api/show":
+            found = shown(body) if callable(shown) else shown
+        else:
+            sizes.append((body["model"], body["options"]["num_ctx"]))
+            return 200, {}, [Ollama().answer("ok")]
+        return 200, {}, [json.dumps(found).encode()]
+
+    return ScriptedServer(reply)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "trained", "length", "size"),
+    [
+        (32768, 131072, 10, 32768),
+        (20000, 131072, 100_000, 40000),
+        (2048, 131072, 10, 8192),
+        (0, 16384, 10_000_000, 16384),
+        (0, 131072, 10_000_000, 65536),
+        (131072, 262144, 10, 131072),
+        (32768, 16384, 10, 32768),
+        (0, "x", 10, 8192),
+    ],
+)
+def test_the_context_of_a_modelfile_counts_from_the_first_request(
+    listed, wanted, trained, length, size
+):
+    """Its own or more, up to what the model was trained for; asked for once."""
+    shown = {
+        "parameters": f"stop x\nnum_ctx      {wanted}\n" if wanted else "",
+        "model_info": {"general.architecture": "q", "q.context_length": trained},
+    }
+    sizes = []
+    with ollama(shown, sizes) as server:
+        provider = moltis.OllamaProvider(moltis.PROVIDERS[0], server.url, "")
+        if listed:
+            provider.models(Cancellation())
+        for name in ("m", "m:latest"):
+            model = moltis.ProviderModel(provider, name)
+            message = ChatMessage("user", "x" * length)
+            list(model.stream((message,), (), Cancellation()))
+        asked = [path for _, path, _, _ in server.requests]
+    assert sizes == [("m", size), ("m:latest", size)]
+    assert asked.count("/api/show") == (2 if listed else 1)
+
+
+def test_an_ollama_that_describes_no_model_is_asked_once(monkeypatch):
+    """A `/api/show` that hangs neither hides models nor delays each question."""
+    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 2.0)
+    leave, sizes = threading.Event(), []
+    with ollama(lambda _: leave.wait(60) and {}, sizes) as server:
+        provider = moltis.OllamaProvider(moltis.PROVIDERS[0], server.url, "")
+        for _ in range(2):
+            list(moltis.ProviderModel(provider, "m").stream(HELLO, (), Cancellation()))
+        models = provider.models(Cancellation())
+        leave.set()
+        asked = [path for _, path, _, _ in server.requests]
+    assert sizes == [("m", 8192)] * 2
+    assert [model.id for model in models] == ["ollama/m:latest", "ollama/n:latest"]
+    assert asked.count("/api/show") == 1
 
 
 def test_openai_and_its_imitators_list_models_in_their_ways():

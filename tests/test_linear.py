@@ -17,7 +17,7 @@ from peers import InProcessGateway
 
 import moltis
 
-LARGE = 1_000_000  # bytes, unless a parser's own bound is lower
+LARGE = 100_000  # bytes, unless a parser's own bound is lower
 GROWTH = 8  # from the smaller size to the larger
 TOLERANCE = 3  # caches and a busy machine cost something too
 NOISE = 0.004  # s; shorter times are not compared
@@ -29,7 +29,7 @@ def cost(action, clock=time.thread_time):
     times = []
     gc.disable()  # it would look at what other tests have left
     try:
-        while len(times) < 4 and sum(times) < 0.2:
+        while len(times) < 3 and sum(times) < 0.05:
             start = clock()
             with contextlib.suppress(*EXPECTED):
                 action()
@@ -172,6 +172,51 @@ def program_name(text):
     moltis.find_binary(text, {"PATH": "/usr/bin"})
 
 
+def last_line_of_output(text):
+    moltis.newest_line(text)
+
+
+def edited_in_the_middle(text):
+    quarter = text[: len(text) // 4]
+    moltis.find_edits(text.encode(), f"{quarter}b{quarter}", "c", every=True)
+
+
+def edited_file(text):
+    moltis.find_edits(text.encode(), "a" * 1000 + "b", "c", every=True)
+
+
+def change_to_show(text):
+    moltis.file_diff(text.encode(), b"x\n" + text.encode())
+
+
+def recorded_terminal(text):
+    recording = moltis.Recording("sh", "pi", 0)
+    mark = moltis.to_json(moltis.Mark(0, 24, 80)).encode()
+    list(recording.lines(moltis.MARK, mark))
+    data = text.encode()
+    for start in range(0, len(data), 16):
+        list(recording.lines(moltis.STDOUT, data[start : start + 16]))
+
+
+def terminal_modes(text):
+    moltis.TerminalModes().feed(text.encode())
+
+
+def terminal_modes_in_pieces(text):
+    modes, data = moltis.TerminalModes(), text.encode()
+    for start in range(0, len(data), 16):
+        modes.feed(data[start : start + 16])
+
+
+def terminal_mark(text):
+    moltis.decode_mark(text.encode())
+
+
+def file_name(text):
+    moltis.decode_path(text)
+    moltis.encode_path(text)
+
+
 TEXTS = [
     *shapes(
         json_depth,
@@ -287,6 +332,37 @@ TEXTS = [
         )
     ),
     *shapes(
+        last_line_of_output,
+        ("\n",),
+        ("\x1b[",),
+        ("\x1b]",),
+        ("\x1b[0",),
+        ("0", "\x1b["),
+        (" ", "\x1b[0"),
+        ("\x1b[0m\n",),
+        ("x", "\x1b]"),
+    ),
+    *shapes(edited_in_the_middle, ("a",)),
+    *shapes(edited_file, ("a",), ("\r\n",), ("a\n",), ("b",), ("a" * 999 + "b\n",)),
+    *shapes(change_to_show, ("a\n",), ("\r\n",), ("a\nb\nc\n",), ("a",)),
+    *shapes(recorded_terminal, ("a",), ("\x1b[",), ("\ud7ff",), ("\x00",)),
+    *(
+        row
+        for parser in (terminal_modes, terminal_modes_in_pieces)
+        for row in shapes(
+            parser,
+            ("\x1b",),
+            ("\x1b[",),
+            ("\x1b[?",),
+            ("1;", "\x1b[?"),
+            ("\x1b[?1;",),
+            ("\x1b[?2004h",),
+            ("0", "\x1b[>4;"),
+        )
+    ),
+    *shapes(terminal_mark, ("[",), ('{"modes":',), ('"5":true,', '{"modes":{')),
+    *shapes(file_name, ("%",), ("%f",), ("%ff",), ("/",), ("a",), ("%%",)),
+    *shapes(
         pattern("too_long_for_a_model", moltis.OVERLONG_PATTERN),
         ("context",),
         ("contextlengt",),
@@ -295,8 +371,7 @@ TEXTS = [
 ]
 
 SMALLER = {  # bytes; what is slow for each character
-    allowed_command: 100_000,
-    visible_text: 200_000,
+    allowed_command: 50_000,
 }
 
 
@@ -479,6 +554,27 @@ ANSWERS = {  # a reader, what begins, what comes n times (given its number), wha
         lambda n: openai_call(n, "exec", "{}", "call"),
         (),
     ),
+    "words of responses": (
+        moltis.ResponsesAnswer,
+        (),
+        lambda n: {"type": "response.output_text.delta", "delta": PIECE},
+        (),
+    ),
+    "thoughts of responses": (
+        moltis.ResponsesAnswer,
+        (),
+        lambda n: {"type": "response.reasoning_summary_text.delta", "delta": PIECE},
+        (),
+    ),
+    "items of responses": (
+        moltis.ResponsesAnswer,
+        (),
+        lambda n: {
+            "type": "response.output_item.done",
+            "item": {"type": "function_call", "name": "exec", "call_id": f"c{n % 7}"},
+        },
+        ({"type": "response.completed", "response": {}},),
+    ),
     "anthropic's thoughts": (
         moltis.AnthropicAnswer,
         (),
@@ -557,6 +653,8 @@ LINES = {
     "request line": ("GET /", "a"),
     "slashes": ("GET ", "/"),
     "words": ("GET", " a"),
+    "path of a page": ("GET /chat/", "%2f"),
+    "query": ("GET /api/audit.csv?", "a=&"),
     "cookies": ("GET / HTTP/1.1\r\nHost: h\r\nCookie: ", "a;"),
     "nameless cookies": ("GET / HTTP/1.1\r\nHost: h\r\nCookie: ", "=;"),
     "quoted cookies": ("GET / HTTP/1.1\r\nHost: h\r\nCookie: ", 'a="\\'),
@@ -582,7 +680,7 @@ def test_the_head_of_a_request_is_read_in_time(proxied, shape):
 
     def ask(size):
         head = filled(unit, size, before, "\r\n\r\n").encode()
-        with moltis.socket.create_connection(address, timeout=20) as sock:
+        with moltis.socket.create_connection(address, timeout=60) as sock:
             with contextlib.suppress(OSError):  # it is answered before it is read
                 sock.sendall(head)
                 sock.shutdown(moltis.socket.SHUT_WR)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -21,6 +24,7 @@ class RecordingPeer:
     def __init__(self, machine=None, acknowledges=False):
         self.logs = {}
         self.places = []
+        self.told_at = []  # of each of them
         self.input = []
         self.machine = machine
         self.acknowledges = acknowledges
@@ -36,6 +40,7 @@ class RecordingPeer:
                     self.machine.acknowledge(log.job_id, offset + len(data))
 
     def place(self, job_id, place):
+        self.told_at.append(time.monotonic())
         self.places.append((job_id, place))
 
     def input_consumed(self, job_id, offset, *, resume=False):
@@ -55,7 +60,6 @@ class RecordingPeer:
         return wait_for(lambda: self.ending(job_id), what="the ending")
 
 
-ENVIRON = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
 GATE = wait_in_shell("gate")
 
 
@@ -64,13 +68,15 @@ class Machines:
 
     def __init__(self, directory):
         self._directory = directory
-        self._inventory = moltis.Inventory(ENVIRON)
+        # An empty HOME: the inventory links all that is in it.
+        self._environ = {"PATH": "/usr/bin:/bin", "HOME": str(directory / "home")}
+        self._inventory = moltis.Inventory(self._environ)
         self._made = []
 
     def make(self, **options):
         options = {"working_dir": str(self._directory), **options}
         machine = moltis.Machine(
-            moltis.MachineOptions(ENVIRON, self._inventory, **options)
+            moltis.MachineOptions(self._environ, self._inventory, **options)
         )
         self._made.append(machine)
         return machine
@@ -216,7 +222,7 @@ def test_only_so_many_ids_are_remembered(machine, peer, monkeypatch):
 
 def test_a_fault_of_ours_is_an_ending_too(machine, peer, monkeypatch):
     monkeypatch.setattr(moltis.Command, "_loop", lambda *_: 1 / 0)
-    job_id = start(machine, "sleep 30")
+    job_id = start(machine, "sleep 120")
     assert peer.wait(job_id).reason == "the node failed; its log says why"
 
 
@@ -276,23 +282,23 @@ def test_closing_ends_what_is_just_starting(machine, peer, monkeypatch, tmp_path
 
     def hold(*args):
         entering.set()
-        assert closing.wait(10)
+        assert closing.wait(60)
         call(*args)
 
     monkeypatch.setattr(moltis.Machine, "_call_worker", hold)
-    command = "echo $$ >pid; sleep 30"
+    command = "echo $$ >pid; sleep 120"
     starting = threading.Thread(target=start, args=(machine, command, "one"))
     starting.start()
-    assert entering.wait(10)
+    assert entering.wait(60)
     pid = tmp_path / "pid"
     wait_for(lambda: pid.exists() and pid.read_text().strip())
     closer = threading.Thread(target=machine.close)
     closer.start()
     wait_for(lambda: machine._stopping)
     closing.set()
-    closer.join(10)
+    closer.join(60)
     assert peer.ending("one").state == JobState.CANCELLED
-    starting.join(10)
+    starting.join(60)
     assert not process_exists(int(pid.read_text()))
 
 
@@ -303,7 +309,7 @@ def test_commands_beyond_the_limit_wait_in_line_and_their_places_are_reported(
     machine, peer, tmp_path
 ):
     ids = [start(machine, GATE) for _ in range(4)]
-    wait_for(lambda: len(peer.places) == 2, 2, what="places in line")
+    wait_for(lambda: len(peer.places) == 2, what="places in line")
     assert peer.places == [(ids[2], 1), (ids[3], 2)]
     (tmp_path / "gate").touch()
     for job_id in ids:
@@ -316,10 +322,10 @@ def test_a_job_that_moves_up_is_reported_once_a_second(machine, peer):
     first = [start(machine, "cat", stdin=True) for _ in range(2)]
     third, fourth = (start(machine, "cat", stdin=True) for _ in range(2))
     wait_for(lambda: len(peer.places) == 2, what="both places")
-    began = time.monotonic()
     machine.input(first[0], 0, b"")
     wait_for(lambda: (fourth, 1) in peer.places, what="the next place")
-    assert time.monotonic() - began > moltis.PLACE_INTERVAL / 2
+    then, now = (peer.told_at[peer.places.index((fourth, place))] for place in (2, 1))
+    assert now - then > moltis.PLACE_INTERVAL / 2
     assert (third, 0) in peer.places
 
 
@@ -343,14 +349,14 @@ def test_those_far_behind_are_reported_less_often(machine, peer, monkeypatch):
 
 
 def test_what_does_not_fit_into_the_line_is_refused(machine, peer):
-    ids = [start(machine, "sleep 30") for _ in range(5)]
+    ids = [start(machine, "sleep 120") for _ in range(5)]
     ending = peer.wait(ids[4])
     assert ending.state == JobState.FAILED
     assert ending.reason == "this machine has 4 jobs of this kind already"
 
 
 def test_a_command_in_line_is_cancelled_at_once(machine, peer):
-    ids = [start(machine, "sleep 30") for _ in range(3)]
+    ids = [start(machine, "sleep 120") for _ in range(3)]
     wait_for(lambda: peer.places, what="its place")
     machine.cancel(ids[2])
     assert peer.ending(ids[2]) == Ending(JobState.CANCELLED)
@@ -359,7 +365,7 @@ def test_a_command_in_line_is_cancelled_at_once(machine, peer):
 
 def test_other_works_do_not_wait_in_the_line_of_commands(machine, peer):
     for _ in range(4):
-        start(machine, "sleep 30")
+        start(machine, "sleep 120")
     found = ask(machine, peer, "which", {"binary": "sh"})
     assert found.result == {
         "found": True,
@@ -371,16 +377,16 @@ def test_a_thread_is_used_again_and_ends_when_there_is_no_work(
     machine, peer, monkeypatch
 ):
     peer.wait(start(machine, "true"))
-    names = lambda: [thread.name for thread in threading.enumerate()]  # noqa: E731
-    wait_for(lambda: "moltis-idle" in names())
-    before = threading.active_count()
+    named = lambda name: {t for t in threading.enumerate() if t.name == name}  # noqa: E731
+    wait_for(lambda: named("moltis-idle"))
+    before = set(threading.enumerate())
     peer.wait(start(machine, "true"))
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     job_id = start(machine, "cat", stdin=True)
-    wait_for(lambda: f"moltis-run-{job_id[:8]}" in names())
+    (thread,) = wait_for(lambda: named(f"moltis-run-{job_id[:8]}"))
     monkeypatch.setattr(moltis, "WORKER_LINGER", 0.01)
     machine.input(job_id, 0, b"")
-    wait_for(lambda: threading.active_count() == before - 1)
+    wait_for(lambda: not thread.is_alive())
 
 
 def test_a_command_for_which_there_is_no_thread_ends_at_once(
@@ -724,3 +730,113 @@ def test_a_guarded_machine_says_no_and_runs_nothing(machines, tmp_path):
         assert f"does not allow the work '{work}'" in ending.reason
     assert moltis.CAP_LLM not in guarded.capabilities
     assert not (tmp_path / "ran").exists()
+
+
+# -- file systems that are away --------------------------------------------------
+
+
+@pytest.fixture
+def silent(tmp_path):
+    """A directory whose file system never answers: a FUSE without its program."""
+    path, libc = tmp_path / "silent", ctypes.CDLL(None, use_errno=True)
+    path.mkdir()
+    try:
+        descriptor = os.open("/dev/fuse", os.O_RDWR)
+    except OSError:
+        pytest.skip("there is no FUSE here")
+    options = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0".encode()
+    where = os.fsencode(path)
+    if not hasattr(libc, "mount") or libc.mount(b"test", where, b"fuse", 0, options):
+        os.close(descriptor)
+        pytest.skip("no file systems can be mounted here")
+    yield path
+    libc.umount2(where, 2)  # MNT_DETACH
+    os.close(descriptor)  # those who wait get an error
+    wait_for(
+        lambda: not [t for t in threading.enumerate() if t.name.startswith("moltis-l")],
+        what="those who were left behind",
+    )
+
+
+HELD = [
+    ("file.read", {"paths": ["{}/f"]}),
+    ("file.read", {"paths": ["{}"], "recursive": True}),
+    ("file.read", {"paths": ["{}/*"], "patterns": True}),
+    ("file.read", {"paths": ["{}/f"], "part": {"first": 1}}),
+    ("file.write", {"path": "{}/f"}),
+    ("file.write", {"path": "{}/f", "splices": []}),
+    (
+        "file.write",
+        {"path": "{}", "origin": {"name": "f", "identity": "", "resumes": True}},
+    ),
+    ("file.change", {"action": "mkdir", "path": "{}/new"}),
+    ("file.change", {"action": "delete", "path": "{}", "recursive": True}),
+]
+
+
+def held_spec(spec, silent):
+    return json.loads(json.dumps(spec).replace("{}", str(silent)))
+
+
+def test_what_a_silent_file_system_holds_ends_with_a_sentence(
+    machines, silent, monkeypatch
+):
+    monkeypatch.setattr(moltis, "HELD_TIMEOUT", 0.3)
+    machine = machines.make(files=moltis.FilePlaces("/"))
+    peer = RecordingPeer(machine)
+    machine.attach(peer)
+    for work, spec in HELD * 2:  # more than there are places
+        ending = ask(machine, peer, work, held_spec(spec, silent))
+        assert ending.state == "failed", (work, spec)
+        assert "silent" in ending.reason
+        assert ending.reason.endswith("its file system did not answer within 0 s")
+    assert ask(machine, peer, "run", {"command": "echo on"}).exit_code == 0
+    monkeypatch.setattr(moltis, "HELD_TIMEOUT", 60.0)
+    (silent.parent / "f").write_bytes(b"1")
+    read = {"paths": [str(silent.parent / "f")]}
+    assert ask(machine, peer, "file.read", read).state == "done"
+
+
+def test_what_a_silent_file_system_holds_can_be_cancelled(
+    machines, silent, monkeypatch
+):
+    monkeypatch.setattr(moltis, "CANCEL_PATIENCE", 0.1)
+    machine = machines.make(files=moltis.FilePlaces("/"))
+    peer = RecordingPeer(machine)
+    machine.attach(peer)
+    ids = [moltis.new_id() for _ in HELD]
+    for job_id, (work, spec) in zip(ids, HELD):
+        machine.start(job_id, work, held_spec(spec, silent))
+    assert ask(machine, peer, "run", {"command": "echo on"}).exit_code == 0
+    for job_id in ids:
+        machine.cancel(job_id, "by anna")
+    endings = [peer.wait(job_id) for job_id in ids]
+    assert {(e.state, e.reason) for e in endings} == {("cancelled", "by anna")}
+    machine.start(moltis.new_id(), *("file.read", held_spec(HELD[0][1], silent)))
+    machine.close()  # ends it, as it ends all others
+
+
+def test_nothing_gets_its_name_once_it_was_given_up(machines, tmp_path, monkeypatch):
+    """The disk comes back after a transfer ended, and writes what it was given."""
+    monkeypatch.setattr(moltis, "FLUSH_TIMEOUT", 0.2)
+    flushed, fsync = threading.Event(), os.fsync
+
+    def wait(descriptor):
+        flushed.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    machine = machines.make(files=moltis.FilePlaces("/"))
+    peer = RecordingPeer(machine)
+    machine.attach(peer)
+    job_id = moltis.new_id()
+    spec = {"path": str(tmp_path / "there"), "bare": True}
+    machine.start(job_id, "file.write", spec)
+    data = b"content"
+    machine.input(job_id, 0, data + hashlib.sha256(data).digest())
+    machine.input(job_id, len(data) + 32, b"")
+    assert "did not answer" in peer.wait(job_id).reason
+    log = peer.logs[job_id]
+    flushed.set()
+    wait_for(lambda: not os.listdir(tmp_path), what="the part to go")
+    assert peer.logs[job_id] == log

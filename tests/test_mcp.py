@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import http.client
+import itertools
 import json
+import os
 import queue
 import signal
 import sqlite3
@@ -44,7 +46,7 @@ class McpClient:
 
     def send(self, value):
         line = value if isinstance(value, str) else json.dumps(value)
-        self._lines.put(f"{line}\n".encode())
+        self._lines.put(f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def request(self, request_id, method, params=None):
         self.send(
@@ -179,6 +181,21 @@ def test_a_command_in_the_background_outlives_the_client_and_can_be_ended(gatewa
     client.close()
 
 
+def test_an_error_has_structured_content_only_where_it_fits_the_schema(client):
+    """Server tools, Output schema: structured results MUST conform to it."""
+    calls = [
+        ("exec", {"command": "true", "node": "nowhere"}),
+        ("exec_status", {"id": "none"}),
+        ("file_read", {"path": "/nowhere"}),
+        ("nodes_describe", {"node": "nowhere"}),
+    ]
+    for number, (name, arguments) in enumerate(calls):
+        params = {"name": name, "arguments": arguments}
+        result = client.request(number, "tools/call", params)["result"]
+        assert result["isError"]
+        assert "structuredContent" not in result
+
+
 def test_errors_of_a_tool_are_results_that_say_so(client):
     failed, result = client.tool(1, "exec", command="true", node="nowhere")
     assert failed
@@ -188,7 +205,7 @@ def test_errors_of_a_tool_are_results_that_say_so(client):
     assert "command must be" in result["error"]
 
 
-@pytest.mark.parametrize("arguments", [[], "ls", 7])
+@pytest.mark.parametrize("arguments", [[], "ls", 7, False, "", 0])
 def test_arguments_that_are_no_object_are_refused(client, arguments):
     call = {"name": "nodes_select", "arguments": arguments}
     error = client.request(9, "tools/call", call)["error"]
@@ -232,28 +249,68 @@ def test_the_end_of_input_ends_what_still_runs(gateway):
     wait_for(lambda: not open_jobs(gateway), what="its end")
 
 
-@pytest.mark.parametrize(
-    ("line", "code"),
-    [
-        ("{", -32700),
-        ("[1]", -32600),
-        ('{"id":1}', -32600),
-        ('{"id":1,"method":5}', -32600),
-        ('{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600),
-        ('{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
-        ('{"jsonrpc":"2.0","id":[1],"method":"ping"}', -32600),
-        ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
-        ('{"jsonrpc":"2.0","id":1,"method":"sampling/list"}', -32601),
-        ('{"jsonrpc":"2.0","id":1,"method":"tools/call"}', -32602),
-    ],
+TOKEN = (
+    '{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":{"progressToken":%s}}}'
 )
-def test_a_line_that_makes_no_sense_gets_an_error_and_the_next_an_answer(
-    client, line, code
+
+
+NONSENSE = [
+    ("{", -32700),
+    ("7", -32600),
+    ('{"id":1}', -32600),
+    ('{"id":1,"method":5}', -32600),
+    ('{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":[1],"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":1.5,"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":1e400,"method":"ping"}', -32600),
+    ('{"jsonrpc":"2.0","id":NaN,"method":"ping"}', -32700),
+    ('{"jsonrpc":"2.0","id":1,"method":"p\\ud800"}', -32700),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping\udcff"}', -32700),  # no UTF-8
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":7}}', -32602),
+    ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":[7]}}', -32602),
+    (TOKEN % "[]", -32602),
+    (TOKEN % "true", -32602),
+    ('{"jsonrpc":"2.0","id":1,"method":"pong","result":{}}', -32601),
+    ('{"jsonrpc":"2.0","id":1,"method":"sampling/list"}', -32601),
+    ('{"jsonrpc":"2.0","id":1,"method":"tools/call"}', -32602),
+]
+
+
+def test_a_message_that_makes_no_sense_gets_an_error_and_the_next_an_answer(
+    client, web
 ):
-    client.send(line)
-    wait_for(lambda: client.answers, what="an error")
-    assert client.answers[0]["error"]["code"] == code
-    assert client.request(9, "ping")["result"] == {}
+    for line, code in NONSENSE:
+        client.answers.clear()
+        client.send(line)
+        wait_for(lambda: client.answers, what="an error")
+        answer = client.answers[0]
+        assert answer["error"]["code"] == code, line
+        assert answer["id"] in (None, 1)
+        assert client.request(9, "ping")["result"] == {}
+        other = web.post(line.encode("utf-8", "surrogateescape")).json
+        assert (other["error"]["code"], other["id"]) == (code, answer["id"])
+
+
+def test_a_list_has_no_page_but_the_first(client, web):
+    """Server utilities, Pagination: no cursor is ours, so each one is invalid."""
+    lists = ["tools/list", "resources/list", "resources/templates/list", "prompts/list"]
+    cursors = ["", "eyJwYWdlIjogM30=", "resources/list", 7, {}]
+    for method, cursor in itertools.product(lists, cursors):
+        client.answers.clear()
+        params = {"cursor": cursor}
+        error = client.request(1, method, params)["error"]
+        assert error["code"] == -32602
+        assert "without a cursor" in error["message"]
+        assert web.request(method, params).json["error"] == error
+        answer = web.modern(method, **params)
+        assert (answer.status, answer.json["error"]) == (400, error)
+    for method in lists:
+        client.answers.clear()
+        assert "result" in client.request(2, method, {"cursor": None})
+        assert "nextCursor" not in client.request(3, method)["result"]
 
 
 def test_it_is_a_subcommand_that_speaks_on_stdin_and_stdout(gateway, home):
@@ -271,9 +328,26 @@ def test_it_is_a_subcommand_that_speaks_on_stdin_and_stdout(gateway, home):
     assert json.loads(done.stdout) == {"jsonrpc": "2.0", "id": 1, "result": {}}
 
 
+def test_a_refused_key_ends_the_bridge_with_a_sentence(gateway, home):
+    done = subprocess.run(
+        [*launched(PROGRAM), "mcp"],
+        input='{"jsonrpc":"2.0","id":1,"method":"initialize"}\n',
+        env=clean_environment(
+            home, MOLTIS_GATEWAY_URL=gateway.url, MOLTIS_API_KEY="mk_none"
+        ),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (moltis.EXIT_REFUSED, "")
+    assert "refused the operator key" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_gateway_that_was_away_is_found_again(client):
     assert client.tool(1, "exec", command="echo before")[1]["stdout"] == "before\n"
-    client._client._client._ws.abort()
+    client._client.client._ws.abort()
     assert client.tool(2, "exec", command="echo after")[1]["stdout"] == "after\n"
 
 
@@ -283,7 +357,7 @@ def test_a_command_whose_connection_breaks_goes_on_and_runs_once(client, tmp_pat
     params = {"name": "exec", "arguments": {"command": command}}
     client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
     wait_for(file.exists)
-    client._client._client._ws.abort()
+    client._client.client._ws.abort()
     result = json.loads(client.answer(1)["result"]["content"][0]["text"])
     assert (result["stdout"], result["exit_code"]) == ("out\n", 0)
     assert file.read_text() == "run\n"
@@ -354,12 +428,23 @@ def test_arguments_that_the_gateway_would_hang_up_on_are_refused(client, gateway
     params = {"name": "exec", "arguments": other}
     client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
     wait_for(lambda: open_jobs(gateway), what="the command")
-    connection = client._client._client
+    connection = client._client.client
     params = {"name": "exec", "arguments": {"command": "true " + "x" * (3 << 20)}}
     error = client.request(2, "tools/call", params)["error"]
     assert error["code"] == -32602
     assert "1,048,576 bytes" in error["message"]
-    assert client._client._client is connection
+    assert client._client.client is connection
+    # Bytes count, not characters; and what is sent to the gateway in other fields.
+    params = {"name": "exec", "arguments": {"command": "echo " + "😀" * 600_000}}
+    assert client.request(3, "tools/call", params)["error"]["code"] == -32602
+    params = {"uri": f"moltis://jobs/{'x' * (3 << 20)}/log"}
+    assert client.request(4, "resources/read", params)["error"]["code"] == -32602
+    params = {
+        "name": moltis.CARE_PROMPT["name"],
+        "arguments": {"node": "x" * (3 << 20)},
+    }
+    assert client.request(5, "prompts/get", params)["error"]["code"] == -32602
+    assert client._client.client is connection
     (gateway.directory / "go").touch()
     assert "still there" in client.answer(1)["result"]["content"][0]["text"]
 
@@ -379,6 +464,17 @@ def test_a_whole_number_may_be_written_with_a_point(client):
     failed, result = client.tool(3, "exec_status", id=job, offset=0.5)
     assert failed
     assert "offset must be" in result["error"]
+
+
+def test_an_id_and_a_progress_token_may_be_written_with_a_point(client, gateway):
+    call = {"name": "exec", "arguments": {"command": "sleep 120"}}
+    call["_meta"] = {"progressToken": 7.0}
+    client.send({"jsonrpc": "2.0", "id": 7.0, "method": "tools/call", "params": call})
+    wait_for(lambda: client.answers, what="progress")
+    assert client.answers[0]["params"]["progressToken"] == 7
+    note = {"jsonrpc": "2.0", "method": "notifications/cancelled"}
+    client.send({**note, "params": {"requestId": 7}})
+    wait_for(lambda: not open_jobs(gateway), what="its end")
 
 
 def test_a_tool_that_is_not_there_is_an_error_that_lists_those_that_are(client):
@@ -553,13 +649,20 @@ def test_a_signal_ends_what_its_client_started(gateway, home, number):
     assert job["state"] == "cancelled"
 
 
-def test_a_client_that_reads_no_more_ends_what_it_started(gateway, home):
+@pytest.mark.skipif(moltis.ON_MAC, reason="there a write has to fail")
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_client_that_reads_no_more_ends_what_it_started(gateway, home, writes):
     mcp = McpProcess(gateway, home)
     mcp.start("sleep 120")
     wait_for(lambda: open_jobs(gateway), what="the command")
+    # As a child of the client does between fork() and exec(): no write fails.
+    held = os.dup(mcp.process.stdout.fileno())
     mcp.process.stdout.close()
-    mcp.process.stdin.write('{"jsonrpc":"2.0","id":2,"method":"ping"}\n')
-    mcp.process.stdin.flush()
+    if writes:
+        mcp.process.stdin.write('{"jsonrpc":"2.0","id":2,"method":"ping"}\n')
+        mcp.process.stdin.flush()
+        assert os.read(held, 4096)
+    os.close(held)
     assert mcp.process.wait(60) == moltis.BROKEN_PIPE
     assert mcp.process.stderr.read() == ""
     mcp.process.stderr.close()
@@ -620,7 +723,7 @@ class McpHttp:
         answer = self.request("tools/call", {"name": name, "arguments": arguments})
         assert answer.status == 200
         result = answer.json["result"]
-        return result["isError"], result["structuredContent"]
+        return result["isError"], json.loads(result["content"][0]["text"])
 
 
 @pytest.fixture
@@ -635,7 +738,7 @@ def get(gateway, method, path, **headers):
         return HttpAnswer(connection.getresponse())
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "DELETE", "HEAD", "PUT", "OPTIONS", "PATCH"])
 @pytest.mark.parametrize("headers", [{}, {"Origin": "https://evil.example"}])
 def test_a_probe_for_streams_and_sessions_gets_405_before_all_else(
     gateway, method, headers
@@ -662,8 +765,8 @@ def test_there_is_no_oauth_and_that_is_said_as_json(gateway, path):
 
 
 def test_a_refused_key_is_said_to_be_missing_unknown_or_revoked(gateway, web):
-    def refusal(authorization):
-        answer = web.request("ping", Authorization=authorization)
+    def refusal(authorization, **params):
+        answer = web.request("ping", params, Authorization=authorization)
         assert answer.status == 401
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         return answer.json["error"]["message"]
@@ -673,6 +776,25 @@ def test_a_refused_key_is_said_to_be_missing_unknown_or_revoked(gateway, web):
     assert "is not valid here" in refusal("Bearer mk_nonsense")
     gateway.call("keys.revoke", keyId=key["keyId"])
     assert "was revoked" in refusal(f"Bearer {key['key']}")
+    assert "was revoked" in refusal(f"Bearer {key['key']}", padding="x" * 100_000)
+
+
+def test_a_body_that_is_too_long_is_refused_with_a_sentence(web):
+    answer = web.request("ping", {"padding": "x" * (3 << 20)})
+    assert answer.status == 413
+    assert answer.body.startswith(b"a body may have 1048576 bytes, not 3")
+
+
+def test_white_space_around_a_header_is_none_of_its_value(web):
+    """RFC 9110 §5.5"""
+    named = {"MCP_Protocol_Version": " 2026-07-28 ", "Mcp_Method": "\ttools/call "}
+    arguments = {"name": "nodes_list", "arguments": {}}
+    answer = web.modern(
+        "tools/call", headers={**named, "Mcp_Name": "nodes_list  "}, **arguments
+    )
+    assert answer.status == 200
+    answer = web.request("initialize", MCP_Protocol_Version="2025-06-18 ")
+    assert answer.json["result"]["protocolVersion"] == "2025-11-25"
 
 
 def test_a_sign_in_of_a_browser_counts_for_nothing(gateway, web):

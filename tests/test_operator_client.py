@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_call_ends_when_the_gateway_goes_away(gateway):
         closer = threading.Thread(target=gateway.close)
         closer.start()
         with pytest.raises(moltis.MoltisError):
-            answer.result(20)
+            answer.result(60)
         closer.join()
         with pytest.raises(moltis.Unreachable, match="hung up"):
             client.call("node.list", {})
@@ -144,12 +145,50 @@ def test_one_who_does_not_read_holds_the_command_up_and_loses_nothing(gateway):
         assert len(output(news_until_the_end(feed))) == 4_000_000
 
 
+def test_what_the_reading_thread_shows_at_once_keeps_its_order(gateway):
+    shown, refuses = [], itertools.cycle((False, False, True))
+
+    def note(news, how):
+        shown.extend((data, how) for kind, data in news.frames if kind == moltis.STDOUT)
+
+    def show_at_once(outputs):
+        if next(refuses):
+            return False
+        for news in outputs:
+            note(news, "at once")
+        return True
+
+    def is_enough():
+        return all([how for _, how in shown].count(h) >= 5 for h in ("at once", "news"))
+
+    line = "i=0; while [ $i -lt 6000 ]; do echo $i; i=$((i+1)); sleep 0.01; done"
+    with started(gateway, {"local": "Local"}, run_request(line)) as feed:
+        for news in feed.news(tick=1, show_at_once=show_at_once):
+            if isinstance(news, moltis.JobOutput):
+                note(news, "news")
+            if is_enough():
+                break
+            assert feed.open, shown
+    numbers = list(map(int, b"".join(data for data, _ in shown).split()))
+    assert numbers == list(range(len(numbers)))
+
+
+def test_news_may_be_closed_by_another_thread_than_the_one_that_read_it(gateway):
+    """As a copy between nodes does that ends before its source."""
+    with moltis.JobFeed(gateway.operator) as feed:
+        news = feed.news(tick=0.01)
+        reader = threading.Thread(target=next, args=[news], name="test-reader")
+        reader.start()
+        reader.join()
+        news.close()
+
+
 def test_a_watcher_that_does_not_read_keeps_little_in_memory(gateway):
     request = run_request("head -c 20000000 /dev/zero")
     job = moltis.new_id()
     start = {**request, "jobs": [{"id": job, "node": "local"}], "keep": True}
     gateway.call("job.start", **start)
-    gateway.call("job.wait", id=job, wait=30)
+    gateway.call("job.wait", id=job, wait=60)
     with moltis.JobFeed(gateway.operator) as feed:
         feed.follow(job, "Local")
         limit = 3 * moltis.LOG_WINDOW
@@ -208,9 +247,9 @@ def test_several_jobs_are_one_stream_of_news(gateway):
         heard = news_of(gateway, run_request("echo hi"), nodes)
     jobs = ended(heard)
     assert output(heard) == b"hi\nhi\n"
-    assert jobs["Local"].ending.exit_code == jobs["Far"].ending.exit_code == 0
+    assert jobs["Local"].ending.exit_code == jobs["far"].ending.exit_code == 0
     assert isinstance(jobs["Gone"].error, moltis.Unreachable)
-    assert "gone is offline" in str(jobs["Gone"].error)
+    assert "gone has been offline" in str(jobs["Gone"].error)
 
 
 def test_an_unknown_name_is_an_error_and_nothing_runs(gateway, tmp_path):
@@ -236,7 +275,7 @@ def test_a_job_goes_on_at_the_exact_byte_when_the_connection_breaks(gateway):
     assert output(heard) == b"1\n2\n3\n4\n5\n6\n"
     gone = [n.reachable for n in heard if isinstance(n, moltis.GatewayChange)]
     assert gone[:2] == [False, True]
-    assert ended(heard)["Far"].ending.exit_code == 0
+    assert ended(heard)["far"].ending.exit_code == 0
 
 
 def test_a_job_whose_first_answer_is_lost_is_started_once(gateway, tmp_path):
@@ -331,7 +370,7 @@ def test_a_call_of_a_lasting_client_goes_on_when_the_connection_breaks(gateway):
         jobs = [{"id": moltis.new_id(), "node": "local"}]
         start = {**run_request("sleep 1"), "jobs": jobs, "keep": True}
         client.call("job.start", start)
-        breaker = threading.Timer(0.3, client._client._ws.abort)
+        breaker = threading.Timer(0.3, client.client._ws.abort)
         breaker.start()
         view = client.call("job.wait", {"id": jobs[0]["id"], "wait": 60})
         breaker.join()

@@ -1211,24 +1211,30 @@ def test_a_tick_brings_the_wal_into_the_file(path):
 
 
 def test_writers_do_not_wait_for_a_checkpoint(store):
-    store.settings.put("warm", 1)
-    for number in range(2000):
-        store.settings.put(f"key{number}", "x" * 4000)
-    stopped, waits = threading.Event(), []
+    stopped, written = threading.Event(), []
 
     def write():
         while not stopped.is_set():
-            begun = time.perf_counter()
             store.settings.put("a", 1)
-            waits.append(time.perf_counter() - begun)
+            written.append(1)
+
+    def ticked():
+        """Return how much was written during a checkpoint."""
+        for number in range(2000):
+            store.settings.put(f"key{number}", "x" * 4000)
+        before = len(written)
+        store.tick()
+        return len(written) - before
 
     thread = threading.Thread(target=write)
     thread.start()
-    store.tick()
-    stopped.set()
-    thread.join()
-    # The median: other programs on this machine make single writes wait.
-    assert sorted(waits)[len(waits) // 2] < 0.01
+    try:
+        # One write may just begin and another just end; and a busy machine may run
+        # neither of the two threads while the other is at work.
+        assert any(ticked() > 2 for _ in range(20))
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def test_ticks_give_the_space_of_deleted_rows_back(path):

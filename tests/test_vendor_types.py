@@ -10,12 +10,15 @@ from __future__ import annotations
 import collections.abc
 import importlib
 import json
+import re
+import sys
 import types
 import typing
+from pathlib import Path
 
 import pytest
 from peers import InProcessGateway
-from support import ScriptedServer, wait_for
+from support import Program, ScriptedServer, free_port, wait_for
 
 import moltis
 from moltis import (
@@ -247,6 +250,8 @@ class ResponsesTypes:
         for index, (item, said) in enumerate(items):
             at = {"output_index": index}
             added = {**item, **({"content": []} if said else {})}
+            if item["type"] == "function_call":
+                added["arguments"] = ""
             kind = "response.output_item.added"
             events.append(
                 self.event("ResponseOutputItemAddedEvent", kind, item=added, **at)
@@ -259,6 +264,16 @@ class ResponsesTypes:
                         content_index=0,
                         delta=said,
                         logprobs=[],
+                        **at,
+                    )
+                )
+            if item["type"] == "function_call":
+                events.append(
+                    self.event(
+                        "ResponseFunctionCallArgumentsDeltaEvent",
+                        "response.function_call_arguments.delta",
+                        item_id=item["id"],
+                        delta=item["arguments"],
                         **at,
                     )
                 )
@@ -513,6 +528,8 @@ class Script:
         )
 
     def _reply(self, handler):
+        if handler.path == "/api/show":  # of Ollama, before the first question
+            return 200, {}, [b"{}"]
         self.bodies.append(json.loads(handler.body))
         return self.replies.pop(0)
 
@@ -818,10 +835,11 @@ def test_ollama_gets_the_context_that_its_model_was_made_with():
 
     with ScriptedServer(reply) as server:
         provider = moltis.OllamaProvider(moltis.PROVIDERS[0], server.url, "")
-        provider.models(Cancellation())
         model = moltis.ProviderModel(provider, "m")
         list(model.stream(HELLO, (), Cancellation()))
-    assert asked[-1]["options"] == {"num_ctx": 32768}
+        provider.models(Cancellation())
+        list(model.stream(HELLO, (), Cancellation()))
+    assert [body["options"] for body in asked] == [{"num_ctx": 32768}] * 2
 
 
 def test_a_whole_message_where_a_stream_was_asked_for_is_read(script, vendor):
@@ -844,10 +862,10 @@ def test_stream_options_that_are_refused_are_left_out_from_then_on(script, vendo
 
 def test_lists_have_what_can_chat(vendor):
     """Row 16"""
-    show = {"capabilities": ["completion", "tools"]}
+    show, listed = {"capabilities": ["completion", "tools"]}, vendor.models()
 
     def reply(handler):
-        found = show if handler.path == "/api/show" else vendor.models()
+        found = show if handler.path == "/api/show" else listed
         return 200, {}, [json.dumps(found).encode()]
 
     with ScriptedServer(reply) as server:
@@ -868,12 +886,49 @@ def site(tmp_path):
         yield gateway
 
 
-@pytest.mark.parametrize(
-    "vendor",
-    [VENDORS[n] for n in ("openai", "responses", "anthropic", "ollama")],
-    ids=lambda vendor: vendor.protocol,
-)
+class Talk:
+    """A new session with a model, every command of which is approved."""
+
+    def __init__(self, site, model):
+        self._events = []
+        self._client = site.operator(on_news=self._take)
+        self._client.call("subscribe", {"events": ["chat"]})
+        create = {"label": model, "model": model}
+        self.key = self._client.call("sessions.create", create)["key"]
+        self._client.call("sessions.patch", {"key": self.key, "approvals": "all"})
+
+    def _take(self, _client, news):
+        if isinstance(news, moltis.Event) and news.payload["sessionKey"] == self.key:
+            self._events.append(news.payload)
+
+    def send(self, text):
+        sent = {"sessionKey": self.key, "text": text}
+        return self._client.call("chat.send", sent)["runId"]
+
+    def wait_for(self, run_id, *states):
+        def reached():
+            found = (e for e in self._events if e.get("runId") == run_id)
+            return next((e for e in found if e["state"] in states), None)
+
+        return wait_for(reached, 60, what=lambda: f"{states} in {self._events}")
+
+    def ask(self, text):
+        """Return the messages of the session once the answer has ended."""
+        self.wait_for(self.send(text), "final", "error", "aborted")
+        return self._client.call("chat.history", {"sessionKey": self.key})
+
+    def abort(self):
+        self._client.call("chat.abort", {"sessionKey": self.key})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._client.close()
+
+
 def test_a_model_asks_two_nodes_and_answers(site, vendor):
+    """With the types of each vendor: both calls, their results, the same prefix."""
     wanted = [
         (f"call_{node}", "exec", {"command": f"echo on {node}", "node": node})
         for node in ("alpha", "beta")
@@ -888,26 +943,15 @@ def test_a_model_asks_two_nodes_and_answers(site, vendor):
         return 200, {"Content-Type": vendor.content_type}, [replies.pop(0)]
 
     with ScriptedServer(reply) as server:
-        name = vendor.protocol if vendor.protocol == "ollama" else "lab"
-        entry = {"provider": name, "baseUrl": server.url, "apiKey": "k"}
+        entry = {"provider": vendor.spec.id, "baseUrl": server.url, "apiKey": "k"}
         if vendor.protocol == "responses":
             # Only OpenAI's own address is asked for responses.
             entry.update(provider="openai", baseUrl=f"{server.url}/api.openai.com/v1")
-        elif name == "lab":
+        elif vendor.spec.id == "lab":
             entry["protocol"] = vendor.protocol
         site.call("models.configure", **entry)
-        model = f"{entry['provider']}/m"
-        key = site.call("sessions.create", label=vendor.protocol, model=model)["key"]
-        site.call("sessions.patch", key=key, approvals="all")
-        site.call("chat.send", sessionKey=key, text="who is there?")
-
-        def ended():
-            messages = site.call("chat.history", sessionKey=key)
-            answers = [m for m in messages if m["role"] in ("assistant", "notice")]
-            done = len(answers) == 2 or (answers and answers[-1]["state"] == "error")
-            return done and answers[-1]["state"] != "running" and messages
-
-        messages = wait_for(ended, what=lambda: site.call("chat.history"))
+        with Talk(site, f"{entry['provider']}/m") as talk:
+            messages = talk.ask("who is there?")
     assert messages[-1]["text"] == "Both are there."
     outputs = [json.loads(text) for text in vendor.results(bodies[-1])]
     assert [o["stdout"] for o in outputs] == ["on alpha\n", "on beta\n"]
@@ -917,3 +961,177 @@ def test_a_model_asks_two_nodes_and_answers(site, vendor):
     first, second = (body.get("input") or body["messages"] for body in bodies)
     if vendor.protocol != "anthropic":  # whose marks move
         assert second[: len(first)] == first
+
+
+# -- real servers --------------------------------------------------------------
+
+
+class Upstream:
+    """A vendor's server behind a real proxy, by whichever protocol that asks."""
+
+    def __init__(self, *vendors):
+        self.vendors = vendors
+        self.replies = []
+        self.bodies = []
+        self.server = ScriptedServer(self._reply)
+
+    def _reply(self, handler):
+        path = handler.path.partition("?")[0]
+        self.vendor = next(v for v in self.vendors if path.endswith(v.path))
+        self.bodies.append(json.loads(handler.body))
+        return self.replies.pop(0)()
+
+    def stream(self, *answer, **more):
+        self.replies.append(
+            lambda: (
+                200,
+                {"Content-Type": self.vendor.content_type},
+                [self.vendor.answer(*answer, **more)],
+            )
+        )
+
+    def refuse(self, status, message):
+        headers = {"Content-Type": "application/json"}
+        self.replies.append(lambda: (status, headers, [self.vendor.error(message)]))
+
+
+LITELLM_KEY = "sk-litellm-0123456789"
+
+
+@pytest.fixture(scope="module")
+def litellm(tmp_path_factory):
+    """A LiteLLM proxy and, by the name of the model, what is behind it."""
+    pytest.importorskip("litellm", reason="the proxy LiteLLM is not installed")
+    directory = tmp_path_factory.mktemp("litellm")
+    upstreams = {
+        "openai": Upstream(VENDORS["openai"], VENDORS["responses"]),
+        "anthropic": Upstream(VENDORS["anthropic"]),
+    }
+    port = free_port()
+    settings = {
+        "model_list": [
+            {
+                "model_name": name,
+                "litellm_params": {
+                    "model": f"{name}/m",
+                    "api_base": upstream.server.url,
+                    "api_key": "sk-upstream",
+                },
+            }
+            for name, upstream in upstreams.items()
+        ],
+        "general_settings": {"master_key": LITELLM_KEY},
+        "litellm_settings": {"num_retries": 0, "telemetry": False},
+    }
+    (directory / "config.yaml").write_text(json.dumps(settings))
+    program = Program(
+        *("--config", "config.yaml", "--host", "127.0.0.1", "--port", port),
+        program=Path(sys.executable).parent / "litellm",
+        home=directory,
+        LITELLM_LOCAL_MODEL_COST_MAP="True",  # it is in the package, too
+    )
+    program.wait_for_output("Uvicorn running", timeout=120)  # it imports for long
+    yield f"http://127.0.0.1:{port}", upstreams
+    program.end()
+    for upstream in upstreams.values():
+        upstream.server.close()
+        assert not upstream.replies
+
+
+@pytest.mark.parametrize("protocol", ["openai", "anthropic"])
+@pytest.mark.parametrize("name", ["openai", "anthropic"])
+def test_a_model_behind_litellm_asks_two_nodes(litellm, site, name, protocol):
+    """Asked in each protocol, LiteLLM translates to and from each."""
+    url, upstreams = litellm
+    upstream = upstreams[name]
+    upstream.bodies.clear()
+    wanted = [
+        (f"call_{node}", "exec", {"command": f"echo on {node}", "node": node})
+        for node in ("alpha", "beta")
+    ]
+    upstream.stream("I look.", wanted)
+    upstream.stream("Both are there.")
+    entry = {"provider": "proxy", "baseUrl": url, "apiKey": LITELLM_KEY}
+    site.call("models.configure", **entry, protocol=protocol)
+    with Talk(site, f"proxy/{name}") as talk:
+        messages = talk.ask("who is there?")
+    assert messages[-1]["text"] == "Both are there."
+    outputs = [json.loads(t) for t in upstream.vendor.results(upstream.bodies[-1])]
+    assert [o["stdout"] for o in outputs] == ["on alpha\n", "on beta\n"]
+    assert "sk-" not in json.dumps(messages)
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic"])
+def test_errors_come_through_litellm(litellm, name):
+    url, upstreams = litellm
+    provider = moltis.OpenAiProvider(
+        moltis.OWN_SERVERS["openai"], url + "/v1", LITELLM_KEY, first_pause=0.01
+    )
+
+    def ask(model):
+        model = moltis.ProviderModel(provider, model)
+        return list(model.stream(HELLO, (EXEC,), Cancellation()))
+
+    upstreams[name].refuse(400, "prompt is too long: 210000 tokens > 200000 maximum")
+    with pytest.raises(ContextTooLong):
+        ask(name)
+    upstreams[name].refuse(400, "temperature is out of range")
+    with pytest.raises(moltis.ModelError, match="temperature is out of range") as said:
+        ask(name)
+    assert "sk-" not in str(said.value) + said.value.detail
+    reason = "length" if name == "openai" else "max_tokens"
+    upstreams[name].stream("half an answ", [CALL], reason=reason)
+    finished = ask(name)[-1]
+    assert (finished.reason, finished.message.tool_calls) == ("length", ())
+    assert (finished.input_tokens, finished.output_tokens) == (7, 3)
+    with pytest.raises(moltis.ModelError, match="nope"):
+        ask("nope")
+    with pytest.raises(moltis.ModelError, match="No connected db"):
+        provider._api_key = "sk-wrong"
+        ask(name)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The address of a llama.cpp server; see llama_server.py for what it says."""
+    for package in ("xllamacpp", "gguf"):
+        pytest.importorskip(package, reason=f"{package}, for llama.cpp, is not there")
+    directory = tmp_path_factory.mktemp("llama")
+    script = Path(__file__).with_name("llama_server.py")
+    program = Program(directory, program=script, home=directory)
+    said = program.wait_for_output("listening on http", timeout=60)
+    yield re.search(r"listening on (\S+)", said).group(1)
+    program.end()
+
+
+@pytest.mark.parametrize("protocol", ["openai", "anthropic"])
+def test_a_model_of_llama_cpp_asks_two_nodes(llama, site, protocol):
+    entry = {"provider": "llama", "baseUrl": llama, "protocol": protocol}
+    site.call("models.configure", **entry)
+    [_, listed] = site.call("models.list")
+    assert listed["supportsTools"]
+    with Talk(site, listed["id"]) as talk:
+        messages = talk.ask("who is there?")
+        cards = [m["command"] for m in messages if m["role"] == "command"]
+        assert sorted(card["node"] for card in cards) == ["alpha", "beta"]
+        assert messages[-1]["text"] == "Both are there."
+        assert messages[-1]["usage"]["outputTokens"] > 5
+        # It would go on for thousands of words.
+        run_id = talk.send("count")
+        talk.wait_for(run_id, "delta")
+        talk.abort()
+        talk.wait_for(run_id, "aborted")
+        assert talk.ask("still there?")[-1]["text"] == "Both are there."
+
+
+@pytest.mark.parametrize("protocol", ["openai", "anthropic"])
+def test_llama_cpp_says_what_did_not_fit(llama, protocol):
+    provider = moltis.PROTOCOLS[protocol](
+        moltis.OWN_SERVERS[protocol], moltis._tidy_url(protocol, llama), ""
+    )
+    model = moltis.ProviderModel(provider, "says")
+    with pytest.raises(ContextTooLong):
+        list(model.stream([ChatMessage("user", "x" * 20_000)], (), Cancellation()))
+    *told, finished = model.stream([ChatMessage("user", "count")], (), Cancellation())
+    assert finished.reason == "length"
+    assert (len(told) > 1000, finished.output_tokens > 1000) == (True, True)

@@ -31,7 +31,7 @@ from moltis import (
     encode_close,
 )
 
-LONG = 10.0  # s; for what happens at once unless it is broken
+LONG = 60.0  # s; for what happens at once unless it is broken
 
 
 class RawPeer:
@@ -167,9 +167,9 @@ def test_messages_from_many_threads_do_not_mix():
 
 def test_a_short_message_leaves_in_one_piece_and_without_a_thread():
     with raw_pair() as (ws, peer):
-        threads = threading.active_count()
+        threads = set(threading.enumerate())
         ws.send("hi")
-        assert threading.active_count() == threads
+        assert set(threading.enumerate()) <= threads
         assert peer.sock.recv(100) == b"\x81\x02hi"
 
 
@@ -251,7 +251,7 @@ try:
 except KeyboardInterrupt:
     thread.join()
     theirs.sendall(b"\\x81\\x02hi")
-    print(ws.receive(5))
+    print(ws.receive(30))
 """
     )
     result = subprocess.run(
@@ -270,21 +270,21 @@ PING, PONG = b"\x89\x00", b"\x8a\x80mask"
 
 @pytest.fixture
 def hurry(monkeypatch):
-    """Ping after 50 ms of silence, give up after 200 ms."""
-    monkeypatch.setattr("moltis.PING_INTERVAL", 0.05)
-    monkeypatch.setattr("moltis.PEER_TIMEOUT", 0.2)
+    """Ping after 0.1 s of silence, give up after 2 s: a busy machine takes its time."""
+    monkeypatch.setattr("moltis.PING_INTERVAL", 0.1)
+    monkeypatch.setattr("moltis.PEER_TIMEOUT", 2.0)
 
 
 @pytest.mark.parametrize("timeout", [None, LONG])
 def test_a_silent_peer_is_pinged_and_kept_while_it_answers(hurry, timeout):
     """RFC 6455 §5.5.2"""
     with raw_pair() as (ws, peer):
-        threads = threading.active_count()
+        threads = set(threading.enumerate())
         receiving = Background(ws.receive, timeout)
-        for _ in range(8):
+        for _ in range(25):
             assert peer.read(2) == PING
             peer.sock.sendall(PONG)
-        assert threading.active_count() == threads + 1
+        assert len(set(threading.enumerate()) - threads) == 1
         peer.send(Opcode.TEXT, b"still here")
         assert receiving.result() == "still here"
 
@@ -310,7 +310,7 @@ def test_a_silent_peer_is_kept_without_keepalive(hurry):
     with raw_pair() as (ws, peer):
         ws.keepalive = False
         receiving = Background(ws.receive)
-        for _ in range(10):
+        for _ in range(25):
             assert peer.read(2) == PING
         ws.keepalive = True
         with pytest.raises(ConnectionClosed, match="nothing arrived"):
@@ -321,7 +321,7 @@ def test_a_reader_that_was_busy_pings_before_it_gives_up(hurry):
     with raw_pair() as (ws, peer):
         with pytest.raises(TimeoutError):
             ws.receive(0)
-        time.sleep(0.25)  # neither read nor pinged
+        time.sleep(2.1)  # neither read nor pinged
         receiving = Background(ws.receive)
         assert peer.read(2) == PING
         peer.sock.sendall(PONG)
@@ -362,8 +362,8 @@ def fill(ws, *, at_least=0):
     """Send until something has to wait, and `at_least` bytes more; return all."""
     sent = []
     size = 0
-    while not ws._outbox or size < at_least:
-        waiting = bool(ws._outbox)
+    while not ws.backlog or size < at_least:
+        waiting = bool(ws.backlog)
         sent.append(os.urandom(64 * 1024))
         ws.send(sent[-1])
         size += len(sent[-1]) if waiting else 0
@@ -850,7 +850,7 @@ def test_a_silent_tls_peer_is_kept_while_it_answers(
 ):
     with tls_pair(client_context, server_context) as (client, server):
         receiving = [Background(ws.receive) for ws in (client, server)]
-        time.sleep(0.5)
+        time.sleep(2.5)
         for ws in (client, server):
             ws.send("still here")
         assert [call.result() for call in receiving] == ["still here"] * 2

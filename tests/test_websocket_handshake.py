@@ -172,9 +172,12 @@ def test_a_malformed_header_line_is_refused(line):
 
 def test_a_header_of_many_spaces_takes_no_time():
     """An impostor's 60 KiB took seconds of a regular expression."""
-    started = time.process_time()
-    check_upgraded(answer(("X", "a" + " " * 60_000 + "b")), KEY)
-    assert time.process_time() - started < 0.1
+    times = []
+    for _ in range(3):  # garbage of other tests may be collected meanwhile
+        started = time.process_time()
+        check_upgraded(answer(("X", "a" + " " * 60_000 + "b")), KEY)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.1
 
 
 @pytest.mark.parametrize("name", ["Upgrade", "Connection", "Sec-WebSocket-Accept"])

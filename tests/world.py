@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 from proxy import FaultyProxy
-from support import clean_environment, wait_for
+from support import clean_environment, free_port, wait_for
 
 import moltis
 
@@ -43,15 +42,6 @@ def compiled_environment(home, **extra):
     environ = clean_environment(home, **extra)
     del environ["PYTHONDONTWRITEBYTECODE"]
     return environ
-
-
-def lasting_port():
-    """Return a port that no connection takes by itself while nothing listens on it."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 class Process:
@@ -83,7 +73,7 @@ class Process:
     def kill(self):
         """Return when it is dead: what it holds is free again."""
         self.signal(signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(60)
         self._clear_up()
 
     def end(self):
@@ -91,7 +81,7 @@ class Process:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.kill()
             self._clear_up()
@@ -239,7 +229,7 @@ class World:
         self.calls = []
         self.disks = {}  # by process
         self.clocks = {}
-        self.gateway_port = lasting_port()
+        self.gateway_port = free_port()
         self.node_proxy = FaultyProxy(self.gateway_port, rng)
         self.operator_proxy = FaultyProxy(self.gateway_port, rng)
         self.data = directory / "data"
@@ -351,7 +341,7 @@ class World:
             assert view.get("error", {}).get("code") in (None, "UNAVAILABLE"), view
             return "error" not in view
 
-        wait_for(started, 20, f"{node} to take a job")
+        wait_for(started, 60, f"{node} to take a job")
         return job
 
     def attach(self, job):
