@@ -468,23 +468,6 @@ def test_a_tunnel_is_asked_for_with_its_credentials():
     assert "joe" not in str(proxy) + repr(proxy)
 
 
-def test_the_head_of_an_answer_costs_what_its_size_does():
-    def seconds(size):
-        left, right = socket.socketpair()
-        with left, right:
-            text = b"HTTP/1.1 200 OK\r\nX: " + b"\r" * size + b"\r\n\r\n"
-            writer = threading.Thread(target=right.sendall, args=(text,))
-            writer.start()
-            started = time.process_time()
-            moltis.read_head(left, moltis.Deadline(LONG))
-            writer.join()
-            return time.process_time() - started
-
-    seconds(1000)
-    # The least of three: the garbage of other tests may be collected meanwhile.
-    assert min(seconds(60_000) for _ in range(3)) < 0.2
-
-
 def test_a_join_code_for_this_machine_goes_through_no_proxy(home):
     """`node add --join` of the first edition sent it through http_proxy."""
     with ScriptedServer(lambda _: (404, {}, [b"no such code"])) as server:

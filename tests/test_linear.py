@@ -10,6 +10,8 @@ import contextlib
 import gc
 import io
 import re
+import socket
+import threading
 import time
 
 import pytest
@@ -181,12 +183,26 @@ def edited_in_the_middle(text):
     moltis.find_edits(text.encode(), f"{quarter}b{quarter}", "c", every=True)
 
 
+def edited_where_it_overlaps(text):
+    moltis.find_edits(text.encode(), text[: len(text) // 2], "b", every=False)
+
+
 def edited_file(text):
     moltis.find_edits(text.encode(), "a" * 1000 + "b", "c", every=True)
 
 
 def change_to_show(text):
     moltis.file_diff(text.encode(), b"x\n" + text.encode())
+
+
+def change_to_lines_that_repeat(text):
+    moltis.file_diff(text.encode(), b"a\nb\n" * 99)
+
+
+def change_in_every_place(text):
+    count = len(text) // 4
+    old, new = ("".join(f"{n % k}\n" for n in range(count)) for k in (97, 89))
+    moltis.file_diff(old.encode(), new.encode())
 
 
 def recorded_terminal(text):
@@ -343,8 +359,11 @@ TEXTS = [
         ("x", "\x1b]"),
     ),
     *shapes(edited_in_the_middle, ("a",)),
+    *shapes(edited_where_it_overlaps, ("a",)),
     *shapes(edited_file, ("a",), ("\r\n",), ("a\n",), ("b",), ("a" * 999 + "b\n",)),
     *shapes(change_to_show, ("a\n",), ("\r\n",), ("a\nb\nc\n",), ("a",)),
+    *shapes(change_to_lines_that_repeat, ("a\nc\n",), ("a\na\nc\n",)),
+    *shapes(change_in_every_place, ("a",)),
     *shapes(recorded_terminal, ("a",), ("\x1b[",), ("\ud7ff",), ("\x00",)),
     *(
         row
@@ -370,8 +389,10 @@ TEXTS = [
     ),
 ]
 
-SMALLER = {  # bytes; what is slow for each character
+SMALLER = {  # bytes; what is slow for each character, or refused
     allowed_command: 50_000,
+    change_to_lines_that_repeat: 40_000,
+    change_in_every_place: 40_000,
 }
 
 
@@ -405,6 +426,19 @@ def test_the_answer_to_a_handshake_is_read_in_time(unit, before):
         moltis.check_upgraded(head.encode(), "key")
 
     check_growth(read)
+
+
+def test_the_head_of_an_answer_is_read_in_time():
+    def read(size):
+        left, right = socket.socketpair()
+        with left, right:
+            text = filled("\r", size, "HTTP/1.1 200 OK\r\nX: ", "\r\n\r\n")
+            writer = threading.Thread(target=right.sendall, args=(text.encode(),))
+            writer.start()
+            moltis.read_head(left, moltis.Deadline(60))
+            writer.join()
+
+    check_growth(read, 60_000)
 
 
 def der(tag, content):
@@ -680,10 +714,10 @@ def test_the_head_of_a_request_is_read_in_time(proxied, shape):
 
     def ask(size):
         head = filled(unit, size, before, "\r\n\r\n").encode()
-        with moltis.socket.create_connection(address, timeout=60) as sock:
+        with socket.create_connection(address, timeout=60) as sock:
             with contextlib.suppress(OSError):  # it is answered before it is read
                 sock.sendall(head)
-                sock.shutdown(moltis.socket.SHUT_WR)
+                sock.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
                 while sock.recv(65536):
                     pass
