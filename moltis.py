@@ -17301,13 +17301,14 @@ class Jobs:
     ) -> None:
         """Record the offset of consumed input; `resume`: resend it from there."""
         job = self._of_node(link.node_id, job_id)
-        if job is not None:
-            job.input_at = offset
-            if resume:
-                with job.typing:
-                    job.input_end = offset
-            job.input_resumes += resume
-            self._wake(job)
+        if job is None or job.sent_over is not link:  # of an earlier connection
+            return
+        job.input_at = offset
+        if resume:
+            with job.typing:
+                job.input_end = offset
+                job.input_resumes += 1
+        self._wake(job)
 
     def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
         """Return the offset from which the node sends each log that it holds, by id.
@@ -17534,13 +17535,13 @@ class Jobs:
                     return  # tick() saves it, and sends it
             job.sent_over, job.away_since, job.was_sent = link, None, True
             record = job.record
-        with job.typing:
+        with job.typing:  # what is typed meanwhile would overtake the start
+            with contextlib.suppress(ConnectionClosed):  # came() sends it again
+                if record.cancelled_at is not None:
+                    link.cancel(job.id)  # a start that follows is answered `cancelled`
+                link.start(job.id, record.work, record.spec or {})
             job.input_end = 0
-        with contextlib.suppress(ConnectionClosed):  # came() sends it again
-            if record.cancelled_at is not None:
-                link.cancel(job.id)  # a start that follows is answered `cancelled`
-            link.start(job.id, record.work, record.spec or {})
-        job.input_resumes += 1  # input that came before has gone nowhere
+            job.input_resumes += 1  # input that came before has gone nowhere
         self._wake(job)
 
     def _notify(self, job: Job, notify: Callable[[NodeLink], None]) -> None:

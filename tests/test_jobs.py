@@ -193,12 +193,14 @@ class World:
         self.node.jobs = self.jobs
         self.node.sent = dict.fromkeys(self.node.logs, 0)
 
-    def start(self, *, kept=False, job_id=None, origin=ME, spec=None, queue=0):
+    def start(
+        self, *, kept=False, job_id=None, origin=ME, spec=None, queue=0, work="run"
+    ):
         spec = {"command": "true", **(spec or {})}
         return self.jobs.start(
             moltis.new_job(
                 ("n", "Node"),
-                "run",
+                work,
                 spec,
                 origin,
                 kept=kept,
@@ -1278,3 +1280,42 @@ def test_a_watcher_that_falls_behind_skips_to_the_newest_output(world, newest):
     else:
         assert read < 300_000
         assert job.log.end - newest <= offsets[0]
+
+
+# --- Input ---
+
+
+def test_what_is_typed_ahead_does_not_overtake_the_start(world):
+    """It would be lost: the node does not know the job yet."""
+    node, told = world.node, []
+    start = node.start
+    typing = threading.Thread(
+        target=lambda: world.jobs.input(world.jobs.get(job_id), reader, 0, b"ls\r")
+    )
+
+    def slow_start(*args):
+        typing.start()
+        typing.join(0.2)  # it has to wait for us
+        start(*args)
+        told.append("start")
+
+    node.start = slow_start
+    node.input = lambda *_args: told.append("input")
+    node.up = False
+    job = world.start(work=moltis.TERMINAL, queue=60)
+    job_id = job.id
+    reader = Reader(world.jobs, job)
+    node.come()
+    typing.join()
+    # Either it follows the start, or the client is asked for it again.
+    assert told in (["start"], ["start", "input"])
+    assert job.input_resumes == 1
+
+
+def test_an_earlier_connection_has_no_say_in_input(world):
+    """Its last message may be read after the next one has come."""
+    job = world.start()
+    world.jobs.on_input(world.node, job.id, 5, resume=True)
+    earlier = ScriptedNode()
+    world.jobs.on_input(earlier, job.id, 0, resume=True)
+    assert (job.input_at, job.input_end) == (5, 5)
