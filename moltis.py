@@ -6574,6 +6574,8 @@ AUDITED_NOTES = 3  # of a transfer, in its row
 MAX_AUDITED_PATH = 8192  # characters, of encode_path()
 LOOKED_AT_ONCE = 100  # entries that one thread looks at
 LOOK_TIMEOUT = 5.0  # s; then a file system counts as away
+LOOK_AGAIN = 0.5  # s; the same for the entries that follow one that was away
+MAX_AWAY = 20  # entries of a directory that are away; then the others count as well
 HELD_TIMEOUT = 30.0  # s without a sign of life; then it does for a transfer
 FLUSH_TIMEOUT = 900.0  # s; the same while it writes all to a slow disk
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
@@ -6906,8 +6908,18 @@ def _file_entry(
 class FileListing:
     """The entries of a directory sorted by name, or that of one file."""
 
-    def __init__(self, spec: FileList, places: FilePlaces) -> None:
-        """Raises RpcError if there is nothing to list."""
+    def __init__(
+        self,
+        spec: FileList,
+        places: FilePlaces,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`pause` is called now and then; it may raise.
+
+        Raises RpcError if there is nothing to list.
+        """
+        self._pause = pause
+        self._away = 0  # entries whose file system does not answer
         self.path = places.absolute(decode_path(spec.path))
         self._follow = places.follows_links
         self._parent = self.path
@@ -6948,14 +6960,21 @@ class FileListing:
         """
         look = partial(self._entries, names)
         path = os.path.join(self.path, *names[:1])
+        limit = Deadline(LOOK_AGAIN if self._away else LOOK_TIMEOUT)
         try:
-            return call_file_system(
-                look, f"{path} {len(names)}", Deadline(LOOK_TIMEOUT).remaining
-            )
+            return call_file_system(look, f"{path} {len(names)}", limit.remaining)
         except TimeoutError:
-            if len(names) > 1:  # each by itself: a thread for each costs ten times more
-                return [entry for name in names for entry in self._look_at([name])]
-            return [FileEntry(encode_path(names[0]), "other", 0, 0, 0)]
+            if len(names) == 1:
+                self._away += 1
+                return [FileEntry(encode_path(names[0]), "other", 0, 0, 0)]
+        found: list[FileEntry] = []
+        for name in names:  # each by itself: a thread for each costs ten times more
+            self._pause()
+            if self._away < MAX_AWAY:
+                found += self._look_at([name])
+            else:
+                found.append(FileEntry(encode_path(name), "other", 0, 0, 0))
+        return found
 
     def _entries(self, names: Sequence[str]) -> list[FileEntry]:
         entries = []
@@ -7521,6 +7540,7 @@ class FileSource:
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
                 self._checking.pause()
                 for name in names:
+                    self._checking.pause()  # each may take its time on a slow disk
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
@@ -7958,7 +7978,8 @@ class PartialFile:
             except BlockingIOError:
                 raise
             except OSError:  # a file system without locks has no parts
-                os.unlink(name, dir_fd=self._parent)
+                if not facts.st_size:
+                    os.unlink(name, dir_fd=self._parent)
                 raise
             if not self._has_name(name, facts):
                 problem = "was completed or removed meanwhile"  # by another copy
@@ -8074,9 +8095,9 @@ class FileTarget:
                 for member in read_members(stream):
                     self._take(member, stream)
             stream.check()
-            self._complete = True
             self._flush()
             self._checking.commit()  # nothing that was given up gets its name
+            self._complete = True
             self._commit()
         finally:
             if self._part is not None and (stream.is_wrong or self._complete):
@@ -8354,6 +8375,7 @@ class FileTarget:
                     self._part = PartialFile(
                         self._root, name, member.identity, resumes=False
                     )
+        self._checking.alive(None)  # one message may hold many small files
         self._members += 1
         names = self._placed(member.name)
         top = _components(member.name)[0]
@@ -11745,7 +11767,7 @@ def file_places(options: MachineOptions) -> FilePlaces:
 
 
 def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
-    find = partial(FileListing, spec, file_places(options))
+    find = partial(FileListing, spec, file_places(options), errand.pause)
     try:
         listing = call_file_system(find, spec.path, Deadline(LOOK_TIMEOUT).remaining)
     except TimeoutError as error:
@@ -12105,18 +12127,26 @@ class Machine:
         with self._lock:
             return {job_id: job.log.begin for job_id, job in self._jobs.items()}
 
-    def resume(self, offsets: Mapping[str, int]) -> None:
-        """Send each log to a new peer from its offset; end and drop the others."""
+    def resume(
+        self, offsets: Mapping[str, int], peer: MachinePeer | None = None
+    ) -> None:
+        """Send each log to `peer`, from now on ours, from its offset.
+
+        The other jobs end, and their logs are dropped.
+        """
         with self._lock:
             jobs = list(self._jobs.values())
+        for job in jobs:
+            try:
+                job.log.send_from(offsets.get(job.id, 0))
+            except RpcError as error:  # the gateway restored an old database, say
+                log.warning("not resumed job=%s: %s", job.id, error)
+        if peer is not None:
+            self.attach(peer)  # not before: a log would go on after what was lost
         for job in jobs:
             if job.id not in offsets:
                 self._drop(job)
                 continue
-            try:
-                job.log.send_from(offsets[job.id])
-            except RpcError as error:  # the gateway restored an old database, say
-                log.warning("not resumed job=%s: %s", job.id, error)
             self._report_again(job)
             job.log.ready()
 
@@ -12430,7 +12460,8 @@ class GatewayLink:
     def resume(self, hello: JsonObject) -> None:
         """Continue where the last connection stopped.  Raises RpcError."""
         jobs = _jobs_extension(hello) or {}
-        self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
+        offsets = {job_id: required_offset(jobs, job_id) for job_id in jobs}
+        self._machine.resume(offsets, self)
 
     def report(self, payload: JsonObject) -> None:
         """Send telemetry.  Raises ConnectionClosed."""
@@ -12552,7 +12583,7 @@ class MoltisGatewayLink(GatewayLink):
 
     def resume(self, _hello: JsonObject) -> None:
         """Run earlier jobs to their end, unread: the gateway has given them up."""
-        self._machine.resume(self._machine.held())
+        self._machine.resume(self._machine.held(), self)
 
     def place(self, job_id: str, place: int) -> None: ...
 
@@ -12806,7 +12837,6 @@ class NodeAgent:
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
-        self._machine.attach(link)
         if self._leaves:
             ws.abort()
         try:
@@ -16667,6 +16697,7 @@ class Job:
         self.holder: Follower | None = None
         self.stored = True  # False: the row has to be written again
         self.sent_over: NodeLink | None = None
+        self.resumes_over: NodeLink | None = None  # has it; came() follows
         self.was_sent = record.sent_to is not None
         self.acknowledged = log.begin  # the offset that was sent to the node
         self.settled = False  # it has ended, is stored, and all is acknowledged
@@ -17227,9 +17258,10 @@ class Jobs:
         size.check()
         if not job.is_terminal:
             raise RpcError("INVALID_REQUEST", f"{job.id} has no terminal")
-        with job.lock:
-            job.size, job.sized_by = size, by
-        self._notify(job, lambda link: link.resize(job.id, size))
+        with job.typing:  # the node is told of sizes in their order
+            with job.lock:
+                job.size, job.sized_by = size, by
+            self._notify(job, lambda link: link.resize(job.id, size))
         self._wake(job)
 
     def redraw(self, job: Job, pause: float = 0) -> None:
@@ -17240,10 +17272,11 @@ class Jobs:
         now = time.monotonic()
         if not job.is_terminal or now - job.redrawn_at < pause:
             return
-        size = job.current_size()
-        if size is not None:
-            job.redrawn_at = now
-            self._notify(job, lambda link: link.resize(job.id, size))
+        with job.typing:
+            size = job.current_size()
+            if size is not None:
+                job.redrawn_at = now
+                self._notify(job, lambda link: link.resize(job.id, size))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -17324,6 +17357,7 @@ class Jobs:
                     job.record = _reopened(job.record)
                     # Until came(), tick() must neither give it up nor remove it.
                     job.away_since = time.monotonic()
+                    job.resumes_over = link
                     job.settled = False
                     self._add(job)
                     job.log.skip_to(begin)
@@ -17342,6 +17376,7 @@ class Jobs:
         for job in self._on(link.node_id):
             with job.lock:
                 known = job.id in held
+                job.resumes_over = None
                 if known:
                     job.sent_over, job.away_since = link, None
                 elif job.record.is_final:
@@ -17514,28 +17549,32 @@ class Jobs:
 
     def _send(self, job: Job) -> None:
         """Send a job to its node, unless it was sent over this connection."""
-        with job.lock:
-            # Looked up under the lock: either it is connected now, or left() follows.
-            link = self._link(job.record.node_id)
-            record = job.record
-            if link is None:
-                job.away_since = job.away_since or time.monotonic()
-            if link is None or job.sent_over is link or not record.is_open:
-                return
-            if job.was_sent and record.sent_to != link.instance:
-                return  # it never runs twice: came() ends it as lost
-            if record.sent_to != link.instance or record.state == JobState.QUEUED:
-                # The row names the life of the node before the job is sent to it.
-                job.record = record.replace(
-                    sent_to=link.instance, state=JobState.RUNNING
-                )
-                self._save(job)
-                if not job.stored:
-                    job.record = record
-                    return  # tick() saves it, and sends it
-            job.sent_over, job.away_since, job.was_sent = link, None, True
-            record = job.record
-        with job.typing:  # what is typed meanwhile would overtake the start
+        # What is typed meanwhile would overtake the start, and what the node says of
+        # input, perhaps over a later connection, would be forgotten.
+        with job.typing:
+            with job.lock:
+                # Looked up under the lock: it is connected now, or left() follows.
+                link = self._link(job.record.node_id)
+                record = job.record
+                if link is None:
+                    job.away_since = job.away_since or time.monotonic()
+                if link is None or not record.is_open:
+                    return
+                if link in (job.sent_over, job.resumes_over):
+                    return
+                if job.was_sent and record.sent_to != link.instance:
+                    return  # it never runs twice: came() ends it as lost
+                if record.sent_to != link.instance or record.state == JobState.QUEUED:
+                    # The row names the life of the node before the job is sent to it.
+                    job.record = record.replace(
+                        sent_to=link.instance, state=JobState.RUNNING
+                    )
+                    self._save(job)
+                    if not job.stored:
+                        job.record = record
+                        return  # tick() saves it, and sends it
+                job.sent_over, job.away_since, job.was_sent = link, None, True
+                record = job.record
             with contextlib.suppress(ConnectionClosed):  # came() sends it again
                 if record.cancelled_at is not None:
                     link.cancel(job.id)  # a start that follows is answered `cancelled`
@@ -30396,14 +30435,17 @@ class TypedInput {
       this.consumed = this.sent = offset;
       this.flows = true;
     }
-    if (held === false) this.pause();
+    if (held === false) {
+      this.pause();
+      this.sent = this.consumed; // the rest was not forwarded
+    }
     this.sendRest();
   }
 
   // Keep typed input: another client holds the terminal, or the connection broke.
+  // What was sent may have arrived: take() drops that.
   pause() {
     this.flows = false;
-    this.sent = this.consumed;
   }
 }
 
@@ -31104,13 +31146,16 @@ class TerminalSession {
     const jobs = [{id: this.id, node}];
     this.holds = this.follows = true;
     this.wanted = this.size;
+    this.unstarted = node; // until it is known that the gateway has it
     try {
       const request = {jobs, work: "run", spec, hold: true};
       const {jobs: [job]} = await link.call("job.start", request);
+      this.unstarted = null;
       if (job.error) this.problem = job.error.message;
       else learn(job);
     } catch (error) {
-      this.problem = error.message;
+      if (!error.isLost) this.problem = error.message;
+      else if (state.link === "up") link.reopen(); // it is started again, with its id
     }
     this.changed();
   }
@@ -31118,6 +31163,10 @@ class TerminalSession {
   // Follow it from the last screen on, or from where the connection broke.
   async follow() {
     if (this.follows || this.problem || state.link !== "up") return;
+    if (this.unstarted) {
+      await this.start(this.unstarted);
+      return;
+    }
     this.follows = true;
     const {id, holds, isFresh, position} = this;
     try {
@@ -33471,7 +33520,7 @@ class Upload {
     const params = {id: this.id, offset: this.read, hold: true};
     try {
       const {job} = await link.call("job.follow", params);
-      if (!isOpen(job)) this.finish("failed", capitalized(job.words));
+      if (!isOpen(job)) this.onState({ending: job, words: job.words});
     } catch (error) {
       if (error.code === "NOT_FOUND") await this.start(); // its start was lost
       else if (!error.isLost) this.finish("failed", error.message);
@@ -36647,7 +36696,13 @@ class JobFeed(LastingClient):
             self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
         self.close()
 
-    def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
+    def start(
+        self,
+        nodes: Mapping[str, str],
+        request: JsonObject,
+        *,
+        is_terminal: bool = False,
+    ) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
 
         `request` is that of `job.start`.
@@ -36655,7 +36710,10 @@ class JobFeed(LastingClient):
         self._request = {**request, "hold": True}
         jobs = [FollowedJob(new_id(), n, ref, holds=True) for ref, n in nodes.items()]
         self.open.update((job.id, job) for job in jobs)
-        self._input = JobInput(jobs[0].id, self._send)
+        # Before the request: the first `job.input` may come while it is being sent.
+        self._input = (TypedInput if is_terminal else JobInput)(jobs[0].id, self._send)
+        for job in jobs:
+            job.is_terminal = is_terminal
         self._ask_for_all()
         return jobs
 
@@ -36667,9 +36725,8 @@ class JobFeed(LastingClient):
 
     def open_terminal(self, node: str, spec: JsonObject) -> FollowedJob:
         """Start a terminal and hold it."""
-        [job] = self.start({node: node}, {"work": "run", "spec": spec})
-        job.is_terminal = True
-        self._input = TypedInput(job.id, self._send)
+        request = {"work": "run", "spec": spec}
+        [job] = self.start({node: node}, request, is_terminal=True)
         return job
 
     def join_terminal(self, job_id: str, name: str, *, holds: bool) -> FollowedJob:
@@ -40267,7 +40324,7 @@ def copy_place(text: str, working_dir: str | None) -> CopyPlace:
 
 def bar(done: float) -> str:
     """Return a bar for a part of 1."""
-    filled = round(done * BAR_WIDTH)
+    filled = round(min(1.0, max(0.0, done)) * BAR_WIDTH)
     return "#" * filled + "." * (BAR_WIDTH - filled)
 
 
@@ -40551,6 +40608,11 @@ class FileCopy:
                 for node in {name for name, *_ in groups} | set(targets) - {""}:
                     if node:
                         client.call("node.describe", {"nodeId": node})
+                if self._args.resume and any(targets):
+                    # An older gateway leaves the field out that asks for the part.
+                    its = client.call("node.describe", {"nodeId": LOCAL_ID})
+                    if CAP_RESUME not in its["capabilities"]:
+                        raise UsageError(f"the gateway {NO_RESUME}")
                 origins = {
                     key: self._origin(client, *key) for key in groups if len(key) > 1
                 }

@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tarfile
 import threading
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -1689,6 +1690,41 @@ def test_a_cancel_while_files_get_their_names_comes_too_late(
         assert (ending.state, there) == ("cancelled", False)
 
 
+def test_a_cancel_during_the_last_flush_leaves_the_part(big, tmp_path):
+    def commit():
+        raise moltis.Cancelled
+
+    checking = moltis.Checking(commit=commit)
+    spec = FileWrite(str(tmp_path / "to") + "/", origin=origin(big))
+    target = FileTarget(
+        spec, FilePlaces("/"), pytest.fail, umask=0o022, checking=checking
+    )
+    source = FileSource(FileRead([str(big)]), FilePlaces("/"), pytest.fail)
+    with pytest.raises(moltis.Cancelled):
+        target.receive(moltis.one_by_one(source.pieces()))
+    [part] = parts(tmp_path / "to")
+    assert (tmp_path / "to" / part).stat().st_size == big.stat().st_size
+
+
+def test_a_file_system_that_cannot_lock_for_now_keeps_the_part(
+    big, tmp_path, monkeypatch
+):
+    resumed(big, tmp_path / "to", 5 * 2**20)
+    before = parts(tmp_path / "to")
+
+    def no_locks(*_args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    parent = os.open(tmp_path / "to", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+            open_part(parent, big)
+    finally:
+        os.close(parent)
+    assert parts(tmp_path / "to") == before
+
+
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
 def test_a_part_that_is_not_ours_is_refused(big, tmp_path, kind):
     resumed(big, tmp_path / "to", 5 * 2**20)
@@ -2040,6 +2076,56 @@ def test_what_is_done_as_a_wait_for_it_ends_is_not_away(monkeypatch):
     assert moltis.call_file_system(lambda: "found", "/d", soon) == "found"
 
 
+def test_a_list_ends_although_nothing_in_the_directory_answers(tmp_path, monkeypatch):
+    for number in range(60):
+        (tmp_path / f"f{number}").touch()
+    answers, paused = threading.Event(), []
+    monkeypatch.setattr(moltis, "_file_entry", lambda *_, **__: answers.wait(60))
+    monkeypatch.setattr(moltis, "LOOK_TIMEOUT", 0.05)
+    monkeypatch.setattr(moltis, "LOOK_AGAIN", 0.01)
+    spec = moltis.FileList(moltis.encode_path(str(tmp_path)))
+
+    def pause():
+        paused.append(1)
+        if len(paused) == limit:
+            raise moltis.Cancelled
+
+    try:
+        limit = None
+        listing = moltis.FileListing(spec, FilePlaces("/"), pause)
+        kinds = [entry.kind for entry in listing.entries()]
+        # Those that are asked each keep a thread; the others are not asked.
+        assert (kinds, len(paused)) == (["other"] * 60, 60)
+        assert listing._away == moltis.MAX_AWAY
+        limit = 63
+        with pytest.raises(moltis.Cancelled):
+            list(moltis.FileListing(spec, FilePlaces("/"), pause).entries())
+    finally:
+        answers.set()
+
+
+def test_files_that_are_measured_or_made_one_by_one_are_signs_of_life(tmp_path):
+    """On a slow disk each takes its time, and no byte is read or written yet."""
+    (tmp_path / "d").mkdir()
+    for number in range(50):
+        (tmp_path / "d" / str(number)).touch()
+    signs = []
+    checking = moltis.Checking(
+        alive=lambda _limit: signs.append("made"), pause=lambda: signs.append("seen")
+    )
+    places = FilePlaces(str(tmp_path))
+    source = FileSource(
+        FileRead(["d"], recursive=True), places, pytest.fail, checking=checking
+    )
+    source.measure()
+    assert signs.count("seen") >= 50
+    spec = FileWrite("to", into=True)
+    (tmp_path / "to").mkdir()
+    target = FileTarget(spec, places, pytest.fail, umask=0o022, checking=checking)
+    target.receive(moltis.one_by_one(source.pieces()))
+    assert signs.count("made") >= 50
+
+
 def test_a_list_of_what_is_away_is_one_sentence(source, monkeypatch):
     answers = threading.Event()
     monkeypatch.setattr(moltis, "FileListing", lambda *_: answers.wait(60))
@@ -2048,7 +2134,7 @@ def test_a_list_of_what_is_away_is_one_sentence(source, monkeypatch):
     spec = moltis.FileList(moltis.encode_path(str(source)))
     try:
         with pytest.raises(RpcError, match="source: its file system did not answer"):
-            moltis._list_files(options, spec, None)
+            moltis._list_files(options, spec, mock.Mock())
     finally:
         answers.set()
 

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import re
 import tarfile
 import urllib.error
 import urllib.request
@@ -700,3 +701,21 @@ def test_downloads_that_nobody_fetches_are_dropped():
     with pytest.raises(moltis.RpcError, match="waited too long"):
         downloads.take(gone)
     assert downloads.take(ticket) is early
+
+
+def test_an_upload_that_ended_while_the_link_was_away_is_done(page):
+    """The answer to `job.follow` is then all that the page hears of it."""
+    script = moltis.WEB_JS.decode()
+    upload = re.search(r"^class Upload .*?^}", script, re.M | re.S)[0]
+    ended = {"state": "done", "words": "1 file, 5 bytes", "result": {"files": 1}}
+    found = page.evaluate(f"""(async () => {{
+      const state = {{uploads: new Map()}}, keptByTab = {{set() {{}}}}, UPLOADS = "";
+      const keepUploads = () => {{}}, touch = keepUploads, loadFiles = keepUploads;
+      const isOpen = job => job.state === "running", files = {{}}, now = Date.now;
+      const link = {{call: async () => ({{job: {json.dumps(ended)}}})}};
+      {upload}
+      const one = new Upload({{id: "x", path: "/tmp"}}, []);
+      await one.hold();
+      return [one.state, one.result.files];
+    }})()""")
+    assert found == ["done", 1]

@@ -1319,3 +1319,46 @@ def test_an_earlier_connection_has_no_say_in_input(world):
     earlier = ScriptedNode()
     world.jobs.on_input(earlier, job.id, 0, resume=True)
     assert (job.input_at, job.input_end) == (5, 5)
+
+
+def test_a_job_that_its_node_resumes_is_not_sent_to_it_again(world):
+    """The ticker looks after it is connected, and before came()."""
+    job = world.start(kept=True)
+    world.jobs.on_input(world.node, job.id, 500, resume=True)
+    world.node.drop()
+    world.node.up = True
+    held = {job.id: 0}
+    world.jobs.resumed(world.node, held)
+    world.jobs.tick()
+    assert (job.sent_over, job.input_end, job.input_resumes) == (None, 500, 2)
+    world.jobs.came(world.node, held)
+    assert (job.sent_over, job.input_end, job.input_resumes) == (world.node, 500, 2)
+
+
+def test_sizes_of_a_terminal_reach_its_node_in_their_order(world, monkeypatch):
+    """A redraw sends the size that it finds, while a person chooses another."""
+    sizes = []
+    world.node.resize = lambda _job_id, size: sizes.append((size.rows, size.cols))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    world.jobs.resize(job, moltis.TerminalSize(24, 80), None)
+    found, goes_on = threading.Event(), threading.Event()
+    current_size = moltis.Job.current_size
+
+    def slow(job):
+        size = current_size(job)
+        found.set()
+        goes_on.wait(60)
+        return size
+
+    monkeypatch.setattr(moltis.Job, "current_size", slow)
+    redraws = threading.Thread(target=world.jobs.redraw, args=(job,))
+    larger = moltis.TerminalSize(50, 200)
+    resizes = threading.Thread(target=world.jobs.resize, args=(job, larger, None))
+    redraws.start()
+    found.wait(60)
+    resizes.start()
+    resizes.join(0.2)  # it has to wait for the redraw
+    goes_on.set()
+    redraws.join()
+    resizes.join()
+    assert sizes == [(24, 80), (24, 80), (50, 200)]

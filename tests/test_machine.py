@@ -409,8 +409,7 @@ def test_a_job_goes_on_while_there_is_no_peer(machine):
     job_id = start(machine, "echo kept; exit 7")
     wait_for(lambda: machine._jobs[job_id].log.ended, what="the end")
     peer = RecordingPeer()
-    machine.attach(peer)
-    machine.resume({job_id: 0})
+    machine.resume({job_id: 0}, peer)
     assert peer.wait(job_id).exit_code == 7
     assert peer.stream(job_id) == b"kept\n"
 
@@ -419,8 +418,27 @@ def test_resuming_sends_only_what_follows_the_offset(machine, peer):
     job_id = start(machine, "echo a; sleep 0.1; echo b >&2")
     peer.wait(job_id)
     other = RecordingPeer()
-    machine.attach(other)
-    machine.resume({job_id: 7})
+    machine.resume({job_id: 7}, other)
+    assert other.logs[job_id] == peer.logs[job_id][7:]
+
+
+def test_a_job_that_writes_meanwhile_sends_a_new_peer_nothing_too_early(
+    machine, peer, monkeypatch
+):
+    """The new peer lacks what was lost with the old connection."""
+    job_id = start(machine, "echo a; echo b >&2")
+    peer.wait(job_id)
+    send_from = moltis.JobLog.send_from
+
+    def late(log, offset):
+        send_from(log, 0)  # it has more to send,
+        log.ready()  # as the thread that writes it says
+        send_from(log, offset)
+
+    machine.attach(None)
+    monkeypatch.setattr(moltis.JobLog, "send_from", late)
+    other = RecordingPeer()
+    machine.resume({job_id: 7}, other)
     assert other.logs[job_id] == peer.logs[job_id][7:]
 
 
@@ -445,8 +463,7 @@ def test_places_and_input_are_reported_again(machine, peer):
     wait_for(lambda: peer.input == [(ids[0], 3, False)], what="consumption")
     wait_for(lambda: peer.places, what="the place")
     other = RecordingPeer()
-    machine.attach(other)
-    machine.resume(machine.held())
+    machine.resume(machine.held(), other)
     expected = [(ids[0], 3, True), (ids[1], 0, True), (ids[2], 0, True)]
     assert sorted(other.input) == sorted(expected)
     wait_for(lambda: other.places == [(ids[2], 1)], what="the place, again")
@@ -459,8 +476,7 @@ def test_a_job_that_left_the_line_meanwhile_is_reported_as_running(machine, peer
     machine.input(ids[0], 0, b"")
     wait_for(lambda: not machine._jobs[ids[2]].waits, what="its turn")
     other = RecordingPeer()
-    machine.attach(other)
-    machine.resume(machine.held())
+    machine.resume(machine.held(), other)
     assert other.places == [(ids[2], 0)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from concurrent.futures import Future
 
 import pytest
 from peers import InProcessGateway, silent_node
@@ -231,6 +232,37 @@ def test_input_that_is_not_consumed_is_sent_again_and_no_other():
     job_input.consumed(7)  # more than was sent
     job_input.resume()
     assert sent[4:] == [(6, b"")]
+
+
+class Swift:
+    """A gateway whose first `job.input` comes while `job.start` is being sent."""
+
+    ended, ended_at, scopes = False, 0.0, ()
+
+    def __init__(self, on_news):
+        self.on_news, self.sent = on_news, []
+
+    def start(self, _method, params):
+        payload = {"id": params["jobs"][0]["id"], "offset": 0, "resume": True}
+        event = moltis.Event("job.input", payload)
+        reads = threading.Thread(target=self.on_news, args=(self, event))
+        reads.start()
+        reads.join()
+        return Future()
+
+    def send(self, message):
+        self.sent.append(decoded(message))
+
+    def notify(self, *_args): ...
+
+    def close(self): ...
+
+
+def test_a_terminal_takes_keys_however_fast_the_gateway_is():
+    with moltis.JobFeed(Swift) as feed:
+        job = feed.open_terminal("pi", {"command": ""})
+        assert feed.type(job, b"ls\r", lambda: False)
+        assert feed.client.sent == [(0, b"ls\r")]
 
 
 def decoded(message):

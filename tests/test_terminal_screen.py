@@ -997,3 +997,61 @@ def test_a_paste_costs_its_size_and_no_square_of_it(run):
     console.log(isLinear);
     """
     assert run(typed_input + script)
+
+
+def test_what_was_typed_before_a_reconnect_is_not_typed_again(run):
+    """A program that shows no echo, as for a password, reports nothing for long."""
+    text = moltis.WEB_JS.decode()
+    start = text.index("const MAX_INPUT = ")
+    typed_input = text[start : text.index("\n// == ", start)]
+    script = """
+    let program = "", isUp = true;
+    const bytes = text => new TextEncoder().encode(text);
+    const input = new TypedInput((offset, data) => {
+      // The gateway takes what follows, and the node skips what it has.
+      if (!isUp || offset > program.length) return;
+      program += new TextDecoder().decode(data).slice(program.length - offset);
+    });
+    input.take({offset: 0, resume: true});
+    for (const key of "secret") input.type(bytes(key), false);
+    isUp = false;
+    input.pause();
+    input.type(bytes("12"), true);
+    isUp = true;
+    input.take({offset: program.length, resume: true});
+    input.type(bytes("\\r"), false);
+    console.log(JSON.stringify(program));
+    """
+    assert run(typed_input + script) == "secret12\r"
+
+
+def test_a_terminal_whose_start_was_lost_is_started_again_with_its_id(run):
+    """Else its shell would go on unseen, or never have begun."""
+    script = moltis.WEB_JS.decode()
+    session = re.search(r"^class TerminalSession .*?^}", script, re.M | re.S)[0]
+    steps = """
+    const state = {link: "up", jobs: new Map(), terminals: new Map()}, calls = [];
+    const TERMINAL = "terminal", isOpen = () => true, learn = () => {};
+    class TypedInput {
+      pause() {}
+    }
+    let breaks = true;
+    const link = {
+      reopen: () => calls.push("reopen"),
+      async call(method, {jobs: [{id}]}) {
+        calls.push(`${method} ${id}`);
+        if (breaks) throw Object.assign(new Error("lost"), {isLost: true});
+        return {jobs: [{}]};
+      },
+    };
+    const terminal = new TerminalSession("the-id", {rows: 24, cols: 80});
+    await terminal.start("pi");
+    const {problem} = terminal;
+    terminal.pause();
+    breaks = false;
+    await terminal.follow();
+    await terminal.follow();
+    console.log(JSON.stringify([problem, calls, terminal.follows]));
+    """
+    started = "job.start the-id"
+    assert run(session + steps) == ["", [started, "reopen", started], True]
