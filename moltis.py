@@ -760,7 +760,7 @@ def format_time(at_ms: int) -> str:
 
 
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
-MAX_MISSPELT = 100  # characters; longer words are compared with no others
+MAX_MISSPELT = 100  # characters; longer words are not compared
 
 
 def some_names(names: Collection[str]) -> str:
@@ -770,7 +770,7 @@ def some_names(names: Collection[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the word that was perhaps meant, or ""."""
+    """Return the one of `known` that is most like a misspelt word, or ""."""
     import difflib
 
     if len(word) > MAX_MISSPELT:
@@ -919,7 +919,7 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-HELD_TICK = 0.5  # s between two looks at what remains to a file system
+HELD_TICK = 0.5  # s between two checks of what remains of a time limit
 
 
 def call_file_system(
@@ -927,9 +927,9 @@ def call_file_system(
 ) -> Found:
     """Return `action()`, which uses `path`.  Raises its error, or TimeoutError.
 
-    A network file system that is away holds whoever asks it, and no signal ends
-    that.  So a thread asks.  When `remaining()` s are over it is left behind, and this
-    path is not asked for again while it waits.
+    A call to a network file system that is away blocks its thread, and no signal ends
+    that.  So another thread makes the call.  Once `remaining()` is 0 (s), that one is
+    left behind, and `path` is not tried again while it is blocked.
     """
     left_behind = f"moltis-look-{path}"
     if any(thread.name == left_behind for thread in threading.enumerate()):
@@ -939,7 +939,7 @@ def call_file_system(
     def ask() -> None:
         try:
             answer.set_result(action())
-        except Exception as error:  # noqa: BLE001  whoever asked gets it
+        except Exception as error:  # noqa: BLE001  the caller gets it
             answer.set_exception(error)
 
     thread = threading.Thread(target=ask, name="moltis-look", daemon=True)
@@ -2035,8 +2035,8 @@ def without_docstrings(code: Any) -> Any:
         without_docstrings(constant) if isinstance(constant, type(code)) else constant
         for constant in code.co_consts
     ]
-    # The first constant of a function, but not of a class, nor of what has no name;
-    # since Python 3.13 only where a flag says so.
+    # It is the first constant of a function, but not of a class or of code without a
+    # name; since Python 3.13 only where a flag says so.
     is_function = code.co_flags & CO_OPTIMIZED and not code.co_name.startswith("<")
     says_so = sys.version_info < (3, 13) or code.co_flags & CO_HAS_DOCSTRING
     if is_function and says_so and isinstance(constants[0], str):
@@ -5039,8 +5039,8 @@ UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8")
 MARK_INTERVAL = 0.1  # s between two marks in a terminal's log
 MARK_BYTES = 64 * 1024  # of output between them at most
 REDRAW_PAUSE = 0.1  # s; programs redraw only at a size that differs
-FD_SETSIZE = 1024  # descriptors that select() can have
-SELECT_PAUSE = 0.02  # s between looks at others
+FD_SETSIZE = 1024  # select() takes descriptors below it
+SELECT_PAUSE = 0.02  # s between two checks of larger descriptors
 INPUT_REPORT = 0.1  # s after which input is reported as consumed
 INPUT_UNREPORTED = 1024  # bytes that are reported only with the next output
 
@@ -5910,8 +5910,8 @@ class ProcessGroup:
 class SelectPoll:
     """select() as poll(), which may not support terminals on macOS.
 
-    A descriptor that select() cannot have counts as ready every SELECT_PAUSE: all are
-    non-blocking.
+    A descriptor that is too large for select() is reported as ready every SELECT_PAUSE
+    s: all are non-blocking.
     """
 
     def __init__(self) -> None:
@@ -6269,6 +6269,8 @@ class Command:
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
+                # Once a round: if the pause ended between two readings, the outputs
+                # would not be registered, and nothing would limit the wait.
                 rest = self._rest()
                 self._register_pipes(group, poll, reads=not rest)
                 appended = False
@@ -6353,9 +6355,6 @@ class Command:
         if self._exited_at is not None:
             return 0.0
         return max(0.0, self._rest_until - time.monotonic())
-
-    # Each round asks the clock once whether a pause is over.  If it were asked again
-    # for the wait, the pause could end in between, and nothing would end the wait.
 
     def _pause(self, group: ProcessGroup, deadline: Deadline, rest: float) -> float:
         """Return the seconds until the next check."""
@@ -6563,19 +6562,19 @@ PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is n
 PAX_OFFSET = "MOLTIS.offset"  # bytes of a file that its reader has, before the content
 PAX_IDENTITY = "MOLTIS.identity"  # of file_identity(), if no other file is copied
 MIN_PART = 4 * 1024 * 1024  # bytes; less of an interrupted copy is not kept
-PART_PATIENCE = 15.0  # s that a part is locked by a copy that is just ending
+PART_PATIENCE = 15.0  # s to wait for another copy, which may be ending, to unlock it
 PART_IDLE = 5.0  # s without a byte, after which a copy leaves its part to another
 MAX_READ_LINES = 2000  # in one tool result, which names the next line
 MAX_READ_TEXT = 50 * 1024  # bytes in one tool result; cut at the end of a line
 MAX_SPLICED = 1024 * 1024  # bytes of a file that tools change, and of the change
 SPLICE_FRAME = 64  # bytes of a Splice in JSON beside its data
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
-AUDITED_NOTES = 3  # of a transfer, in its row
+AUDITED_NOTES = 3  # notes of a transfer that its row keeps
 MAX_AUDITED_PATH = 8192  # characters, of encode_path()
-LOOKED_AT_ONCE = 100  # entries that one thread looks at
+LOOKED_AT_ONCE = 100  # entries of a directory that one thread stats
 LOOK_TIMEOUT = 5.0  # s; then a file system counts as away
-HELD_TIMEOUT = 30.0  # s without a sign of life; then it does for a transfer
-FLUSH_TIMEOUT = 900.0  # s; the same while it writes all to a slow disk
+HELD_TIMEOUT = 30.0  # s without progress; then a transfer fails for the same reason
+FLUSH_TIMEOUT = 900.0  # s; the same while a slow disk writes what is cached
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
 NO_RESUME = (
@@ -6638,7 +6637,8 @@ class FileOrigin(Value):
 
     name: str  # of encode_path(): in the archive
     identity: str  # of file_identity()
-    # An older command line names the file of each copy.  A stream names its own.
+    # False: from an older command line, which names the file of every copy; the field
+    # is ignored then, as the stream has the identity.
     resumes: bool = False
 
 
@@ -8031,14 +8031,15 @@ class FileTarget:
         self._directory_open = -1  # its descriptor: files mostly follow their siblings
         # By their path from _parent; what is in _new has its own name in there already.
         self._pending: dict[tuple[str, ...], _Pending] = {}
-        self._unflushed: dict[tuple[str, ...], str] = {}  # names now; or too many
+        self._unflushed: dict[tuple[str, ...], str] = {}  # current names; see _flush()
         self._links: list[tuple[tuple[str, ...], str]] = []
         self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
-        # Names, until the end, of those in directories that were there before.
+        # New directories in those that were there before: their names until the end.
         self._new: dict[tuple[str, ...], str] = {}
         self._new_files: collections.Counter[tuple[str, ...]] = collections.Counter()
         self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
-        # Files and links at their names, by device and inode; the names of directories.
+        # By device and inode: the path of a directory, () for a file or link that has
+        # its own name.
         self._written: dict[tuple[int, int], tuple[str, ...]] = {}
         self._complete = False
         self._left_out = ""  # the last note on a file that was left out
@@ -8227,7 +8228,7 @@ class FileTarget:
     def give_way(self, idle: float) -> None:
         """Fail if nothing came for `idle` s, and another copy waits for our part.
 
-        Its sender was killed, perhaps.  It asks no file system: its caller holds a
+        The sender may have been killed.  No file system is asked, as the caller holds a
         lock.  Raises RpcError.
         """
         if self._part is None or idle < PART_IDLE:
@@ -8347,8 +8348,8 @@ class FileTarget:
             self._first = _components(member.name)[0]
             self._begin(is_directory=member.kind == b"5")
             if member.identity:
-                # A copy does without: another one may write the part, the file system
-                # may have no locks, or the directory no list for us.
+                # Optional: another copy may be writing the part, the file system may
+                # have no locks, or the directory may not be readable.
                 with contextlib.suppress(OSError):
                     name = self._name or self._first
                     self._part = PartialFile(
@@ -8396,11 +8397,11 @@ class FileTarget:
     def _make_or_find(
         self, names: tuple[str, ...], parent: int, member: Member
     ) -> None:
-        """Raises OSError."""
+        """Make a directory, or check the one that is there.  Raises OSError."""
         name = self._new.get(names, names[-1])
         if self._present(name, parent) is None:
             if self._new_above(names) is None:
-                # Noted first: an interrupt may come right after it was made.
+                # Recorded first: an interrupt may come right after it was made.
                 name = self._new[names] = _partial_name()
             try:
                 os.mkdir(name, 0o700, dir_fd=parent)
@@ -8443,7 +8444,7 @@ class FileTarget:
         if offset != 0 and (part is None or offset != part.size):
             raise _not_an_archive("it continues a file that is not there")
         new = self._new_above(names)
-        # It gets its mode at once, and then _flush() could not open it.
+        # It gets its mode now, with which _flush() could not open it.
         is_flushed = new is not None and not mode & stat.S_IRUSR
         name = names[-1] if new else _partial_name() if part is None else part.name
         try:
@@ -8487,7 +8488,7 @@ class FileTarget:
     def _fill(
         self, descriptor: int, shown: str, content: Iterable[bytes | memoryview]
     ) -> None:
-        """Raises RpcError, OSError."""
+        """Write the content of a file.  Raises RpcError, OSError."""
         for piece in content:
             view = memoryview(piece)
             while view:
@@ -8594,7 +8595,7 @@ class FileTarget:
         self.files += 1
 
     def _name_directory(self, names: tuple[str, ...], name: str) -> None:
-        """Raises OSError."""
+        """Give a new directory its own name.  Raises OSError."""
         parent = self._directory(names[:-1])
         present = self._present(names[-1], parent)
         if present is not None:
@@ -11840,7 +11841,7 @@ def _write_files(
     umask = 0o022 if inherited is None else inherited.umask
 
     def report(part: FilePartial) -> None:
-        # No longer: one whose sender has gone has the part to itself meanwhile.
+        # No more than that: if the sender is gone, the part stays locked meanwhile.
         errand.patience += part.size / CHECK_RATE
         errand.write({"part": part}, STDERR)
 
@@ -16243,7 +16244,7 @@ MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 IDLE_TERMINAL = 24 * 3600.0  # s without a person, after which a terminal is ended
 SCREEN = 256 * 1024  # bytes of a terminal's log that a late follower gets
-READER_REDRAW = 10.0  # s between redraws for those who only read
+READER_REDRAW = 10.0  # s between redraws for keys that only read
 
 # The fields of an Ending that are columns of a row.
 ENDING_COLUMNS = tuple(
@@ -16542,7 +16543,7 @@ class Log:
         self._trim()
 
     def _write_rest(self) -> None:
-        """Write what is only in memory: no gap is in it."""
+        """Write what is only in memory, which has no gap."""
         unwritten = [
             data[max(0, self._written - begin) :]
             for begin, data in self._memory
@@ -16684,7 +16685,7 @@ class Job:
         self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # requested since its start
-        self.redrawn_at = -math.inf  # monotonic; when that was asked for
+        self.redrawn_at = -math.inf  # monotonic; of the last request to redraw
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
         self.empty_since: float | None = time.monotonic()  # without followers
@@ -17233,9 +17234,9 @@ class Jobs:
         self._wake(job)
 
     def redraw(self, job: Job, pause: float = 0) -> None:
-        """Have the programs of a terminal redraw it, unless they did `pause` s ago.
+        """Have the programs of a terminal redraw it, by SIGWINCH.
 
-        They get SIGWINCH.
+        Not if they were asked to less than `pause` s ago.
         """
         now = time.monotonic()
         if not job.is_terminal or now - job.redrawn_at < pause:
@@ -17745,8 +17746,8 @@ SHORT_RESULT = 400  # characters; cutting it would gain nothing
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
 MAX_CONTENT = 256 * 1024  # bytes of file_write; the job's spec is one message
 MAX_DIFF = 200_000  # characters of a diff; it is shown whole, or the change is refused
-MAX_COMPARED = 40_000_000  # steps of difflib: two seconds at worst, mostly far less
-MAX_NAMED_PLACES = 20  # of an edit that fits more than once
+MAX_COMPARED = 40_000_000  # steps of difflib: at worst two seconds
+MAX_NAMED_PLACES = 20  # in the error for an edit that fits more than once
 MAX_LISTED_FILES = 1000  # entries in an answer of file_list; the others are counted
 SHELL_ID = "shell"  # of the model that is always there
 BROKEN_OFF = "\n\n[broken off]"  # ends an answer in a conversation
@@ -21707,7 +21708,7 @@ class JobMethods:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
         if screen:
-            # A redraw is a signal to programs: who only reads causes few.
+            # A redraw sends programs a signal: limited for keys that only read.
             is_reader = not peer.caller.may(Scope.WRITE)
             self._jobs.redraw(job, READER_REDRAW if is_reader else 0)
         return {"job": job_view(job), "offset": start}
@@ -23995,8 +23996,8 @@ class McpServer:
             "content": [{"type": "text", "text": to_json(result)}],
             "isError": "error" in result,
         }
-        # Clients refuse what does not fit the schema, errors as well, and show its
-        # fault instead of ours.
+        # Clients refuse content that does not fit the schema, and then show that
+        # failure instead of our error.
         if set(MCP_TOOLS[params["name"]].output["required"]) <= result.keys():
             answer["structuredContent"] = result
         return answer
@@ -24170,7 +24171,7 @@ class McpLines:
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
-MAX_SKIPPED_BODY = 8 * MAX_BODY  # of a refused request; beyond it the client is cut off
+MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes of a refused request; then it is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
@@ -25241,7 +25242,7 @@ class HttpApp:
         self, request: HttpRequest, value: str, lifetime: int, payload: JsonObject
     ) -> Reply:
         public = request.public
-        # Other paths of this host may lead to other gateways, with names like ours.
+        # Other paths of this host may lead to gateways with cookies of the same name.
         path = request.headers.get(PATH_HEADER, public.prefix)
         path = path if re.fullmatch(PATH_BEFORE, path) else ""
         flags = f"Path={path}/; HttpOnly; SameSite=Strict" + "; Secure" * public.secure
@@ -25423,7 +25424,7 @@ class HeaderLines:
             raise RequestTooLarge
         if line and not _HEADER_LINE.fullmatch(line):
             raise MalformedHead(f"{clip(repr(line)[2:-1], 80)} is not a header")
-        # White space around a value is none of it (RFC 9110 §5.5).
+        # White space around a value is not part of it (RFC 9110 §5.5).
         end = len(line.rstrip(b"\r\n"))
         return line[:end].rstrip(b" \t") + line[end:]
 
@@ -25470,9 +25471,9 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def skip_body(self) -> None:
-        """Read what a refused client still sends, while it is moderate.
+        """Read and drop what a refused client still sends, MAX_SKIPPED_BODY at most.
 
-        Closing at once would reset the connection, and the client miss the answer.
+        Closing at once would reset the connection, and the answer would be lost.
         """
         self.begin()
         self._room = MAX_SKIPPED_BODY
@@ -25658,7 +25659,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.send(app.answer(self.request_with(bytes(body))))
 
         def has_room(self, before: int, size: int) -> bool:
-            """Return whether a body may go on with so much; if not, it is refused."""
+            """Return whether `size` bytes may follow `before`; else refuse the body."""
             length = before + size
             if length > MAX_BODY:
                 self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
@@ -27494,9 +27495,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 }
 """.encode()
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
-// socket, job logs, state, routes, widgets, views, sign-in, start.  Text reaches the
-// document as text nodes only; the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, storage, words, terminal,
+// Markdown, socket, job logs, state, routes, widgets, views, sign-in, start.  Text
+// reaches the document as text nodes only; the views show `state` and hold none of
+// their own.
 
 // == dom ==
 
@@ -27880,7 +27882,7 @@ const isOurName = name => ROOT ? name.startsWith(`${ROOT} `) : !name.startsWith(
 // Texts that outlive the page; in memory where storage is full or forbidden.
 class Kept {
   constructor(storage) {
-    this.storage = storage; // its name: to ask for it may be forbidden
+    this.storage = storage; // its name: access to it may be forbidden
     // Only what storage did not take: another tab may change the rest.
     this.memory = new Map();
   }
@@ -28629,7 +28631,7 @@ function widthOf(character) {
 }
 
 // One line of the grid.  Of a flood most rows scroll out before anybody sees them: a
-// row is a text in one style until its cells are asked for.
+// row is a text in one style until its cells are needed.
 class Row {
   constructor(columns, blank) {
     this.columns = columns;
@@ -28793,9 +28795,9 @@ class Page {
     }
   }
 
-  // Give all rows another size.  Those of the primary screen are broken anew, but for
-  // the line with the cursor: its program mends that one, and knows it as it was.
-  // Those of the alternate screen keep what does not fit, until it is wider again.
+  // Give all rows another size.  Those of the primary screen are rewrapped, except for
+  // the line with the cursor, which its program redraws and knows as it was.  Those of
+  // the alternate screen keep what does not fit, until it is wider again.
   resize(columns, height, reflows) {
     const before = this.columns;
     this.columns = columns;
@@ -28814,7 +28816,7 @@ class Page {
     this.addTabs(columns);
   }
 
-  // Rows below the cursor go first; others come from where they scrolled out to.
+  // Drop rows below the cursor first; take others back from the scrollback.
   setHeight(columns, height) {
     const {rows, base, y} = this;
     const below = this.height - 1 - y;
@@ -28860,7 +28862,7 @@ class Page {
     let {base} = this;
     let kept = rows.length;
     let first = rows.length; // of the rows that stay
-    // How many may: what they leave no room for would be dropped afterwards.
+    // How many may stay; any more would be dropped afterwards.
     let room = this.keeps + 2 * height;
     while (first > 0 && room > 0) {
       const end = first;
@@ -28905,7 +28907,7 @@ class Page {
   }
 }
 
-// Return the rows of a line, broken anew.
+// Return the rows of a line, rewrapped.
 function rowsOf(line, before, columns) {
   const parts = line.map((row, n) => {
     if (row === line.at(-1)) return row.cells.slice(0, row.length);
@@ -30387,7 +30389,7 @@ class TypedInput {
   take({offset, resume, held}) {
     const gone = offset - this.consumed;
     if (gone >= 0 && gone <= this.sent - this.consumed) {
-      // A view of the rest: a copy for each answer would take the square of a paste.
+      // A view of the rest: a copy for each answer makes a paste take quadratic time.
       this.kept = gone < this.kept.length ? this.kept.subarray(gone) : new Uint8Array();
       this.consumed = offset;
     }
@@ -36481,7 +36483,7 @@ class _Answer(Value):
 
 
 News: TypeAlias = "JobOutput | JobChange | GatewayChange | Event"
-AT_ONCE = 1024  # bytes of a message that the thread which reads may show itself
+AT_ONCE = 1024  # bytes; the reading thread never shows a longer message itself
 ShowAtOnce: TypeAlias = "Callable[[Iterable[JobOutput]], bool]"
 
 
@@ -36617,11 +36619,11 @@ class JobFeed(LastingClient):
     def __init__(self, dial: Callable[[NewsHandler], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self.open: dict[str, FollowedJob] = {}
-        self.interrupted = 0  # number of the signal that did
+        self.interrupted = 0  # number of the signal; 0: none
         self._lost = False  # the gateway; news() reconnects
         self._request: JsonObject = {}  # of job.start, without its jobs
         self._input: JobInput | None = None
-        # Held by news() that has a `show_at_once`, except while it waits, and by that.
+        # Held by news() with `show_at_once`, except while it waits, and by the latter.
         self._turn = threading.Lock()
         self._show_at_once: ShowAtOnce | None = None  # set by whoever holds _turn
         self._news: collections.deque[tuple[OperatorClient, Any]] = collections.deque()
@@ -36728,13 +36730,13 @@ class JobFeed(LastingClient):
         Output is taken for written when the next item is asked for.
 
         `show_at_once` shows output in the thread that reads the connection, unless
-        other news waits: to wake another one delays each echo of a key.  It neither
-        blocks nor raises; False: it has taken nothing, and the output is yielded.
+        other news waits: waking another thread would delay each echo of a key.  It
+        neither blocks nor raises; False: it took nothing, and the output is yielded.
 
         Raises UserError when the jobs cannot be started.
         """
         if show_at_once is None:
-            # Without the lock: another thread may close this, and cannot release it.
+            # No lock: another thread may close this generator, and cannot release it.
             yield from self._all_news(tick)
             return
         with self._turn:
@@ -37132,10 +37134,10 @@ def served_files() -> dict[str, Reply]:
         ("/app.js", WEB_JS, "text/javascript"),
     ):
         files[path] = Reply(200, body, f"{kind}; charset=utf-8", fresh)
-    packed: list[bytes] = []  # in memory it takes a third
+    packed: list[bytes] = []  # a third of the size in memory
     size = 0
     try:
-        with open(__file__, "rb") as program:  # all at once would leave a hole there
+        with open(__file__, "rb") as program:  # whole, it would leave a hole in memory
             for piece in iter(partial(program.read, 64 * 1024), b""):
                 packed.append(zlib.compress(piece, 1))
                 size += len(piece)
@@ -37417,7 +37419,7 @@ TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
 END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP}  # where SIGHUP means nothing else
-STALLED_AFTER = 1.0  # s from a signal that a reader of our output has
+STALLED_AFTER = 1.0  # s from a signal; a write that is blocked then is given up
 LEAVE_AFTER = 10.0  # s from an interrupt; a connected node needs three to obey
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
@@ -37457,8 +37459,8 @@ def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
 def prepare_streams() -> None:
     """Make the standard streams usable, whatever the locale and who started us."""
     codecs.register_error(ESCAPE, escape_unencodable)
-    # A stream that was closed when we started is opened: the next file would take its
-    # place.  Only stderr takes what is written: a lost answer is an error.
+    # A stream that was closed when we started is opened: the next file would get its
+    # descriptor.  stdout is opened for reading, as a lost answer is an error.
     for name, mode, flags in (
         ("stdin", "r", os.O_RDONLY),
         ("stdout", "w", os.O_RDONLY),
@@ -37472,7 +37474,7 @@ def prepare_streams() -> None:
 
 
 def write_out(file: Any, data: str | bytes | memoryview) -> None:
-    """Write to stdout or stderr, whose reader may stand still: see interrupting()."""
+    """Write all of `data` to stdout or stderr; interrupting() ends a blocked write."""
     left = data
     while left:
         # Under `python -u` a signal may end a write before all is written.
@@ -37481,7 +37483,7 @@ def write_out(file: Any, data: str | bytes | memoryview) -> None:
 
 
 def discard(stream: IO[str]) -> None:
-    """Drop what is written to a stream from now on, and what waits to be."""
+    """Drop what was written to a stream and not flushed, and what will be."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -37852,7 +37854,7 @@ def is_ignored(number: int) -> bool:
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
-    """Handle signals for a while, but for those that our parent has us ignore."""
+    """Handle signals for a while, except those that our parent has us ignore."""
     previous = {
         number: signal.signal(number, handler)
         for number in numbers
@@ -37866,7 +37868,7 @@ def handling(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[N
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal, where a program has something to leave in order."""
+    """A signal whose handler raises, so that the program cleans up."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -37880,18 +37882,18 @@ def raise_terminated(number: int, _frame: object) -> None:
 def interruptible() -> contextlib.AbstractContextManager[None]:
     """Have signals raise Terminated, for a while.
 
-    Only where the main thread takes no lock: an exception could come where one has just
-    been taken, which would then be held for ever.
+    Only where the main thread takes no lock: an exception right after one was taken
+    would leave it locked for ever.
     """
     return handling(raise_terminated, *END_SIGNALS)
 
 
 @contextlib.contextmanager
 def interrupting(feed: JobFeed, *, insists: bool = True) -> Iterator[None]:
-    """Have a signal interrupt `feed`; whoever waits for its news obeys.
+    """Have a signal interrupt `feed`; the thread that takes its news obeys.
 
-    `insists`: a second one, before that, ends us at once.  Raises Terminated where our
-    output waits for its reader all the same.
+    `insists`: a second signal before that ends us at once.  Raises Terminated if a
+    write to stdout or stderr is still blocked STALLED_AFTER s after the signal.
     """
 
     def interrupt(number: int, _frame: object) -> None:
@@ -37908,12 +37910,12 @@ def interrupting(feed: JobFeed, *, insists: bool = True) -> Iterator[None]:
         try:
             with handling(interrupt, *END_SIGNALS):
                 yield
-        finally:  # when nothing sets it any more: the default of SIGALRM ends us
+        finally:  # no handler sets it any more; by default SIGALRM would end us
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class StopSignal:
-    """SIGTERM, Ctrl+C and the like, as something that any thread waits for."""
+    """SIGTERM, Ctrl+C and the like, as something that any thread can wait for."""
 
     def __init__(self, numbers: frozenset[signal.Signals] = END_SIGNALS) -> None:
         # A handler runs between two instructions of Python: a signal that comes just
@@ -38083,7 +38085,7 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
         signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
         try:
             say_started(context.output, running)
-        except OSError as error:  # whoever started it may not want to know
+        except OSError as error:  # serve all the same
             discard(sys.stdout)
             context.output.complain(f"cannot print its address: {error.strerror}")
         if args.demo_node:
@@ -38687,7 +38689,7 @@ def cmd_key_create(args: argparse.Namespace, context: Context) -> int:
         return EXIT_OK
     context.output.say(f"id {made['keyId']}; the key is shown only once:")
     context.output.answer(made["key"])
-    # Without a terminal stderr may be kept in a log, so not there.
+    # On a terminal only: elsewhere stderr may go to a log.
     context.output.remark(f"for a person, this link signs in: {link}")
     return EXIT_OK
 
@@ -38921,7 +38923,8 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the names of nodes by id, each once, however often it is referred to.
 
-    Raises UserError where one of them means no node, or several.
+    A single reference stays as it is.  Raises UserError where one of several means no
+    node, or more than one.
     """
     if len(references) < 2:
         return {reference: reference for reference in references}
@@ -40600,7 +40603,7 @@ class FileCopy:
         return listed_entries(base64.b64decode(answer["output"]))[0]
 
     def _feed(self) -> JobFeed:
-        """Return a feed of a gateway that was there before: it is waited for.
+        """Return a new feed; if the gateway went away meanwhile, wait for it.
 
         Raises UserError.
         """
@@ -40645,7 +40648,7 @@ class FileCopy:
         except RpcError as error:
             if error.code != "FORBIDDEN":
                 raise user_error(error) from error
-            # A file here: no key or token is refused.
+            # It is about a local file, not about a key or token.
             raise UserError(error.message) from error
         except Terminated:
             alone = len(paths) == 1 and not self._args.recursive
@@ -40697,7 +40700,7 @@ class FileCopy:
             progress.add,
             progress.checking(),
         )
-        # To resume, another thread measures it, once the target has said what it has.
+        # To resume, another thread measures it, which cannot handle signals.
         with interruptible() if after is None else contextlib.nullcontext():
             progress.total = local.measure()
         return local.pieces()
@@ -40720,7 +40723,8 @@ class FileCopy:
             origin=origin,
         )
         resumes = origin is not None
-        # Unless the target has to be asked first: what cannot be read ends it here.
+        # Now, so that a source that cannot be read fails here; to resume, the target is
+        # asked first.
         pieces = iter(()) if resumes else read(None)
         if feed is None:
             if path == "-":
@@ -40811,8 +40815,8 @@ class InputLines:
             end = self._held.find(b"\n", searched)
             if end < 0:
                 searched = len(self._held)
-                # A write alone would not tell: what closed the output may have a
-                # child, not yet in its exec(), in which the pipe is still open.
+                # A write alone would not fail: the process that closed the output may
+                # have a child, not yet in its exec(), that still has the pipe open.
                 if not self._stop.lets_read(0, output=1):
                     return b""
                 data = os.read(0, 65536)
@@ -40953,7 +40957,7 @@ class ChatTerminal:
         self._said: dict[str, int] = {}  # characters printed, by message
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
-        self._stops = False  # the turn, as the person wants
+        self._stops = False  # the person has asked to stop the turn
         self._status = EXIT_OK  # of the turn
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -40976,7 +40980,7 @@ class ChatTerminal:
     def obey_signal(self) -> None:
         """Raise Terminated if a signal came."""
         number = self._feed.interrupted
-        if number:  # or one that comes right now would be forgotten
+        if number:  # otherwise a signal that comes right now would be lost
             self._feed.interrupted = 0
             raise Terminated(number)
 
@@ -41608,7 +41612,7 @@ def copied_paths(
 ) -> Iterator[tuple[str, str]]:
     """Yield what `part` of a path of `node cp` may become: a node or a file there.
 
-    None where the node is away, or takes longer than COMPLETION_PATIENCE.
+    Yields nothing if the node is away, or takes longer than COMPLETION_PATIENCE.
     """
     node, colon, path = part.partition(":")
     if not colon:
@@ -41718,7 +41722,7 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
 
 
 class NumberKind(Value):
-    """The numbers that an option takes; 0 only where it is the least whole one."""
+    """The numbers that an option takes; 0 only if `least` is 0."""
 
     what: str  # "seconds", say
     most: float
@@ -41741,7 +41745,7 @@ class ChoiceKind(Value):
     """The words that an option takes."""
 
     words: tuple[str, ...]
-    prefix: str = ""  # of all words, which may be left out
+    prefix: str = ""  # common to all words; it may be left out
 
     def __call__(self, option: str, text: str) -> str:
         """Return the word that `text` is.  Raises UsageError."""
@@ -41777,7 +41781,7 @@ def moment(option: str, text: str) -> int:
     )
 
 
-# What reads a value (of an option, a text), by the word for it in the usage.
+# Parsers of values, from (option, text), by their metavar in the usage.
 KINDS: Mapping[str, Callable[[str, str], Any]] = {
     "PORT": NumberKind("a number", 65535, least=0),
     "COUNT": NumberKind("a number", 1_000_000_000, least=1),
@@ -42199,7 +42203,7 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             joined = re.match(r"argument (.*): ignored explicit argument (.*)", message)
-            if joined is not None:  # as in `-rf`, of which -f is none of ours
+            if joined is not None:  # as in `-rf`, where there is no -f
                 message = f"{joined[1]} takes no value, and {joined[2]} is no option"
             raise usage_error(self, f"`{self.prog}`: {message}")
 
@@ -42253,7 +42257,7 @@ def surplus_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> Usag
     return usage_error(parser, f"{problem}; {hint}" if hint else problem)
 
 
-# Words of other programs, with ours.
+# Our words for those of other programs.
 OTHER_WORDS: Mapping[str, Sequence[str]] = {
     "ls": ["list"],
     "ps": ["jobs"],
@@ -42352,7 +42356,7 @@ def run_subcommand(
     try:
         args, surplus = parsers[""].parse_known_args(arguments)
     finally:
-        sys.stdout.flush()  # of --help, which leaves from here
+        sys.stdout.flush()  # --help exits from here
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
@@ -42366,7 +42370,8 @@ def run_command_line(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     output = Output(os.environ)
     try:
-        # No exception by default, see interruptible(); nor before us: BEGIN_QUIETLY.
+        # SIGINT raises nothing outside of interruptible(); BEGIN_QUIETLY sees to the
+        # time before this.
         interrupt = signal.getsignal(signal.SIGINT)
         if argv is None and interrupt == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -42394,7 +42399,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt as error:
-        for stream in (sys.stdout, sys.stderr):  # whose readers may stand still
+        for stream in (sys.stdout, sys.stderr):  # a last flush could block
             discard(stream)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
     except (BrokenPipeError, ConnectionResetError):  # a socket may stand for the pipe
@@ -42412,8 +42417,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     status = run_command_line(argv)
     if argv is None and threading.active_count() > 1:
-        # A thread that is left may be inside OpenSSL, SQLite or a write: an end of the
-        # interpreter would free what it uses, and crash, or wait for its lock.
+        # A thread that is left may be inside OpenSSL, SQLite or a write: shutting down,
+        # the interpreter would free what that uses and crash, or wait for its lock.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(status)
