@@ -28138,22 +28138,23 @@ const FLAG_ENDS = {22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 25: BLINK, 27: INV
 const DEFAULT_COLOR = -1;
 const RGB = 0x1000000; // bit of a colour that is no index: red, green, blue
 
+const numbersIn = text => text.split(" ").map(digits => parseInt(digits, 16));
+
 // The first 16 colours of a terminal: of text, all readable on the dark background, and
 // of what is behind it, dark enough to stand beside each other.
-const numbersIn = text => text.split(" ").map(digits => parseInt(digits, 16));
 const INKS = numbersIn("8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff");
 const GROUNDS = numbersIn("000000 8f2a26 2a6b38 7a5600 1e4a80 65407f 2aa1ad b8bfc6 " +
   "4d565f d9534a 3f9a52 c2921f 3f7fc4 9a6cc0 4fc3cd e4e7ea");
 
-const split = number => [(number >> 16) & 255, (number >> 8) & 255, number & 255];
-const SCREEN = split(0x16191d); // as in the style sheet
-const SCREEN_INK = split(0xdde2e7);
+const rgbOf = number => [(number >> 16) & 255, (number >> 8) & 255, number & 255];
+const SCREEN = rgbOf(0x16191d); // as in the style sheet
+const SCREEN_INK = rgbOf(0xdde2e7);
 
 // Return red, green and blue of a colour.
 function levelsOf(color, named) {
-  if (color >= RGB) return split(color);
-  if (color < 16) return split(named[color]);
+  if (color >= RGB) return rgbOf(color);
+  if (color < 16) return rgbOf(named[color]);
   if (color >= 232) return Array(3).fill(8 + (color - 232) * 10);
   const level = step => (step ? 55 + step * 40 : 0);
   const cube = color - 16;
@@ -28922,7 +28923,7 @@ function rowsOf(line, before, columns) {
   let [at, count] = [0, 0]; // cells used, and of the last row
   while (at < cells.length || !made.length) {
     let to = Math.min(cells.length, at + columns);
-    // Also half of one, left by an edge: it stands at the beginning of a row.
+    // Also the first half of one that an edge cut: it begins the next row.
     if (to - at === columns && cells[to - 1].width === 2) to -= 1;
     const row = new Row(columns, blank);
     row.goesOn = made.length > 0 || line[0].goesOn;
@@ -28967,7 +28968,7 @@ const IGNORED = 4; // DCS, SOS, PM, APC
 const PRINTABLE = /[^\x00-\x1f\x7f-\x9f]+/y;
 const STRING_BODY = /[^\x00-\x1f\x80-\x9f]+/y;
 const CONTROL_SEQUENCE = /^([<=>?]?)([\d:;]*)([ -/]*)$/;
-// One that is not cut, which is quicker than its characters one by one.
+// A whole one: matching it is quicker than parsing its characters one by one.
 const WHOLE_SEQUENCE = /\x1b\[([<=>?]?)([\d:;]{0,99})([ -/]{0,9})([@-~])/y;
 
 const MAX_TITLE = 200; // characters; the rest is dropped
@@ -30046,8 +30047,8 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 const lostError = (code, message) =>
   Object.assign(callError(code, message), {isLost: true});
 
-// Return an answer that is no refusal.  Throws an error with the gateway's sentence.
-async function fetchWell(path, options) {
+// Return a response whose status is ok.  Throws an error with the gateway's sentence.
+async function fetchOk(path, options) {
   const answer = await fetchOwn(path, options).catch(() => null);
   if (!answer) throw lostError("UNAVAILABLE", "The gateway cannot be reached.");
   if (answer.ok) return answer;
@@ -30499,7 +30500,7 @@ const STEADY = {sessions: "sessions", running: "running", "node-cards": "nodes",
 let resting; // the timer of REST while a person uses one of them
 
 // Keep a list steady while a person uses it, until they rest or use something else.
-function noteUse({type, target, movementX, movementY}) {
+function trackUse({type, target, movementX, movementY}) {
   // A browser may report a pointer that rests where the page moves under it.
   if (type === "pointermove" && !movementX && !movementY) return;
   const list = Object.keys(STEADY).find(id => $(id).contains(target)) || "";
@@ -31313,7 +31314,7 @@ const HANDLERS = {
   "device.pair.resolved": () => refresh("nodes", "devices"),
 };
 
-// What the holder of one key typed is neither shown to that of another, nor sent by it.
+// Forget what the holder of another key typed: it is not shown or sent with this key.
 function forgetOthers(name) {
   const owner = kept.get(KEY_NAME);
   if (owner === name) return;
@@ -31323,7 +31324,7 @@ function forgetOthers(name) {
   kept.set(KEY_NAME, name);
 }
 
-// Drop all that this page was shown; a terminal that is open does not ask first.
+// Reload without what this page was shown; an open terminal does not ask first.
 function dropAll() {
   state.link = "out";
   touch("link");
@@ -31395,7 +31396,7 @@ const PAGE_TOPICS = {
   access: ["keys", "logins"],
 };
 
-// Return what a part of an address says; itself, where that is no text.
+// Return a part of an address without percent-encoding; as it is, if that is malformed.
 function decoded(part) {
   try {
     return decodeURIComponent(part);
@@ -32911,7 +32912,7 @@ class Figure {
     const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
     const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
     const [area, line] = this.spark.children;
-    // A history of seconds would be an empty box with a speck.
+    // Seconds of history would be a dot in an empty box.
     const drawn = recent.length > 1 && recent.at(-1)[0] - recent[0][0] > 60_000;
     this.root.classList.toggle("new", !drawn);
     line.setAttribute("d", drawn ? `M${trace}` : "");
@@ -33030,7 +33031,7 @@ function drawNodes() {
   drawUnused();
 }
 
-// Say that a search found nothing of a list, and offer what is beyond the list's limit.
+// Show that a search found nothing in a list, or offer what is beyond its limit.
 function drawRest(name, found, total) {
   $(`${name}-empty`).hidden = found > 0 || !total;
   $(`${name}-more`).hidden = found <= state.lists[name].limit;
@@ -34025,15 +34026,15 @@ async function saveFile(path, {kind}) {
   const body = JSON.stringify({nodeId, path: encodePath(path),
     archive: kind === "directory"});
   const headers = {"Content-Type": "application/json"};
-  const made = await tried(fetchWell("api/downloads/", {method: "POST", headers, body})
+  const made = await tried(fetchOk("api/downloads/", {method: "POST", headers, body})
     .then(answer => answer.json()));
   if (!made) return;
   h("a", {href: BASE + made.url, download: ""}).click();
-  sayHowSaved(made);
+  reportDownload(made);
 }
 
-// Say why a download is not whole; the browser knows neither.
-async function sayHowSaved({jobId: id, name}) {
+// Show why a download failed, or what it lacks: the browser cannot.
+async function reportDownload({jobId: id, name}) {
   try {
     let job;
     do job = await link.call("job.wait", {id, wait: 50}, LISTING_TIME);
@@ -35709,7 +35710,7 @@ class Player {
     this.say("Loading…");
     let text, problem;
     try {
-      const answer = await fetchWell(castPath(this.id).slice(ROOT.length + 1));
+      const answer = await fetchOk(castPath(this.id).slice(ROOT.length + 1));
       text = await answer.text();
     } catch ({message, isLost}) {
       problem = capitalized(message);
@@ -35754,7 +35755,7 @@ class Player {
       if (player !== this) return;
       began = performance.now();
     }
-    // The end is what most look for.
+    // Most people look for the end.
     if (this.events.length) this.states.push([this.events.length, emulator]);
   }
 
@@ -35791,7 +35792,7 @@ class Player {
     const [since, until] = [this.events[this.next - 1], this.events[this.next]];
     if ($("recording-pauses").checked && until && at - (since?.[0] ?? 0) > LONG_PAUSE)
       at = Math.max(at, until[0]);
-    // What is still on its way to the screen is waited for.
+    // Time stands still until all due events are shown.
     if (this.isThere) this.at = Math.min(at, this.duration);
     this.proceed();
     if (this.isThere && this.at >= this.duration) this.play(false);
@@ -35812,12 +35813,12 @@ class Player {
     this.proceed();
   }
 
-  // Whether all events until now were taken.
+  // Whether all events until now are shown.
   get isThere() {
     return this.next >= this.events.length || this.events[this.next][0] > this.at;
   }
 
-  // Continue from the state before this time, unless to go on takes less.
+  // Continue from the last state before this time, unless this screen is nearer.
   jump() {
     const {events, at} = this;
     const [next, state] =
@@ -35829,8 +35830,8 @@ class Player {
     this.grid.epoch = -1; // its rows are others
   }
 
-  // Take the events until now, if there are many in slices: the page stays usable, and
-  // a state that is made meanwhile is nearer.
+  // Show the events until now; many of them in slices, so that the page stays usable,
+  // and a state that is kept meanwhile can shorten the way.
   proceed() {
     const {events} = this;
     const began = performance.now();
@@ -35841,7 +35842,7 @@ class Player {
     this.schedule();
   }
 
-  // Draw, and take more of what is still on its way.
+  // Draw, and show more of the events that are due.
   drawNext() {
     this.draw();
     if (this.isThere) return;
@@ -35958,7 +35959,7 @@ async function signOut() {
 
 // Save a file that needs the page's secret, which a link cannot send.
 async function download(path) {
-  const answer = await tried(fetchWell(path));
+  const answer = await tried(fetchOk(path));
   const blob = answer && await tried(answer.blob());
   if (!blob) return;
   const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition"));
@@ -36097,7 +36098,7 @@ function start() {
   on(document, "pointerup", pointerReleased);
   on(document, "pointercancel", pointerReleased);
   for (const use of ["pointerdown", "pointermove", "keydown", "wheel"])
-    document.addEventListener(use, noteUse, {passive: true, capture: true});
+    document.addEventListener(use, trackUse, {passive: true, capture: true});
   for (const end of ["pointerup", "pointercancel"])
     on(document, end, () => shownTerminal()?.released());
   on(document, "click", followLink);
