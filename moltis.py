@@ -5396,6 +5396,11 @@ class Inherited(Value):
     open_files: int  # soft limit; RLIM_INFINITY: none
 
 
+def file_umask(inherited: Inherited | None) -> int:
+    """Return the umask for files that are not written by commands."""
+    return 0o022 if inherited is None else inherited.umask
+
+
 def ignore_signal(*_: object) -> None:
     """Handler for a signal that our parent ignored, as `nohup` does with SIGHUP.
 
@@ -6613,6 +6618,15 @@ def shown_path(path: str) -> str:
     return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
 
 
+def has_wildcard(path: str) -> bool:
+    """Return whether a path is a pattern, with `*`, `?` or `[…]`."""
+    return re.search(r"[*?[]", path) is not None
+
+
+def files_in_words(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
 def file_problem(path: str, problem: OSError | str) -> str:
     if isinstance(problem, OSError):
         problem = problem.strerror or str(problem)
@@ -6717,7 +6731,7 @@ class Transfer(Value):
 
     def words(self) -> str:
         """Return it in one sentence, for the audit."""
-        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        files = files_in_words(self.files)
         if self.path:
             more = f" and {self.more:,} more" if self.more else ""
             files += f" ({shown_path(decode_path(self.path))}{more})"
@@ -7462,7 +7476,7 @@ class FileSource:
         """
         found = [""]
         for part in pattern.split("/")[1:]:
-            if not re.search(r"[*?[]", part):
+            if not has_wildcard(part):
                 found = [f"{path}/{part}" for path in found]
                 continue
             found = [
@@ -11768,7 +11782,7 @@ def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> Json
 def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
-    umask = 0o022 if options.inherited is None else options.inherited.umask
+    umask = file_umask(options.inherited)
     changer = FileChanger(file_places(options), umask, errand.pause)
     return errand.call_file_system(partial(changer.change, spec), spec.path)
 
@@ -11791,8 +11805,14 @@ class Notes:
 
     def checking(self) -> Checking:
         """Return reports about a part of an earlier copy."""
-        errand, reports = self._errand, (self._checked, self._say, self._skip)
-        return Checking(errand.alive, errand.pause, *reports, errand.commit)
+        return Checking(
+            alive=self._errand.alive,
+            pause=self._errand.pause,
+            progress=self._checked,
+            say=self._say,
+            skip=self._skip,
+            commit=self._errand.commit,
+        )
 
     def _checked(self, done: int, size: int) -> None:
         """Raises Cancelled."""
@@ -11837,8 +11857,8 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
 def _write_files(
     options: MachineOptions, spec: FileWrite, errand: InputErrand
 ) -> JsonObject:
-    places, inherited, notes = file_places(options), options.inherited, Notes(errand)
-    umask = 0o022 if inherited is None else inherited.umask
+    places, notes = file_places(options), Notes(errand)
+    umask = file_umask(options.inherited)
 
     def report(part: FilePartial) -> None:
         # No more than that: if the sender is gone, the part stays locked meanwhile.
@@ -40342,8 +40362,7 @@ class CopyProgress:
     def end(self, result: JsonObject) -> None:
         """Say on a terminal what was copied."""
         took = time.monotonic() - self._begin
-        count, size = result.get("files", 0), result.get("bytes", 0)
-        files = "1 file" if count == 1 else f"{count:,} files"
+        files, size = files_in_words(result.get("files", 0)), result.get("bytes", 0)
         rate = format_bytes((size - self.resumed) / max(took, 0.001))
         text = f"{self._label}{files}, {format_bytes(size)} in {format_duration(took)}"
         self._output.remark(f"{text}, {rate}/s")
@@ -40511,7 +40530,7 @@ def check_names(groups: Mapping[tuple[str, ...], Sequence[str]]) -> None:
         for path in paths:
             shown = f"{key[0]}:{path}" if key[0] else path
             name = os.path.basename(os.path.normpath(path))
-            is_pattern = key[0] and re.search(r"[*?[]", name)
+            is_pattern = key[0] and has_wildcard(name)
             if is_pattern or name in ("", ".", "..", "~"):
                 raise UsageError(
                     f"{shown} may have names that other sources have as well; copy it "
@@ -40532,8 +40551,7 @@ class FileCopy:
         self._output = context.output
         self._waiting = Waiting(context.output)
         self._dial = partial(operator_client, args, context)
-        inherited = context.inherited
-        self._umask = 0o022 if inherited is None else inherited.umask
+        self._umask = file_umask(context.inherited)
         self._several = False
         self._interrupted = 0  # number of a signal that came too late for a transfer
 
@@ -40563,8 +40581,11 @@ class FileCopy:
         labels = len(groups) * len(targets) > 1
         return [
             self._transfer(
-                *(key[0], paths, target, destination.path),
-                *(origins.get(key),),
+                key[0],
+                paths,
+                target,
+                destination.path,
+                origins.get(key),
                 labels=labels,
             )
             for key, paths in groups.items()
@@ -40578,7 +40599,7 @@ class FileCopy:
         except OSError as error:
             raise UserError(file_problem(path, error)) from error
         except (UserError, RpcError) as error:
-            if node and re.search(r"[*?[]", path):
+            if node and has_wildcard(path):
                 raise UsageError(
                     f"--resume takes names of files, not a pattern: {path}"
                 ) from error
@@ -40653,7 +40674,7 @@ class FileCopy:
             raise UserError(error.message) from error
         except Terminated:
             alone = len(paths) == 1 and not self._args.recursive
-            pattern = source and re.search(r"[*?[]", paths[0])
+            pattern = source and has_wildcard(paths[0])
             piped = "-" in (paths[0] if not source else "", path if not target else "")
             if alone and not (pattern or piped) and progress.arrived >= MIN_PART:
                 begin = (
