@@ -8018,19 +8018,16 @@ class FileTarget:
         spec: FileWrite,
         places: FilePlaces,
         note: Callable[[str], None],
-        progress: Callable[[str, int], None] = lambda _name, _count: None,
         *,
         umask: int,
         checking: Checking = Checking(),  # noqa: B008
     ) -> None:
-        """`note` gets a sentence for each file that is left out, `progress` its name
-        and each number of bytes written.  `umask` is for directories and files whose
-        mode the stream does not say.
+        """`note` gets a sentence for each file that is left out; `umask` is for
+        directories and files whose mode the stream does not say.
         """
         self._spec = spec
         self._places = places
         self._note = note
-        self._progress = progress
         self._umask = umask
         self.files = 0  # that have their names, links included
         self.bytes = 0
@@ -8477,7 +8474,7 @@ class FileTarget:
             if new is not None:
                 self._count(names)
             try:
-                self._fill(descriptor, "/".join(names), content)
+                self._fill(descriptor, content)
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
                 if is_flushed:
                     self._checking.alive(FLUSH_TIMEOUT)
@@ -8499,9 +8496,7 @@ class FileTarget:
             if not is_flushed and len(self._unflushed) <= MAX_FLUSHED:
                 self._unflushed[names] = name
 
-    def _fill(
-        self, descriptor: int, shown: str, content: Iterable[bytes | memoryview]
-    ) -> None:
+    def _fill(self, descriptor: int, content: Iterable[bytes | memoryview]) -> None:
         """Write the content of a file.  Raises RpcError, OSError."""
         for piece in content:
             view = memoryview(piece)
@@ -8510,7 +8505,6 @@ class FileTarget:
             if self._members == 1:  # its own, where no other file follows
                 self._file_digest.update(piece)
             self.bytes += len(piece)
-            self._progress(shown, len(piece))
 
     def _count(self, names: tuple[str, ...], change: int = 1) -> None:
         self.files += change
@@ -42261,8 +42255,8 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
     return parsers
 
 
-def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    return build_parsers(words)[""]
+def build_parser() -> argparse.ArgumentParser:
+    return build_parsers()[""]
 
 
 def surplus_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> UsageError:
