@@ -7364,11 +7364,11 @@ class TextSource:
         }
 
 
-class Checking(Value):
-    """Reports of a transfer on its course, and about a part of an earlier copy."""
+class TransferHooks(Value):
+    """What a transfer calls on its way; each does nothing by default."""
 
-    # Called before a step that neither sends nor receives, with the seconds that it may
-    # take if those are more.
+    # Called before a step that neither sends nor receives, with its time limit in s, or
+    # None for the usual one.
     alive: Callable[[float | None], None] = lambda _limit: None
     pause: Callable[[], None] = lambda: None  # called now and then; may raise
     # Called with the number of bytes that were checked, and of all; may raise.
@@ -7403,7 +7403,7 @@ class FileSource:
         places: FilePlaces,
         note: Callable[[str], None],
         progress: Callable[[str, int], None] = lambda _name, _count: None,
-        checking: Checking = Checking(),  # noqa: B008
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
     ) -> None:
         """`note` gets a sentence for each file that is left out, `progress` its name
         and each number of bytes read.
@@ -7415,7 +7415,7 @@ class FileSource:
         self._places = places
         self._note = note
         self._progress = progress
-        self._checking = checking
+        self._hooks = hooks
         self.files = 0
         self.bytes = 0
         self.sha256 = ""  # in hex, at the end
@@ -7533,7 +7533,7 @@ class FileSource:
         total = 0
         try:
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
-                self._checking.pause()
+                self._hooks.pause()
                 for name in names:
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -7568,7 +7568,7 @@ class FileSource:
         try:
             while waiting:
                 directory, entries, path = waiting[-1]
-                self._checking.pause()
+                self._hooks.pause()
                 found = next(entries, None)
                 if found is None:
                     waiting.pop()
@@ -7669,14 +7669,14 @@ class FileSource:
         if after.identity != file_identity(path, facts) or after.size > facts.st_size:
             problem = "has changed since the copy was interrupted"
         else:
-            digest = hash_part(descriptor, after.size, self._checking.progress)
+            digest = hash_part(descriptor, after.size, self._hooks.progress)
             if digest.hexdigest() == after.sha256:
-                self._checking.skip(after.size)
+                self._hooks.skip(after.size)
                 self.bytes += after.size
                 return after.size, digest
             problem = "does not begin with the part that was copied"
         os.lseek(descriptor, 0, os.SEEK_SET)
-        self._checking.say(file_problem(path, f"{problem}; it is copied anew"))
+        self._hooks.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
 
     def _unsized(self, descriptor: int) -> list[bytes]:
@@ -8020,7 +8020,7 @@ class FileTarget:
         note: Callable[[str], None],
         *,
         umask: int,
-        checking: Checking = Checking(),  # noqa: B008
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
     ) -> None:
         """`note` gets a sentence for each file that is left out; `umask` is for
         directories and files whose mode the stream does not say.
@@ -8054,7 +8054,7 @@ class FileTarget:
         self._written: dict[tuple[int, int], tuple[str, ...]] = {}
         self._complete = False
         self._left_out = ""  # the last note on a file that was left out
-        self._checking = checking
+        self._hooks = hooks
         self._part: PartialFile | None = None
         self._part_digest = hashlib.sha256()  # of what it has
         self._members = 0  # of the archive
@@ -8088,7 +8088,7 @@ class FileTarget:
             stream.check()
             self._complete = True
             self._flush()
-            self._checking.commit()  # nothing that was given up gets its name
+            self._hooks.commit()  # nothing that was given up gets its name
             self._commit()
         finally:
             if self._part is not None and (stream.is_wrong or self._complete):
@@ -8130,7 +8130,7 @@ class FileTarget:
             now = self._present(self._name, self._root)
             if found != self._spec.expects or _identity(facts) != _identity(now):
                 raise self._not_expected("is not the file that was read before")
-            self._checking.commit()
+            self._hooks.commit()
             self._complete = True
             self._commit()
         finally:
@@ -8207,11 +8207,11 @@ class FileTarget:
         shown = self._shown((name,))
         if part.removed:
             problem = "the source has changed since the copy was interrupted"
-            self._checking.say(file_problem(shown, f"{problem}; it is copied anew"))
+            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
         elif not part.size:
             problem = "there is no part of it to go on with; it is copied whole"
-            self._checking.say(file_problem(shown, problem))
-        digest = hash_part(part.descriptor, part.size, self._checking.progress)
+            self._hooks.say(file_problem(shown, problem))
+        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
         self._part_digest = digest
         return FilePartial(origin.identity, part.size, digest.hexdigest())
 
@@ -8231,7 +8231,7 @@ class FileTarget:
                         way = "`moltis node jobs` lists it, and ends it with --cancel"
                         raise OSError(error.errno, f"{why}; {way}") from error
                 self._places.wanted_parts.add(wanted)
-                self._checking.progress(0, 0)
+                self._hooks.progress(0, 0)
                 time.sleep(0.1)
         finally:
             self._places.wanted_parts.discard(wanted)
@@ -8477,7 +8477,7 @@ class FileTarget:
                 self._fill(descriptor, content)
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
                 if is_flushed:
-                    self._checking.alive(FLUSH_TIMEOUT)
+                    self._hooks.alive(FLUSH_TIMEOUT)
                     os.fsync(descriptor)
                 if new is not None:
                     os.fchmod(descriptor, mode)
@@ -8515,12 +8515,12 @@ class FileTarget:
     # -- the end ---------------------------------------------------------------------
 
     def _flush(self) -> None:
-        self._checking.alive(FLUSH_TIMEOUT)
+        self._hooks.alive(FLUSH_TIMEOUT)
         if len(self._unflushed) > MAX_FLUSHED:
             os.sync()
             return
         for names, name in list(self._unflushed.items()):
-            self._checking.alive(FLUSH_TIMEOUT)
+            self._hooks.alive(FLUSH_TIMEOUT)
             try:
                 flags = os.O_RDONLY | os.O_NOFOLLOW
                 parent = self._directory(names[:-1])
@@ -8536,26 +8536,26 @@ class FileTarget:
     def _commit(self) -> None:
         """Give every file its name; then make links, and finish directories."""
         for names, pending in list(self._pending.items()):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._name_file(names, pending, self._directory(names[:-1]))
             except OSError as error:
                 self._leave_out(names, error)
         for names, link in self._links:
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._make_link(names, link)
             except OSError as error:
                 self._leave_out(names, error)
         for names, name in list(self._new.items()):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._name_directory(names, name)
             except OSError as error:
                 self.files -= self._new_files[names]
                 self._leave_out(names, error)
         for names, member in reversed(list(self._made.items())):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             if self._new_above(names) is not None:
                 continue  # it is left out
             try:
@@ -8686,7 +8686,7 @@ class FileTarget:
 
     def _discard(self) -> None:
         """Remove what has no name, and directories that were made for nothing."""
-        self._checking.alive(None)  # read() may have failed in a wait without limit
+        self._hooks.alive(None)  # read() may have failed in a wait without limit
         part, self._part = self._part, None
         if part is not None:
             for names, pending in list(self._pending.items()):
@@ -8697,7 +8697,7 @@ class FileTarget:
             self._forget(names)
         for names, name in self._new.items():
             with contextlib.suppress(OSError):
-                alive = partial(self._checking.alive, None)
+                alive = partial(self._hooks.alive, None)
                 remove_tree(self._directory(names[:-1]), name, alive)
         self._leave_directory()
         if self._root >= 0:
@@ -11797,9 +11797,9 @@ class Notes:
         if self._count <= MAX_NOTES:
             self._errand.write({"note": text}, STDERR)
 
-    def checking(self) -> Checking:
-        """Return reports about a part of an earlier copy."""
-        return Checking(
+    def hooks(self) -> TransferHooks:
+        """Return hooks that report to the log, and end a transfer that is cancelled."""
+        return TransferHooks(
             alive=self._errand.alive,
             pause=self._errand.pause,
             progress=self._checked,
@@ -11839,7 +11839,7 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
             errand.write_bytes(text)
             return {**result, "notes": 0}
         notes = Notes(errand)
-        source = FileSource(spec, places, notes, checking=notes.checking())
+        source = FileSource(spec, places, notes, hooks=notes.hooks())
         errand.write({"bytes": source.measure()}, STDERR)
         for piece in source.pieces():
             errand.write_bytes(piece)
@@ -11860,8 +11860,8 @@ def _write_files(
         errand.write({"part": part}, STDERR)
 
     def write() -> JsonObject:
-        checking = notes.checking()
-        target = FileTarget(spec, places, notes, umask=umask, checking=checking)
+        hooks = notes.hooks()
+        target = FileTarget(spec, places, notes, umask=umask, hooks=hooks)
         errand.on_idle = target.give_way
         if spec.splices is not None:
             return {**target.splice(), "notes": 0}
@@ -40321,8 +40321,8 @@ class CopyProgress:
         """Bytes that were read, by this copy or an earlier one."""
         return self._count
 
-    def checking(self) -> Checking:
-        return Checking(progress=self._check, say=self._say, skip=self._skip)
+    def hooks(self) -> TransferHooks:
+        return TransferHooks(progress=self._check, say=self._say, skip=self._skip)
 
     def hear(self, said: JsonObject) -> None:
         """Take a line that a node's work writes about a transfer."""
@@ -40714,7 +40714,7 @@ class FileCopy:
             FilePlaces(os.getcwd()),
             progress.note,
             progress.add,
-            progress.checking(),
+            progress.hooks(),
         )
         # To resume, another thread measures it, which cannot handle signals.
         with interruptible() if after is None else contextlib.nullcontext():
@@ -40750,7 +40750,7 @@ class FileCopy:
                 FilePlaces(os.getcwd()),
                 progress.note,
                 umask=self._umask,
-                checking=progress.checking(),
+                hooks=progress.hooks(),
             )
 
             def find_part() -> FilePartial:

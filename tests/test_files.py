@@ -1346,17 +1346,15 @@ def open_part(parent, path):
 def resumed(path, target, stop=None, said=None, resumes=True, places=None):
     """Copy a file into `target` until `stop` bytes; return the bytes that were sent."""
     said, sent = [] if said is None else said, 0
-    checking = moltis.Checking(say=said.append)
+    hooks = moltis.TransferHooks(say=said.append)
     spec = FileWrite(str(target), origin=origin(path) if resumes else None)
-    writer = FileTarget(
-        spec, FilePlaces("/"), said.append, umask=0o022, checking=checking
-    )
+    writer = FileTarget(spec, FilePlaces("/"), said.append, umask=0o022, hooks=hooks)
     part = writer.find_part() if resumes else None
     reader = FileSource(
         FileRead([str(path)], after=part),
         FilePlaces("/"),
         said.append,
-        checking=checking,
+        hooks=hooks,
     )
     pieces = reader.pieces()
 
@@ -1468,12 +1466,12 @@ def test_a_source_that_changes_between_look_and_copy_is_copied_anew(big, tmp_pat
     part = writer.find_part()
     big.write_bytes(bytes(BIG))
     said = []
-    checking = moltis.Checking(say=said.append)
+    hooks = moltis.TransferHooks(say=said.append)
     reader = FileSource(
         FileRead([str(big)], after=part),
         FilePlaces("/"),
         said.append,
-        checking=checking,
+        hooks=hooks,
     )
     writer.receive(moltis.one_by_one(reader.pieces()))
     assert [CHANGED in text for text in said] == [True]
@@ -1932,10 +1930,8 @@ def test_a_check_says_how_far_it_is_and_can_be_cancelled(big, tmp_path):
             raise moltis.Cancelled
 
     spec = FileWrite(str(tmp_path / "to"), origin=origin(big))
-    checking = moltis.Checking(progress=progress)
-    writer = FileTarget(
-        spec, FilePlaces("/"), pytest.fail, umask=0o022, checking=checking
-    )
+    hooks = moltis.TransferHooks(progress=progress)
+    writer = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022, hooks=hooks)
     with pytest.raises(moltis.Cancelled):
         writer.find_part()
     assert 4 <= len(seen) < 12
