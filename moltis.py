@@ -40324,8 +40324,8 @@ class CopyProgress:
     def hooks(self) -> TransferHooks:
         return TransferHooks(progress=self._check, say=self._say, skip=self._skip)
 
-    def hear(self, said: JsonObject) -> None:
-        """Take a line that a node's work writes about a transfer."""
+    def take_report(self, said: JsonObject) -> None:
+        """Take a report that the node's work wrote about the transfer."""
         if "note" in said:
             self.note(str(said["note"]))
         if "said" in said:
@@ -40395,7 +40395,7 @@ class RemoteFiles:
         self._feed = feed
         self._progress = progress
         self._waiting = waiting
-        self._said = bytearray()  # the begin of a line
+        self._said = bytearray()  # the beginning of a report
         self._writes = work == "file.write"
         request = {"work": work, "spec": encode_value(spec)}
         (self._job,) = feed.start(dict([node]), request)
@@ -40420,7 +40420,7 @@ class RemoteFiles:
                     if kind == STDOUT:
                         yield data
                     elif kind == STDERR:
-                        self._hear(data)
+                        self._take_reports(data)
             elif isinstance(news, JobChange):
                 self._take_change()
                 if not self._feed.open:
@@ -40448,8 +40448,11 @@ class RemoteFiles:
             raise UserError(f"{job.name}: {job.ending.reason or job.ending.words()}")
         self.result = job.ending.result or self.result
 
-    def _hear(self, data: bytes) -> None:
-        """Raises RpcError, UserError for a report that makes no sense."""
+    def _take_reports(self, data: bytes) -> None:
+        """Take reports, a line of JSON each.
+
+        Raises RpcError, UserError for one that makes no sense.
+        """
         *lines, rest = (bytes(self._said) + data).split(b"\n")
         self._said = bytearray(rest)
         for line in lines:
@@ -40458,7 +40461,7 @@ class RemoteFiles:
             except ValueError as error:
                 text = clip(line.decode("utf-8", "replace"), 80)
                 raise UserError(f"{self._job.name} reports {text!r}") from error
-            self._progress.hear(said)
+            self._progress.take_report(said)
             if "part" in said:
                 self.part = FilePartial.from_json(required(said, "part", dict))
                 self.part_known.set()

@@ -1769,7 +1769,7 @@ def test_what_a_node_reports_of_a_copy_is_no_traceback(report):
     remote._job = moltis.FollowedJob("id", "pi", "pi", holds=True)
     remote._progress = moltis.CopyProgress(output, "")
     try:
-        remote._hear(report + b"\n")
+        remote._take_reports(report + b"\n")
     except moltis.MoltisError as error:
         assert str(error)
     remote._progress.add("name", 1)
@@ -1785,7 +1785,7 @@ def test_the_result_of_a_copy_is_known_if_an_older_gateway_does_not_pass_it_on()
     remote._job = moltis.FollowedJob("id", "pi", "pi", holds=True)
     remote._job.ending = moltis.Ending(moltis.JobState.DONE)
     result = {"files": 2, "bytes": 7, "sha256": "0" * 64}
-    remote._hear(moltis.to_json({"result": result}).encode() + b"\n")
+    remote._take_reports(moltis.to_json({"result": result}).encode() + b"\n")
     remote._take_change()
     assert {name: remote.result[name] for name in result} == result
 
