@@ -8209,7 +8209,7 @@ class FileTarget:
             problem = "the source has changed since the copy was interrupted"
             self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
         elif not part.size:
-            problem = "there is no part of it to go on with; it is copied whole"
+            problem = "there is no part of it to resume; it is copied whole"
             self._hooks.say(file_problem(shown, problem))
         digest = hash_part(part.descriptor, part.size, self._hooks.progress)
         self._part_digest = digest
@@ -8227,8 +8227,8 @@ class FileTarget:
                     if error.errno != errno.EWOULDBLOCK:
                         raise
                     if deadline.expired:
-                        why = "another copy writes it"
-                        way = "`moltis node jobs` lists it, and ends it with --cancel"
+                        why = "another copy is writing it"
+                        way = "`moltis node jobs` lists it, and --cancel ends it"
                         raise OSError(error.errno, f"{why}; {way}") from error
                 self._places.wanted_parts.add(wanted)
                 self._hooks.progress(0, 0)
@@ -36416,7 +36416,9 @@ class LastingClient:
                 return cancel.result_of(self.client.start(method, params))
             except ConnectionClosed as error:
                 if deadline.expired:  # it comes back, and breaks each time
-                    raise Unreachable(f"the gateway hangs up: {error}") from error
+                    raise Unreachable(
+                        f"the gateway keeps hanging up: {error}"
+                    ) from error
             except RpcError as error:  # perhaps the gateway stops, and the job does not
                 if error.details != {"goesOn": True} or deadline.expired:
                     raise
@@ -40460,7 +40462,7 @@ class RemoteFiles:
                 said = required({"report": from_json(line)}, "report", dict)
             except ValueError as error:
                 text = clip(line.decode("utf-8", "replace"), 80)
-                raise UserError(f"{self._job.name} reports {text!r}") from error
+                raise UserError(f"{self._job.name} sent no JSON: {text!r}") from error
             self._progress.take_report(said)
             if "part" in said:
                 self.part = FilePartial.from_json(required(said, "part", dict))
@@ -41517,7 +41519,8 @@ def uninstall(installation: Installation, context: Context) -> int:
         context.output.say(f"moltis is removed from {installation.prefix}")
     else:
         context.output.say(
-            f"moltis is not in {installation.prefix}; --prefix says where"
+            f"moltis is not installed in {installation.prefix}; --prefix names another "
+            "directory"
         )
     if (context.directory / NodeSettings.FILE).exists():
         program = shlex.quote(str(context.directory / PROGRAM_FILE))
