@@ -37853,6 +37853,9 @@ def call_gateway(
         return client.call(method, params)
 
 
+# -- signals -------------------------------------------------------------------
+
+
 def readable(descriptors: Sequence[int], output: int) -> list[int]:
     """Wait; return what can be read, and `output` if its reader is gone."""
     if ON_MAC:  # poll() may not support terminals, and select() has no such event
