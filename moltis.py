@@ -760,7 +760,7 @@ def format_time(at_ms: int) -> str:
 
 
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
-MAX_MISSPELT = 100  # characters; longer words are compared with no others
+MAX_MISSPELT = 100  # characters; longer words are not compared
 
 
 def some_names(names: Collection[str]) -> str:
@@ -770,7 +770,7 @@ def some_names(names: Collection[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the word that was perhaps meant, or ""."""
+    """Return the one of `known` that is most like a misspelt word, or ""."""
     import difflib
 
     if len(word) > MAX_MISSPELT:
@@ -919,7 +919,7 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-HELD_TICK = 0.5  # s between two looks at what remains to a file system
+HELD_TICK = 0.5  # s between two checks of what remains of a time limit
 
 
 def call_file_system(
@@ -927,9 +927,9 @@ def call_file_system(
 ) -> Found:
     """Return `action()`, which uses `path`.  Raises its error, or TimeoutError.
 
-    A network file system that is away holds whoever asks it, and no signal ends
-    that.  So a thread asks.  When `remaining()` s are over it is left behind, and this
-    path is not asked for again while it waits.
+    A call to a network file system that is away blocks its thread, and no signal ends
+    that.  So another thread makes the call.  Once `remaining()` is 0 (s), that one is
+    left behind, and `path` is not tried again while it is blocked.
     """
     left_behind = f"moltis-look-{path}"
     if any(thread.name == left_behind for thread in threading.enumerate()):
@@ -939,7 +939,7 @@ def call_file_system(
     def ask() -> None:
         try:
             answer.set_result(action())
-        except Exception as error:  # noqa: BLE001  whoever asked gets it
+        except Exception as error:  # noqa: BLE001  the caller gets it
             answer.set_exception(error)
 
     thread = threading.Thread(target=ask, name="moltis-look", daemon=True)
@@ -2035,8 +2035,8 @@ def without_docstrings(code: Any) -> Any:
         without_docstrings(constant) if isinstance(constant, type(code)) else constant
         for constant in code.co_consts
     ]
-    # The first constant of a function, but not of a class, nor of what has no name;
-    # since Python 3.13 only where a flag says so.
+    # It is the first constant of a function, but not of a class or of code without a
+    # name; since Python 3.13 only where a flag says so.
     is_function = code.co_flags & CO_OPTIMIZED and not code.co_name.startswith("<")
     says_so = sys.version_info < (3, 13) or code.co_flags & CO_HAS_DOCSTRING
     if is_function and says_so and isinstance(constants[0], str):
@@ -5039,8 +5039,8 @@ UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8")
 MARK_INTERVAL = 0.1  # s between two marks in a terminal's log
 MARK_BYTES = 64 * 1024  # of output between them at most
 REDRAW_PAUSE = 0.1  # s; programs redraw only at a size that differs
-FD_SETSIZE = 1024  # descriptors that select() can have
-SELECT_PAUSE = 0.02  # s between looks at others
+FD_SETSIZE = 1024  # select() takes descriptors below it
+SELECT_PAUSE = 0.02  # s between two checks of larger descriptors
 INPUT_REPORT = 0.1  # s after which input is reported as consumed
 INPUT_UNREPORTED = 1024  # bytes that are reported only with the next output
 
@@ -5394,6 +5394,11 @@ class Inherited(Value):
 
     umask: int
     open_files: int  # soft limit; RLIM_INFINITY: none
+
+
+def file_umask(inherited: Inherited | None) -> int:
+    """Return the umask for files that are not written by commands."""
+    return 0o022 if inherited is None else inherited.umask
 
 
 def ignore_signal(*_: object) -> None:
@@ -5910,8 +5915,8 @@ class ProcessGroup:
 class SelectPoll:
     """select() as poll(), which may not support terminals on macOS.
 
-    A descriptor that select() cannot have counts as ready every SELECT_PAUSE: all are
-    non-blocking.
+    A descriptor that is too large for select() is reported as ready every SELECT_PAUSE
+    s: all are non-blocking.
     """
 
     def __init__(self) -> None:
@@ -6269,6 +6274,8 @@ class Command:
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
+                # Once a round: if the pause ended between two readings, the outputs
+                # would not be registered, and nothing would limit the wait.
                 rest = self._rest()
                 self._register_pipes(group, poll, reads=not rest)
                 appended = False
@@ -6353,9 +6360,6 @@ class Command:
         if self._exited_at is not None:
             return 0.0
         return max(0.0, self._rest_until - time.monotonic())
-
-    # Each round asks the clock once whether a pause is over.  If it were asked again
-    # for the wait, the pause could end in between, and nothing would end the wait.
 
     def _pause(self, group: ProcessGroup, deadline: Deadline, rest: float) -> float:
         """Return the seconds until the next check."""
@@ -6563,21 +6567,21 @@ PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is n
 PAX_OFFSET = "MOLTIS.offset"  # bytes of a file that its reader has, before the content
 PAX_IDENTITY = "MOLTIS.identity"  # of file_identity(), if no other file is copied
 MIN_PART = 4 * 1024 * 1024  # bytes; less of an interrupted copy is not kept
-PART_PATIENCE = 15.0  # s that a part is locked by a copy that is just ending
+PART_PATIENCE = 15.0  # s to wait for another copy, which may be ending, to unlock it
 PART_IDLE = 5.0  # s without a byte, after which a copy leaves its part to another
 MAX_READ_LINES = 2000  # in one tool result, which names the next line
 MAX_READ_TEXT = 50 * 1024  # bytes in one tool result; cut at the end of a line
 MAX_SPLICED = 1024 * 1024  # bytes of a file that tools change, and of the change
 SPLICE_FRAME = 64  # bytes of a Splice in JSON beside its data
 MAX_ENTRIES = 50_000  # entries of one directory; the others are counted
-AUDITED_NOTES = 3  # of a transfer, in its row
+AUDITED_NOTES = 3  # notes of a transfer that its row keeps
 MAX_AUDITED_PATH = 8192  # characters, of encode_path()
-LOOKED_AT_ONCE = 100  # entries that one thread looks at
+LOOKED_AT_ONCE = 100  # entries of a directory that one thread stats
 LOOK_TIMEOUT = 5.0  # s; then a file system counts as away
 LOOK_AGAIN = 0.5  # s; the same for the entries that follow one that was away
 MAX_AWAY = 20  # entries of a directory that are away; then the others count as well
-HELD_TIMEOUT = 30.0  # s without a sign of life; then it does for a transfer
-FLUSH_TIMEOUT = 900.0  # s; the same while it writes all to a slow disk
+HELD_TIMEOUT = 30.0  # s without progress; then a transfer fails for the same reason
+FLUSH_TIMEOUT = 900.0  # s; the same while a slow disk writes what is cached
 TOO_SHORT = "the sender ended in the middle; nothing was replaced"
 IN_THE_WAY = "a file or a link is where a directory has to be"
 NO_RESUME = (
@@ -6616,6 +6620,15 @@ def shown_path(path: str) -> str:
     return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
 
 
+def has_wildcard(path: str) -> bool:
+    """Return whether a path is a pattern, with `*`, `?` or `[…]`."""
+    return re.search(r"[*?[]", path) is not None
+
+
+def files_in_words(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
 def file_problem(path: str, problem: OSError | str) -> str:
     if isinstance(problem, OSError):
         problem = problem.strerror or str(problem)
@@ -6640,7 +6653,8 @@ class FileOrigin(Value):
 
     name: str  # of encode_path(): in the archive
     identity: str  # of file_identity()
-    # An older command line names the file of each copy.  A stream names its own.
+    # False: from an older command line, which names the file of every copy; the field
+    # is ignored then, as the stream has the identity.
     resumes: bool = False
 
 
@@ -6719,7 +6733,7 @@ class Transfer(Value):
 
     def words(self) -> str:
         """Return it in one sentence, for the audit."""
-        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        files = files_in_words(self.files)
         if self.path:
             more = f" and {self.more:,} more" if self.more else ""
             files += f" ({shown_path(decode_path(self.path))}{more})"
@@ -7369,11 +7383,11 @@ class TextSource:
         }
 
 
-class Checking(Value):
-    """Reports of a transfer on its course, and about a part of an earlier copy."""
+class TransferHooks(Value):
+    """What a transfer calls on its way; each does nothing by default."""
 
-    # Called before a step that neither sends nor receives, with the seconds that it may
-    # take if those are more.
+    # Called before a step that neither sends nor receives, with its time limit in s, or
+    # None for the usual one.
     alive: Callable[[float | None], None] = lambda _limit: None
     pause: Callable[[], None] = lambda: None  # called now and then; may raise
     # Called with the number of bytes that were checked, and of all; may raise.
@@ -7408,7 +7422,7 @@ class FileSource:
         places: FilePlaces,
         note: Callable[[str], None],
         progress: Callable[[str, int], None] = lambda _name, _count: None,
-        checking: Checking = Checking(),  # noqa: B008
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
     ) -> None:
         """`note` gets a sentence for each file that is left out, `progress` its name
         and each number of bytes read.
@@ -7420,7 +7434,7 @@ class FileSource:
         self._places = places
         self._note = note
         self._progress = progress
-        self._checking = checking
+        self._hooks = hooks
         self.files = 0
         self.bytes = 0
         self.sha256 = ""  # in hex, at the end
@@ -7481,7 +7495,7 @@ class FileSource:
         """
         found = [""]
         for part in pattern.split("/")[1:]:
-            if not re.search(r"[*?[]", part):
+            if not has_wildcard(part):
                 found = [f"{path}/{part}" for path in found]
                 continue
             found = [
@@ -7538,9 +7552,9 @@ class FileSource:
         total = 0
         try:
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
-                self._checking.pause()
+                self._hooks.pause()
                 for name in names:
-                    self._checking.pause()  # each may take its time on a slow disk
+                    self._hooks.pause()  # each may take its time on a slow disk
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
@@ -7574,7 +7588,7 @@ class FileSource:
         try:
             while waiting:
                 directory, entries, path = waiting[-1]
-                self._checking.pause()
+                self._hooks.pause()
                 found = next(entries, None)
                 if found is None:
                     waiting.pop()
@@ -7675,14 +7689,14 @@ class FileSource:
         if after.identity != file_identity(path, facts) or after.size > facts.st_size:
             problem = "has changed since the copy was interrupted"
         else:
-            digest = hash_part(descriptor, after.size, self._checking.progress)
+            digest = hash_part(descriptor, after.size, self._hooks.progress)
             if digest.hexdigest() == after.sha256:
-                self._checking.skip(after.size)
+                self._hooks.skip(after.size)
                 self.bytes += after.size
                 return after.size, digest
             problem = "does not begin with the part that was copied"
         os.lseek(descriptor, 0, os.SEEK_SET)
-        self._checking.say(file_problem(path, f"{problem}; it is copied anew"))
+        self._hooks.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
 
     def _unsized(self, descriptor: int) -> list[bytes]:
@@ -8025,19 +8039,16 @@ class FileTarget:
         spec: FileWrite,
         places: FilePlaces,
         note: Callable[[str], None],
-        progress: Callable[[str, int], None] = lambda _name, _count: None,
         *,
         umask: int,
-        checking: Checking = Checking(),  # noqa: B008
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
     ) -> None:
-        """`note` gets a sentence for each file that is left out, `progress` its name
-        and each number of bytes written.  `umask` is for directories and files whose
-        mode the stream does not say.
+        """`note` gets a sentence for each file that is left out; `umask` is for
+        directories and files whose mode the stream does not say.
         """
         self._spec = spec
         self._places = places
         self._note = note
-        self._progress = progress
         self._umask = umask
         self.files = 0  # that have their names, links included
         self.bytes = 0
@@ -8052,18 +8063,19 @@ class FileTarget:
         self._directory_open = -1  # its descriptor: files mostly follow their siblings
         # By their path from _parent; what is in _new has its own name in there already.
         self._pending: dict[tuple[str, ...], _Pending] = {}
-        self._unflushed: dict[tuple[str, ...], str] = {}  # names now; or too many
+        self._unflushed: dict[tuple[str, ...], str] = {}  # current names; see _flush()
         self._links: list[tuple[tuple[str, ...], str]] = []
         self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
-        # Names, until the end, of those in directories that were there before.
+        # New directories in those that were there before: their names until the end.
         self._new: dict[tuple[str, ...], str] = {}
         self._new_files: collections.Counter[tuple[str, ...]] = collections.Counter()
         self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
-        # Files and links at their names, by device and inode; the names of directories.
+        # By device and inode: the path of a directory, () for a file or link that has
+        # its own name.
         self._written: dict[tuple[int, int], tuple[str, ...]] = {}
         self._complete = False
         self._left_out = ""  # the last note on a file that was left out
-        self._checking = checking
+        self._hooks = hooks
         self._part: PartialFile | None = None
         self._part_digest = hashlib.sha256()  # of what it has
         self._members = 0  # of the archive
@@ -8096,7 +8108,7 @@ class FileTarget:
                     self._take(member, stream)
             stream.check()
             self._flush()
-            self._checking.commit()  # nothing that was given up gets its name
+            self._hooks.commit()  # nothing that was given up gets its name
             self._complete = True
             self._commit()
         finally:
@@ -8139,7 +8151,7 @@ class FileTarget:
             now = self._present(self._name, self._root)
             if found != self._spec.expects or _identity(facts) != _identity(now):
                 raise self._not_expected("is not the file that was read before")
-            self._checking.commit()
+            self._hooks.commit()
             self._complete = True
             self._commit()
         finally:
@@ -8216,11 +8228,11 @@ class FileTarget:
         shown = self._shown((name,))
         if part.removed:
             problem = "the source has changed since the copy was interrupted"
-            self._checking.say(file_problem(shown, f"{problem}; it is copied anew"))
+            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
         elif not part.size:
-            problem = "there is no part of it to go on with; it is copied whole"
-            self._checking.say(file_problem(shown, problem))
-        digest = hash_part(part.descriptor, part.size, self._checking.progress)
+            problem = "there is no part of it to resume; it is copied whole"
+            self._hooks.say(file_problem(shown, problem))
+        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
         self._part_digest = digest
         return FilePartial(origin.identity, part.size, digest.hexdigest())
 
@@ -8236,11 +8248,11 @@ class FileTarget:
                     if error.errno != errno.EWOULDBLOCK:
                         raise
                     if deadline.expired:
-                        why = "another copy writes it"
-                        way = "`moltis node jobs` lists it, and ends it with --cancel"
+                        why = "another copy is writing it"
+                        way = "`moltis node jobs` lists it, and --cancel ends it"
                         raise OSError(error.errno, f"{why}; {way}") from error
                 self._places.wanted_parts.add(wanted)
-                self._checking.progress(0, 0)
+                self._hooks.progress(0, 0)
                 time.sleep(0.1)
         finally:
             self._places.wanted_parts.discard(wanted)
@@ -8248,7 +8260,7 @@ class FileTarget:
     def give_way(self, idle: float) -> None:
         """Fail if nothing came for `idle` s, and another copy waits for our part.
 
-        Its sender was killed, perhaps.  It asks no file system: its caller holds a
+        The sender may have been killed.  No file system is asked, as the caller holds a
         lock.  Raises RpcError.
         """
         if self._part is None or idle < PART_IDLE:
@@ -8368,14 +8380,14 @@ class FileTarget:
             self._first = _components(member.name)[0]
             self._begin(is_directory=member.kind == b"5")
             if member.identity:
-                # A copy does without: another one may write the part, the file system
-                # may have no locks, or the directory no list for us.
+                # Optional: another copy may be writing the part, the file system may
+                # have no locks, or the directory may not be readable.
                 with contextlib.suppress(OSError):
                     name = self._name or self._first
                     self._part = PartialFile(
                         self._root, name, member.identity, resumes=False
                     )
-        self._checking.alive(None)  # one message may hold many small files
+        self._hooks.alive(None)  # one message may hold many small files
         self._members += 1
         names = self._placed(member.name)
         top = _components(member.name)[0]
@@ -8418,11 +8430,11 @@ class FileTarget:
     def _make_or_find(
         self, names: tuple[str, ...], parent: int, member: Member
     ) -> None:
-        """Raises OSError."""
+        """Make a directory, or check the one that is there.  Raises OSError."""
         name = self._new.get(names, names[-1])
         if self._present(name, parent) is None:
             if self._new_above(names) is None:
-                # Noted first: an interrupt may come right after it was made.
+                # Recorded first: an interrupt may come right after it was made.
                 name = self._new[names] = _partial_name()
             try:
                 os.mkdir(name, 0o700, dir_fd=parent)
@@ -8465,7 +8477,7 @@ class FileTarget:
         if offset != 0 and (part is None or offset != part.size):
             raise _not_an_archive("it continues a file that is not there")
         new = self._new_above(names)
-        # It gets its mode at once, and then _flush() could not open it.
+        # It gets its mode now, with which _flush() could not open it.
         is_flushed = new is not None and not mode & stat.S_IRUSR
         name = names[-1] if new else _partial_name() if part is None else part.name
         try:
@@ -8484,10 +8496,10 @@ class FileTarget:
             if new is not None:
                 self._count(names)
             try:
-                self._fill(descriptor, "/".join(names), content)
+                self._fill(descriptor, content)
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
                 if is_flushed:
-                    self._checking.alive(FLUSH_TIMEOUT)
+                    self._hooks.alive(FLUSH_TIMEOUT)
                     os.fsync(descriptor)
                 if new is not None:
                     os.fchmod(descriptor, mode)
@@ -8506,10 +8518,8 @@ class FileTarget:
             if not is_flushed and len(self._unflushed) <= MAX_FLUSHED:
                 self._unflushed[names] = name
 
-    def _fill(
-        self, descriptor: int, shown: str, content: Iterable[bytes | memoryview]
-    ) -> None:
-        """Raises RpcError, OSError."""
+    def _fill(self, descriptor: int, content: Iterable[bytes | memoryview]) -> None:
+        """Write the content of a file.  Raises RpcError, OSError."""
         for piece in content:
             view = memoryview(piece)
             while view:
@@ -8517,7 +8527,6 @@ class FileTarget:
             if self._members == 1:  # its own, where no other file follows
                 self._file_digest.update(piece)
             self.bytes += len(piece)
-            self._progress(shown, len(piece))
 
     def _count(self, names: tuple[str, ...], change: int = 1) -> None:
         self.files += change
@@ -8528,12 +8537,12 @@ class FileTarget:
     # -- the end ---------------------------------------------------------------------
 
     def _flush(self) -> None:
-        self._checking.alive(FLUSH_TIMEOUT)
+        self._hooks.alive(FLUSH_TIMEOUT)
         if len(self._unflushed) > MAX_FLUSHED:
             os.sync()
             return
         for names, name in list(self._unflushed.items()):
-            self._checking.alive(FLUSH_TIMEOUT)
+            self._hooks.alive(FLUSH_TIMEOUT)
             try:
                 flags = os.O_RDONLY | os.O_NOFOLLOW
                 parent = self._directory(names[:-1])
@@ -8549,26 +8558,26 @@ class FileTarget:
     def _commit(self) -> None:
         """Give every file its name; then make links, and finish directories."""
         for names, pending in list(self._pending.items()):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._name_file(names, pending, self._directory(names[:-1]))
             except OSError as error:
                 self._leave_out(names, error)
         for names, link in self._links:
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._make_link(names, link)
             except OSError as error:
                 self._leave_out(names, error)
         for names, name in list(self._new.items()):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             try:
                 self._name_directory(names, name)
             except OSError as error:
                 self.files -= self._new_files[names]
                 self._leave_out(names, error)
         for names, member in reversed(list(self._made.items())):
-            self._checking.alive(None)
+            self._hooks.alive(None)
             if self._new_above(names) is not None:
                 continue  # it is left out
             try:
@@ -8616,7 +8625,7 @@ class FileTarget:
         self.files += 1
 
     def _name_directory(self, names: tuple[str, ...], name: str) -> None:
-        """Raises OSError."""
+        """Give a new directory its own name.  Raises OSError."""
         parent = self._directory(names[:-1])
         present = self._present(names[-1], parent)
         if present is not None:
@@ -8699,7 +8708,7 @@ class FileTarget:
 
     def _discard(self) -> None:
         """Remove what has no name, and directories that were made for nothing."""
-        self._checking.alive(None)  # read() may have failed in a wait without limit
+        self._hooks.alive(None)  # read() may have failed in a wait without limit
         part, self._part = self._part, None
         if part is not None:
             for names, pending in list(self._pending.items()):
@@ -8710,7 +8719,7 @@ class FileTarget:
             self._forget(names)
         for names, name in self._new.items():
             with contextlib.suppress(OSError):
-                alive = partial(self._checking.alive, None)
+                alive = partial(self._hooks.alive, None)
                 remove_tree(self._directory(names[:-1]), name, alive)
         self._leave_directory()
         if self._root >= 0:
@@ -11789,7 +11798,7 @@ def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> Json
 def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
-    umask = 0o022 if options.inherited is None else options.inherited.umask
+    umask = file_umask(options.inherited)
     changer = FileChanger(file_places(options), umask, errand.pause)
     return errand.call_file_system(partial(changer.change, spec), spec.path)
 
@@ -11810,10 +11819,16 @@ class Notes:
         if self._count <= MAX_NOTES:
             self._errand.write({"note": text}, STDERR)
 
-    def checking(self) -> Checking:
-        """Return reports about a part of an earlier copy."""
-        errand, reports = self._errand, (self._checked, self._say, self._skip)
-        return Checking(errand.alive, errand.pause, *reports, errand.commit)
+    def hooks(self) -> TransferHooks:
+        """Return hooks that report to the log, and end a transfer that is cancelled."""
+        return TransferHooks(
+            alive=self._errand.alive,
+            pause=self._errand.pause,
+            progress=self._checked,
+            say=self._say,
+            skip=self._skip,
+            commit=self._errand.commit,
+        )
 
     def _checked(self, done: int, size: int) -> None:
         """Raises Cancelled."""
@@ -11846,7 +11861,7 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
             errand.write_bytes(text)
             return {**result, "notes": 0}
         notes = Notes(errand)
-        source = FileSource(spec, places, notes, checking=notes.checking())
+        source = FileSource(spec, places, notes, hooks=notes.hooks())
         errand.write({"bytes": source.measure()}, STDERR)
         for piece in source.pieces():
             errand.write_bytes(piece)
@@ -11858,17 +11873,17 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
 def _write_files(
     options: MachineOptions, spec: FileWrite, errand: InputErrand
 ) -> JsonObject:
-    places, inherited, notes = file_places(options), options.inherited, Notes(errand)
-    umask = 0o022 if inherited is None else inherited.umask
+    places, notes = file_places(options), Notes(errand)
+    umask = file_umask(options.inherited)
 
     def report(part: FilePartial) -> None:
-        # No longer: one whose sender has gone has the part to itself meanwhile.
+        # No more than that: if the sender is gone, the part stays locked meanwhile.
         errand.patience += part.size / CHECK_RATE
         errand.write({"part": part}, STDERR)
 
     def write() -> JsonObject:
-        checking = notes.checking()
-        target = FileTarget(spec, places, notes, umask=umask, checking=checking)
+        hooks = notes.hooks()
+        target = FileTarget(spec, places, notes, umask=umask, hooks=hooks)
         errand.on_idle = target.give_way
         if spec.splices is not None:
             return {**target.splice(), "notes": 0}
@@ -16273,7 +16288,7 @@ MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 IDLE_TERMINAL = 24 * 3600.0  # s without a person, after which a terminal is ended
 SCREEN = 256 * 1024  # bytes of a terminal's log that a late follower gets
-READER_REDRAW = 10.0  # s between redraws for those who only read
+READER_REDRAW = 10.0  # s between redraws for keys that only read
 
 # The fields of an Ending that are columns of a row.
 ENDING_COLUMNS = tuple(
@@ -16572,7 +16587,7 @@ class Log:
         self._trim()
 
     def _write_rest(self) -> None:
-        """Write what is only in memory: no gap is in it."""
+        """Write what is only in memory, which has no gap."""
         unwritten = [
             data[max(0, self._written - begin) :]
             for begin, data in self._memory
@@ -16715,7 +16730,7 @@ class Job:
         self.input_end: int | None = None if record.sent_to else 0
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # requested since its start
-        self.redrawn_at = -math.inf  # monotonic; when that was asked for
+        self.redrawn_at = -math.inf  # monotonic; of the last request to redraw
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
         self.empty_since: float | None = time.monotonic()  # without followers
@@ -17265,9 +17280,9 @@ class Jobs:
         self._wake(job)
 
     def redraw(self, job: Job, pause: float = 0) -> None:
-        """Have the programs of a terminal redraw it, unless they did `pause` s ago.
+        """Have the programs of a terminal redraw it, by SIGWINCH.
 
-        They get SIGWINCH.
+        Not if they were asked to less than `pause` s ago.
         """
         now = time.monotonic()
         if not job.is_terminal or now - job.redrawn_at < pause:
@@ -17784,8 +17799,8 @@ SHORT_RESULT = 400  # characters; cutting it would gain nothing
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
 MAX_CONTENT = 256 * 1024  # bytes of file_write; the job's spec is one message
 MAX_DIFF = 200_000  # characters of a diff; it is shown whole, or the change is refused
-MAX_COMPARED = 40_000_000  # steps of difflib: two seconds at worst, mostly far less
-MAX_NAMED_PLACES = 20  # of an edit that fits more than once
+MAX_COMPARED = 40_000_000  # steps of difflib: at worst two seconds
+MAX_NAMED_PLACES = 20  # in the error for an edit that fits more than once
 MAX_LISTED_FILES = 1000  # entries in an answer of file_list; the others are counted
 SHELL_ID = "shell"  # of the model that is always there
 BROKEN_OFF = "\n\n[broken off]"  # ends an answer in a conversation
@@ -21746,7 +21761,7 @@ class JobMethods:
             offset = max(offset, job.screen())
         start = peer.follow(job, offset, holds=hold, newest=newest)
         if screen:
-            # A redraw is a signal to programs: who only reads causes few.
+            # A redraw sends programs a signal: limited for keys that only read.
             is_reader = not peer.caller.may(Scope.WRITE)
             self._jobs.redraw(job, READER_REDRAW if is_reader else 0)
         return {"job": job_view(job), "offset": start}
@@ -24034,8 +24049,8 @@ class McpServer:
             "content": [{"type": "text", "text": to_json(result)}],
             "isError": "error" in result,
         }
-        # Clients refuse what does not fit the schema, errors as well, and show its
-        # fault instead of ours.
+        # Clients refuse content that does not fit the schema, and then show that
+        # failure instead of our error.
         if set(MCP_TOOLS[params["name"]].output["required"]) <= result.keys():
             answer["structuredContent"] = result
         return answer
@@ -24209,7 +24224,7 @@ class McpLines:
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
-MAX_SKIPPED_BODY = 8 * MAX_BODY  # of a refused request; beyond it the client is cut off
+MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes of a refused request; then it is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
@@ -25280,7 +25295,7 @@ class HttpApp:
         self, request: HttpRequest, value: str, lifetime: int, payload: JsonObject
     ) -> Reply:
         public = request.public
-        # Other paths of this host may lead to other gateways, with names like ours.
+        # Other paths of this host may lead to gateways with cookies of the same name.
         path = request.headers.get(PATH_HEADER, public.prefix)
         path = path if re.fullmatch(PATH_BEFORE, path) else ""
         flags = f"Path={path}/; HttpOnly; SameSite=Strict" + "; Secure" * public.secure
@@ -25462,7 +25477,7 @@ class HeaderLines:
             raise RequestTooLarge
         if line and not _HEADER_LINE.fullmatch(line):
             raise MalformedHead(f"{clip(repr(line)[2:-1], 80)} is not a header")
-        # White space around a value is none of it (RFC 9110 §5.5).
+        # White space around a value is not part of it (RFC 9110 §5.5).
         end = len(line.rstrip(b"\r\n"))
         return line[:end].rstrip(b" \t") + line[end:]
 
@@ -25509,9 +25524,9 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def skip_body(self) -> None:
-        """Read what a refused client still sends, while it is moderate.
+        """Read and drop what a refused client still sends, MAX_SKIPPED_BODY at most.
 
-        Closing at once would reset the connection, and the client miss the answer.
+        Closing at once would reset the connection, and the answer would be lost.
         """
         self.begin()
         self._room = MAX_SKIPPED_BODY
@@ -25697,7 +25712,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.send(app.answer(self.request_with(bytes(body))))
 
         def has_room(self, before: int, size: int) -> bool:
-            """Return whether a body may go on with so much; if not, it is refused."""
+            """Return whether `size` bytes may follow `before`; else refuse the body."""
             length = before + size
             if length > MAX_BODY:
                 self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
@@ -27533,9 +27548,10 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 }
 """.encode()
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
-// socket, job logs, state, routes, widgets, views, sign-in, start.  Text reaches the
-// document as text nodes only; the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, storage, words, terminal,
+// Markdown, socket, job logs, state, routes, widgets, views, sign-in, start.  Text
+// reaches the document as text nodes only; the views show `state` and hold none of
+// their own.
 
 // == dom ==
 
@@ -27919,7 +27935,7 @@ const isOurName = name => ROOT ? name.startsWith(`${ROOT} `) : !name.startsWith(
 // Texts that outlive the page; in memory where storage is full or forbidden.
 class Kept {
   constructor(storage) {
-    this.storage = storage; // its name: to ask for it may be forbidden
+    this.storage = storage; // its name: access to it may be forbidden
     // Only what storage did not take: another tab may change the rest.
     this.memory = new Map();
   }
@@ -28175,22 +28191,23 @@ const FLAG_ENDS = {22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 25: BLINK, 27: INV
 const DEFAULT_COLOR = -1;
 const RGB = 0x1000000; // bit of a colour that is no index: red, green, blue
 
+const numbersIn = text => text.split(" ").map(digits => parseInt(digits, 16));
+
 // The first 16 colours of a terminal: of text, all readable on the dark background, and
 // of what is behind it, dark enough to stand beside each other.
-const numbersIn = text => text.split(" ").map(digits => parseInt(digits, 16));
 const INKS = numbersIn("8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff");
 const GROUNDS = numbersIn("000000 8f2a26 2a6b38 7a5600 1e4a80 65407f 2aa1ad b8bfc6 " +
   "4d565f d9534a 3f9a52 c2921f 3f7fc4 9a6cc0 4fc3cd e4e7ea");
 
-const split = number => [(number >> 16) & 255, (number >> 8) & 255, number & 255];
-const SCREEN = split(0x16191d); // as in the style sheet
-const SCREEN_INK = split(0xdde2e7);
+const rgbOf = number => [(number >> 16) & 255, (number >> 8) & 255, number & 255];
+const SCREEN = rgbOf(0x16191d); // as in the style sheet
+const SCREEN_INK = rgbOf(0xdde2e7);
 
 // Return red, green and blue of a colour.
 function levelsOf(color, named) {
-  if (color >= RGB) return split(color);
-  if (color < 16) return split(named[color]);
+  if (color >= RGB) return rgbOf(color);
+  if (color < 16) return rgbOf(named[color]);
   if (color >= 232) return Array(3).fill(8 + (color - 232) * 10);
   const level = step => (step ? 55 + step * 40 : 0);
   const cube = color - 16;
@@ -28668,7 +28685,7 @@ function widthOf(character) {
 }
 
 // One line of the grid.  Of a flood most rows scroll out before anybody sees them: a
-// row is a text in one style until its cells are asked for.
+// row is a text in one style until its cells are needed.
 class Row {
   constructor(columns, blank) {
     this.columns = columns;
@@ -28832,9 +28849,9 @@ class Page {
     }
   }
 
-  // Give all rows another size.  Those of the primary screen are broken anew, but for
-  // the line with the cursor: its program mends that one, and knows it as it was.
-  // Those of the alternate screen keep what does not fit, until it is wider again.
+  // Give all rows another size.  Those of the primary screen are rewrapped, except for
+  // the line with the cursor, which its program redraws and knows as it was.  Those of
+  // the alternate screen keep what does not fit, until it is wider again.
   resize(columns, height, reflows) {
     const before = this.columns;
     this.columns = columns;
@@ -28853,7 +28870,7 @@ class Page {
     this.addTabs(columns);
   }
 
-  // Rows below the cursor go first; others come from where they scrolled out to.
+  // Drop rows below the cursor first; take others back from the scrollback.
   setHeight(columns, height) {
     const {rows, base, y} = this;
     const below = this.height - 1 - y;
@@ -28899,7 +28916,7 @@ class Page {
     let {base} = this;
     let kept = rows.length;
     let first = rows.length; // of the rows that stay
-    // How many may: what they leave no room for would be dropped afterwards.
+    // How many may stay; any more would be dropped afterwards.
     let room = this.keeps + 2 * height;
     while (first > 0 && room > 0) {
       const end = first;
@@ -28944,7 +28961,7 @@ class Page {
   }
 }
 
-// Return the rows of a line, broken anew.
+// Return the rows of a line, rewrapped.
 function rowsOf(line, before, columns) {
   const parts = line.map((row, n) => {
     if (row === line.at(-1)) return row.cells.slice(0, row.length);
@@ -28959,7 +28976,7 @@ function rowsOf(line, before, columns) {
   let [at, count] = [0, 0]; // cells used, and of the last row
   while (at < cells.length || !made.length) {
     let to = Math.min(cells.length, at + columns);
-    // Also half of one, left by an edge: it stands at the beginning of a row.
+    // Also the first half of one that an edge cut: it begins the next row.
     if (to - at === columns && cells[to - 1].width === 2) to -= 1;
     const row = new Row(columns, blank);
     row.goesOn = made.length > 0 || line[0].goesOn;
@@ -29004,7 +29021,7 @@ const IGNORED = 4; // DCS, SOS, PM, APC
 const PRINTABLE = /[^\x00-\x1f\x7f-\x9f]+/y;
 const STRING_BODY = /[^\x00-\x1f\x80-\x9f]+/y;
 const CONTROL_SEQUENCE = /^([<=>?]?)([\d:;]*)([ -/]*)$/;
-// One that is not cut, which is quicker than its characters one by one.
+// A whole one: matching it is quicker than parsing its characters one by one.
 const WHOLE_SEQUENCE = /\x1b\[([<=>?]?)([\d:;]{0,99})([ -/]{0,9})([@-~])/y;
 
 const MAX_TITLE = 200; // characters; the rest is dropped
@@ -30083,8 +30100,8 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 const lostError = (code, message) =>
   Object.assign(callError(code, message), {isLost: true});
 
-// Return an answer that is no refusal.  Throws an error with the gateway's sentence.
-async function fetchWell(path, options) {
+// Return a response whose status is ok.  Throws an error with the gateway's sentence.
+async function fetchOk(path, options) {
   const answer = await fetchOwn(path, options).catch(() => null);
   if (!answer) throw lostError("UNAVAILABLE", "The gateway cannot be reached.");
   if (answer.ok) return answer;
@@ -30426,7 +30443,7 @@ class TypedInput {
   take({offset, resume, held}) {
     const gone = offset - this.consumed;
     if (gone >= 0 && gone <= this.sent - this.consumed) {
-      // A view of the rest: a copy for each answer would take the square of a paste.
+      // A view of the rest: a copy for each answer makes a paste take quadratic time.
       this.kept = gone < this.kept.length ? this.kept.subarray(gone) : new Uint8Array();
       this.consumed = offset;
     }
@@ -30539,7 +30556,7 @@ const STEADY = {sessions: "sessions", running: "running", "node-cards": "nodes",
 let resting; // the timer of REST while a person uses one of them
 
 // Keep a list steady while a person uses it, until they rest or use something else.
-function noteUse({type, target, movementX, movementY}) {
+function trackUse({type, target, movementX, movementY}) {
   // A browser may report a pointer that rests where the page moves under it.
   if (type === "pointermove" && !movementX && !movementY) return;
   const list = Object.keys(STEADY).find(id => $(id).contains(target)) || "";
@@ -31360,7 +31377,7 @@ const HANDLERS = {
   "device.pair.resolved": () => refresh("nodes", "devices"),
 };
 
-// What the holder of one key typed is neither shown to that of another, nor sent by it.
+// Forget what the holder of another key typed: it is not shown or sent with this key.
 function forgetOthers(name) {
   const owner = kept.get(KEY_NAME);
   if (owner === name) return;
@@ -31370,7 +31387,7 @@ function forgetOthers(name) {
   kept.set(KEY_NAME, name);
 }
 
-// Drop all that this page was shown; a terminal that is open does not ask first.
+// Reload without what this page was shown; an open terminal does not ask first.
 function dropAll() {
   state.link = "out";
   touch("link");
@@ -31442,7 +31459,7 @@ const PAGE_TOPICS = {
   access: ["keys", "logins"],
 };
 
-// Return what a part of an address says; itself, where that is no text.
+// Return a part of an address without percent-encoding; as it is, if that is malformed.
 function decoded(part) {
   try {
     return decodeURIComponent(part);
@@ -32958,7 +32975,7 @@ class Figure {
     const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
     const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
     const [area, line] = this.spark.children;
-    // A history of seconds would be an empty box with a speck.
+    // Seconds of history would be a dot in an empty box.
     const drawn = recent.length > 1 && recent.at(-1)[0] - recent[0][0] > 60_000;
     this.root.classList.toggle("new", !drawn);
     line.setAttribute("d", drawn ? `M${trace}` : "");
@@ -33077,7 +33094,7 @@ function drawNodes() {
   drawUnused();
 }
 
-// Say that a search found nothing of a list, and offer what is beyond the list's limit.
+// Show that a search found nothing in a list, or offer what is beyond its limit.
 function drawRest(name, found, total) {
   $(`${name}-empty`).hidden = found > 0 || !total;
   $(`${name}-more`).hidden = found <= state.lists[name].limit;
@@ -34072,15 +34089,15 @@ async function saveFile(path, {kind}) {
   const body = JSON.stringify({nodeId, path: encodePath(path),
     archive: kind === "directory"});
   const headers = {"Content-Type": "application/json"};
-  const made = await tried(fetchWell("api/downloads/", {method: "POST", headers, body})
+  const made = await tried(fetchOk("api/downloads/", {method: "POST", headers, body})
     .then(answer => answer.json()));
   if (!made) return;
   h("a", {href: BASE + made.url, download: ""}).click();
-  sayHowSaved(made);
+  reportDownload(made);
 }
 
-// Say why a download is not whole; the browser knows neither.
-async function sayHowSaved({jobId: id, name}) {
+// Show why a download failed, or what it lacks: the browser cannot.
+async function reportDownload({jobId: id, name}) {
   try {
     let job;
     do job = await link.call("job.wait", {id, wait: 50}, LISTING_TIME);
@@ -35756,7 +35773,7 @@ class Player {
     this.say("Loading…");
     let text, problem;
     try {
-      const answer = await fetchWell(castPath(this.id).slice(ROOT.length + 1));
+      const answer = await fetchOk(castPath(this.id).slice(ROOT.length + 1));
       text = await answer.text();
     } catch ({message, isLost}) {
       problem = capitalized(message);
@@ -35801,7 +35818,7 @@ class Player {
       if (player !== this) return;
       began = performance.now();
     }
-    // The end is what most look for.
+    // Most people look for the end.
     if (this.events.length) this.states.push([this.events.length, emulator]);
   }
 
@@ -35838,7 +35855,7 @@ class Player {
     const [since, until] = [this.events[this.next - 1], this.events[this.next]];
     if ($("recording-pauses").checked && until && at - (since?.[0] ?? 0) > LONG_PAUSE)
       at = Math.max(at, until[0]);
-    // What is still on its way to the screen is waited for.
+    // Time stands still until all due events are shown.
     if (this.isThere) this.at = Math.min(at, this.duration);
     this.proceed();
     if (this.isThere && this.at >= this.duration) this.play(false);
@@ -35859,12 +35876,12 @@ class Player {
     this.proceed();
   }
 
-  // Whether all events until now were taken.
+  // Whether all events until now are shown.
   get isThere() {
     return this.next >= this.events.length || this.events[this.next][0] > this.at;
   }
 
-  // Continue from the state before this time, unless to go on takes less.
+  // Continue from the last state before this time, unless this screen is nearer.
   jump() {
     const {events, at} = this;
     const [next, state] =
@@ -35876,8 +35893,8 @@ class Player {
     this.grid.epoch = -1; // its rows are others
   }
 
-  // Take the events until now, if there are many in slices: the page stays usable, and
-  // a state that is made meanwhile is nearer.
+  // Show the events until now; many of them in slices, so that the page stays usable,
+  // and a state that is kept meanwhile can shorten the way.
   proceed() {
     const {events} = this;
     const began = performance.now();
@@ -35888,7 +35905,7 @@ class Player {
     this.schedule();
   }
 
-  // Draw, and take more of what is still on its way.
+  // Draw, and show more of the events that are due.
   drawNext() {
     this.draw();
     if (this.isThere) return;
@@ -36005,7 +36022,7 @@ async function signOut() {
 
 // Save a file that needs the page's secret, which a link cannot send.
 async function download(path) {
-  const answer = await tried(fetchWell(path));
+  const answer = await tried(fetchOk(path));
   const blob = answer && await tried(answer.blob());
   if (!blob) return;
   const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition"));
@@ -36144,7 +36161,7 @@ function start() {
   on(document, "pointerup", pointerReleased);
   on(document, "pointercancel", pointerReleased);
   for (const use of ["pointerdown", "pointermove", "keydown", "wheel"])
-    document.addEventListener(use, noteUse, {passive: true, capture: true});
+    document.addEventListener(use, trackUse, {passive: true, capture: true});
   for (const end of ["pointerup", "pointercancel"])
     on(document, end, () => shownTerminal()?.released());
   on(document, "click", followLink);
@@ -36448,7 +36465,9 @@ class LastingClient:
                 return cancel.result_of(self.client.start(method, params))
             except ConnectionClosed as error:
                 if deadline.expired:  # it comes back, and breaks each time
-                    raise Unreachable(f"the gateway hangs up: {error}") from error
+                    raise Unreachable(
+                        f"the gateway keeps hanging up: {error}"
+                    ) from error
             except RpcError as error:  # perhaps the gateway stops, and the job does not
                 if error.details != {"goesOn": True} or deadline.expired:
                     raise
@@ -36530,7 +36549,7 @@ class _Answer(Value):
 
 
 News: TypeAlias = "JobOutput | JobChange | GatewayChange | Event"
-AT_ONCE = 1024  # bytes of a message that the thread which reads may show itself
+AT_ONCE = 1024  # bytes; the reading thread never shows a longer message itself
 ShowAtOnce: TypeAlias = "Callable[[Iterable[JobOutput]], bool]"
 
 
@@ -36666,11 +36685,11 @@ class JobFeed(LastingClient):
     def __init__(self, dial: Callable[[NewsHandler], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self.open: dict[str, FollowedJob] = {}
-        self.interrupted = 0  # number of the signal that did
+        self.interrupted = 0  # number of the signal; 0: none
         self._lost = False  # the gateway; news() reconnects
         self._request: JsonObject = {}  # of job.start, without its jobs
         self._input: JobInput | None = None
-        # Held by news() that has a `show_at_once`, except while it waits, and by that.
+        # Held by news() with `show_at_once`, except while it waits, and by the latter.
         self._turn = threading.Lock()
         self._show_at_once: ShowAtOnce | None = None  # set by whoever holds _turn
         self._news: collections.deque[tuple[OperatorClient, Any]] = collections.deque()
@@ -36785,13 +36804,13 @@ class JobFeed(LastingClient):
         Output is taken for written when the next item is asked for.
 
         `show_at_once` shows output in the thread that reads the connection, unless
-        other news waits: to wake another one delays each echo of a key.  It neither
-        blocks nor raises; False: it has taken nothing, and the output is yielded.
+        other news waits: waking another thread would delay each echo of a key.  It
+        neither blocks nor raises; False: it took nothing, and the output is yielded.
 
         Raises UserError when the jobs cannot be started.
         """
         if show_at_once is None:
-            # Without the lock: another thread may close this, and cannot release it.
+            # No lock: another thread may close this generator, and cannot release it.
             yield from self._all_news(tick)
             return
         with self._turn:
@@ -37189,10 +37208,10 @@ def served_files() -> dict[str, Reply]:
         ("/app.js", WEB_JS, "text/javascript"),
     ):
         files[path] = Reply(200, body, f"{kind}; charset=utf-8", fresh)
-    packed: list[bytes] = []  # in memory it takes a third
+    packed: list[bytes] = []  # a third of the size in memory
     size = 0
     try:
-        with open(__file__, "rb") as program:  # all at once would leave a hole there
+        with open(__file__, "rb") as program:  # whole, it would leave a hole in memory
             for piece in iter(partial(program.read, 64 * 1024), b""):
                 packed.append(zlib.compress(piece, 1))
                 size += len(piece)
@@ -37474,7 +37493,7 @@ TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
 END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP}  # where SIGHUP means nothing else
-STALLED_AFTER = 1.0  # s from a signal that a reader of our output has
+STALLED_AFTER = 1.0  # s from a signal; a write that is blocked then is given up
 LEAVE_AFTER = 10.0  # s from an interrupt; a connected node needs three to obey
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
@@ -37514,8 +37533,8 @@ def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
 def prepare_streams() -> None:
     """Make the standard streams usable, whatever the locale and who started us."""
     codecs.register_error(ESCAPE, escape_unencodable)
-    # A stream that was closed when we started is opened: the next file would take its
-    # place.  Only stderr takes what is written: a lost answer is an error.
+    # A stream that was closed when we started is opened: the next file would get its
+    # descriptor.  stdout is opened for reading, as a lost answer is an error.
     for name, mode, flags in (
         ("stdin", "r", os.O_RDONLY),
         ("stdout", "w", os.O_RDONLY),
@@ -37529,7 +37548,7 @@ def prepare_streams() -> None:
 
 
 def write_out(file: Any, data: str | bytes | memoryview) -> None:
-    """Write to stdout or stderr, whose reader may stand still: see interrupting()."""
+    """Write all of `data` to stdout or stderr; interrupting() ends a blocked write."""
     left = data
     while left:
         # Under `python -u` a signal may end a write before all is written.
@@ -37538,7 +37557,7 @@ def write_out(file: Any, data: str | bytes | memoryview) -> None:
 
 
 def discard(stream: IO[str]) -> None:
-    """Drop what is written to a stream from now on, and what waits to be."""
+    """Drop what was written to a stream and not flushed, and what will be."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -37891,6 +37910,9 @@ def call_gateway(
         return client.call(method, params)
 
 
+# -- signals -------------------------------------------------------------------
+
+
 def readable(descriptors: Sequence[int], output: int) -> list[int]:
     """Wait; return what can be read, and `output` if its reader is gone."""
     if ON_MAC:  # poll() may not support terminals, and select() has no such event
@@ -37909,7 +37931,7 @@ def is_ignored(number: int) -> bool:
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
-    """Handle signals for a while, but for those that our parent has us ignore."""
+    """Handle signals for a while, except those that our parent has us ignore."""
     previous = {
         number: signal.signal(number, handler)
         for number in numbers
@@ -37923,7 +37945,7 @@ def handling(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[N
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal, where a program has something to leave in order."""
+    """A signal whose handler raises, so that the program cleans up."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -37937,18 +37959,18 @@ def raise_terminated(number: int, _frame: object) -> None:
 def interruptible() -> contextlib.AbstractContextManager[None]:
     """Have signals raise Terminated, for a while.
 
-    Only where the main thread takes no lock: an exception could come where one has just
-    been taken, which would then be held for ever.
+    Only where the main thread takes no lock: an exception right after one was taken
+    would leave it locked for ever.
     """
     return handling(raise_terminated, *END_SIGNALS)
 
 
 @contextlib.contextmanager
 def interrupting(feed: JobFeed, *, insists: bool = True) -> Iterator[None]:
-    """Have a signal interrupt `feed`; whoever waits for its news obeys.
+    """Have a signal interrupt `feed`; the thread that takes its news obeys.
 
-    `insists`: a second one, before that, ends us at once.  Raises Terminated where our
-    output waits for its reader all the same.
+    `insists`: a second signal before that ends us at once.  Raises Terminated if a
+    write to stdout or stderr is still blocked STALLED_AFTER s after the signal.
     """
 
     def interrupt(number: int, _frame: object) -> None:
@@ -37965,12 +37987,12 @@ def interrupting(feed: JobFeed, *, insists: bool = True) -> Iterator[None]:
         try:
             with handling(interrupt, *END_SIGNALS):
                 yield
-        finally:  # when nothing sets it any more: the default of SIGALRM ends us
+        finally:  # no handler sets it any more; by default SIGALRM would end us
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class StopSignal:
-    """SIGTERM, Ctrl+C and the like, as something that any thread waits for."""
+    """SIGTERM, Ctrl+C and the like, as something that any thread can wait for."""
 
     def __init__(self, numbers: frozenset[signal.Signals] = END_SIGNALS) -> None:
         # A handler runs between two instructions of Python: a signal that comes just
@@ -38140,7 +38162,7 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
         signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
         try:
             say_started(context.output, running)
-        except OSError as error:  # whoever started it may not want to know
+        except OSError as error:  # serve all the same
             discard(sys.stdout)
             context.output.complain(f"cannot print its address: {error.strerror}")
         if args.demo_node:
@@ -38744,7 +38766,7 @@ def cmd_key_create(args: argparse.Namespace, context: Context) -> int:
         return EXIT_OK
     context.output.say(f"id {made['keyId']}; the key is shown only once:")
     context.output.answer(made["key"])
-    # Without a terminal stderr may be kept in a log, so not there.
+    # On a terminal only: elsewhere stderr may go to a log.
     context.output.remark(f"for a person, this link signs in: {link}")
     return EXIT_OK
 
@@ -38978,7 +39000,8 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the names of nodes by id, each once, however often it is referred to.
 
-    Raises UserError where one of them means no node, or several.
+    A single reference stays as it is.  Raises UserError where one of several means no
+    node, or more than one.
     """
     if len(references) < 2:
         return {reference: reference for reference in references}
@@ -40360,11 +40383,11 @@ class CopyProgress:
         """Bytes that were read, by this copy or an earlier one."""
         return self._count
 
-    def checking(self) -> Checking:
-        return Checking(progress=self._check, say=self._say, skip=self._skip)
+    def hooks(self) -> TransferHooks:
+        return TransferHooks(progress=self._check, say=self._say, skip=self._skip)
 
-    def hear(self, said: JsonObject) -> None:
-        """Take a line that a node's work writes about a transfer."""
+    def take_report(self, said: JsonObject) -> None:
+        """Take a report that the node's work wrote about the transfer."""
         if "note" in said:
             self.note(str(said["note"]))
         if "said" in said:
@@ -40395,8 +40418,7 @@ class CopyProgress:
     def end(self, result: JsonObject) -> None:
         """Say on a terminal what was copied."""
         took = time.monotonic() - self._begin
-        count, size = result.get("files", 0), result.get("bytes", 0)
-        files = "1 file" if count == 1 else f"{count:,} files"
+        files, size = files_in_words(result.get("files", 0)), result.get("bytes", 0)
         rate = format_bytes((size - self.resumed) / max(took, 0.001))
         text = f"{self._label}{files}, {format_bytes(size)} in {format_duration(took)}"
         self._output.remark(f"{text}, {rate}/s")
@@ -40435,7 +40457,7 @@ class RemoteFiles:
         self._feed = feed
         self._progress = progress
         self._waiting = waiting
-        self._said = bytearray()  # the begin of a line
+        self._said = bytearray()  # the beginning of a report
         self._writes = work == "file.write"
         request = {"work": work, "spec": encode_value(spec)}
         (self._job,) = feed.start(dict([node]), request)
@@ -40460,7 +40482,7 @@ class RemoteFiles:
                     if kind == STDOUT:
                         yield data
                     elif kind == STDERR:
-                        self._hear(data)
+                        self._take_reports(data)
             elif isinstance(news, JobChange):
                 self._take_change()
                 if not self._feed.open:
@@ -40488,8 +40510,11 @@ class RemoteFiles:
             raise UserError(f"{job.name}: {job.ending.reason or job.ending.words()}")
         self.result = job.ending.result or self.result
 
-    def _hear(self, data: bytes) -> None:
-        """Raises RpcError, UserError for a report that makes no sense."""
+    def _take_reports(self, data: bytes) -> None:
+        """Take reports, a line of JSON each.
+
+        Raises RpcError, UserError for one that makes no sense.
+        """
         *lines, rest = (bytes(self._said) + data).split(b"\n")
         self._said = bytearray(rest)
         for line in lines:
@@ -40497,8 +40522,8 @@ class RemoteFiles:
                 said = required({"report": from_json(line)}, "report", dict)
             except ValueError as error:
                 text = clip(line.decode("utf-8", "replace"), 80)
-                raise UserError(f"{self._job.name} reports {text!r}") from error
-            self._progress.hear(said)
+                raise UserError(f"{self._job.name} sent no JSON: {text!r}") from error
+            self._progress.take_report(said)
             if "part" in said:
                 self.part = FilePartial.from_json(required(said, "part", dict))
                 self.part_known.set()
@@ -40564,7 +40589,7 @@ def check_names(groups: Mapping[tuple[str, ...], Sequence[str]]) -> None:
         for path in paths:
             shown = f"{key[0]}:{path}" if key[0] else path
             name = os.path.basename(os.path.normpath(path))
-            is_pattern = key[0] and re.search(r"[*?[]", name)
+            is_pattern = key[0] and has_wildcard(name)
             if is_pattern or name in ("", ".", "..", "~"):
                 raise UsageError(
                     f"{shown} may have names that other sources have as well; copy it "
@@ -40585,8 +40610,7 @@ class FileCopy:
         self._output = context.output
         self._waiting = Waiting(context.output)
         self._dial = partial(operator_client, args, context)
-        inherited = context.inherited
-        self._umask = 0o022 if inherited is None else inherited.umask
+        self._umask = file_umask(context.inherited)
         self._several = False
         self._interrupted = 0  # number of a signal that came too late for a transfer
 
@@ -40621,8 +40645,11 @@ class FileCopy:
         labels = len(groups) * len(targets) > 1
         return [
             self._transfer(
-                *(key[0], paths, target, destination.path),
-                *(origins.get(key),),
+                key[0],
+                paths,
+                target,
+                destination.path,
+                origins.get(key),
                 labels=labels,
             )
             for key, paths in groups.items()
@@ -40636,7 +40663,7 @@ class FileCopy:
         except OSError as error:
             raise UserError(file_problem(path, error)) from error
         except (UserError, RpcError) as error:
-            if node and re.search(r"[*?[]", path):
+            if node and has_wildcard(path):
                 raise UsageError(
                     f"--resume takes names of files, not a pattern: {path}"
                 ) from error
@@ -40662,7 +40689,7 @@ class FileCopy:
         return listed_entries(base64.b64decode(answer["output"]))[0]
 
     def _feed(self) -> JobFeed:
-        """Return a feed of a gateway that was there before: it is waited for.
+        """Return a new feed; if the gateway went away meanwhile, wait for it.
 
         Raises UserError.
         """
@@ -40707,11 +40734,11 @@ class FileCopy:
         except RpcError as error:
             if error.code != "FORBIDDEN":
                 raise user_error(error) from error
-            # A file here: no key or token is refused.
+            # It is about a local file, not about a key or token.
             raise UserError(error.message) from error
         except Terminated:
             alone = len(paths) == 1 and not self._args.recursive
-            pattern = source and re.search(r"[*?[]", paths[0])
+            pattern = source and has_wildcard(paths[0])
             piped = "-" in (paths[0] if not source else "", path if not target else "")
             if alone and not (pattern or piped) and progress.arrived >= MIN_PART:
                 begin = (
@@ -40757,9 +40784,9 @@ class FileCopy:
             FilePlaces(os.getcwd()),
             progress.note,
             progress.add,
-            progress.checking(),
+            progress.hooks(),
         )
-        # To resume, another thread measures it, once the target has said what it has.
+        # To resume, another thread measures it, which cannot handle signals.
         with interruptible() if after is None else contextlib.nullcontext():
             progress.total = local.measure()
         return local.pieces()
@@ -40782,7 +40809,8 @@ class FileCopy:
             origin=origin,
         )
         resumes = origin is not None
-        # Unless the target has to be asked first: what cannot be read ends it here.
+        # Now, so that a source that cannot be read fails here; to resume, the target is
+        # asked first.
         pieces = iter(()) if resumes else read(None)
         if feed is None:
             if path == "-":
@@ -40792,7 +40820,7 @@ class FileCopy:
                 FilePlaces(os.getcwd()),
                 progress.note,
                 umask=self._umask,
-                checking=progress.checking(),
+                hooks=progress.hooks(),
             )
 
             def find_part() -> FilePartial:
@@ -40873,8 +40901,8 @@ class InputLines:
             end = self._held.find(b"\n", searched)
             if end < 0:
                 searched = len(self._held)
-                # A write alone would not tell: what closed the output may have a
-                # child, not yet in its exec(), in which the pipe is still open.
+                # A write alone would not fail: the process that closed the output may
+                # have a child, not yet in its exec(), that still has the pipe open.
                 if not self._stop.lets_read(0, output=1):
                     return b""
                 data = os.read(0, 65536)
@@ -41015,7 +41043,7 @@ class ChatTerminal:
         self._said: dict[str, int] = {}  # characters printed, by message
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
-        self._stops = False  # the turn, as the person wants
+        self._stops = False  # the person has asked to stop the turn
         self._status = EXIT_OK  # of the turn
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -41038,7 +41066,7 @@ class ChatTerminal:
     def obey_signal(self) -> None:
         """Raise Terminated if a signal came."""
         number = self._feed.interrupted
-        if number:  # or one that comes right now would be forgotten
+        if number:  # otherwise a signal that comes right now would be lost
             self._feed.interrupted = 0
             raise Terminated(number)
 
@@ -41556,7 +41584,8 @@ def uninstall(installation: Installation, context: Context) -> int:
         context.output.say(f"moltis is removed from {installation.prefix}")
     else:
         context.output.say(
-            f"moltis is not in {installation.prefix}; --prefix says where"
+            f"moltis is not installed in {installation.prefix}; --prefix names another "
+            "directory"
         )
     if (context.directory / NodeSettings.FILE).exists():
         program = shlex.quote(str(context.directory / PROGRAM_FILE))
@@ -41670,7 +41699,7 @@ def copied_paths(
 ) -> Iterator[tuple[str, str]]:
     """Yield what `part` of a path of `node cp` may become: a node or a file there.
 
-    None where the node is away, or takes longer than COMPLETION_PATIENCE.
+    Yields nothing if the node is away, or takes longer than COMPLETION_PATIENCE.
     """
     node, colon, path = part.partition(":")
     if not colon:
@@ -41780,7 +41809,7 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
 
 
 class NumberKind(Value):
-    """The numbers that an option takes; 0 only where it is the least whole one."""
+    """The numbers that an option takes; 0 only if `least` is 0."""
 
     what: str  # "seconds", say
     most: float
@@ -41803,7 +41832,7 @@ class ChoiceKind(Value):
     """The words that an option takes."""
 
     words: tuple[str, ...]
-    prefix: str = ""  # of all words, which may be left out
+    prefix: str = ""  # common to all words; it may be left out
 
     def __call__(self, option: str, text: str) -> str:
         """Return the word that `text` is.  Raises UsageError."""
@@ -41839,7 +41868,7 @@ def moment(option: str, text: str) -> int:
     )
 
 
-# What reads a value (of an option, a text), by the word for it in the usage.
+# Parsers of values, from (option, text), by their metavar in the usage.
 KINDS: Mapping[str, Callable[[str, str], Any]] = {
     "PORT": NumberKind("a number", 65535, least=0),
     "COUNT": NumberKind("a number", 1_000_000_000, least=1),
@@ -42261,7 +42290,7 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             joined = re.match(r"argument (.*): ignored explicit argument (.*)", message)
-            if joined is not None:  # as in `-rf`, of which -f is none of ours
+            if joined is not None:  # as in `-rf`, where there is no -f
                 message = f"{joined[1]} takes no value, and {joined[2]} is no option"
             raise usage_error(self, f"`{self.prog}`: {message}")
 
@@ -42297,8 +42326,8 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
     return parsers
 
 
-def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    return build_parsers(words)[""]
+def build_parser() -> argparse.ArgumentParser:
+    return build_parsers()[""]
 
 
 def surplus_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> UsageError:
@@ -42315,7 +42344,7 @@ def surplus_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> Usag
     return usage_error(parser, f"{problem}; {hint}" if hint else problem)
 
 
-# Words of other programs, with ours.
+# Our words for those of other programs.
 OTHER_WORDS: Mapping[str, Sequence[str]] = {
     "ls": ["list"],
     "ps": ["jobs"],
@@ -42414,7 +42443,7 @@ def run_subcommand(
     try:
         args, surplus = parsers[""].parse_known_args(arguments)
     finally:
-        sys.stdout.flush()  # of --help, which leaves from here
+        sys.stdout.flush()  # --help exits from here
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
@@ -42428,7 +42457,8 @@ def run_command_line(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     output = Output(os.environ)
     try:
-        # No exception by default, see interruptible(); nor before us: BEGIN_QUIETLY.
+        # SIGINT raises nothing outside of interruptible(); BEGIN_QUIETLY sees to the
+        # time before this.
         interrupt = signal.getsignal(signal.SIGINT)
         if argv is None and interrupt == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -42456,7 +42486,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt as error:
-        for stream in (sys.stdout, sys.stderr):  # whose readers may stand still
+        for stream in (sys.stdout, sys.stderr):  # a last flush could block
             discard(stream)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
     except (BrokenPipeError, ConnectionResetError):  # a socket may stand for the pipe
@@ -42474,8 +42504,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     status = run_command_line(argv)
     if argv is None and threading.active_count() > 1:
-        # A thread that is left may be inside OpenSSL, SQLite or a write: an end of the
-        # interpreter would free what it uses, and crash, or wait for its lock.
+        # A thread that is left may be inside OpenSSL, SQLite or a write: shutting down,
+        # the interpreter would free what that uses and crash, or wait for its lock.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(status)

@@ -136,9 +136,9 @@ def _fail_instead_of_skipping(report):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_runtime():
-    """Let the gateways and nodes of this process ask Python alone for its version.
+    """Let the gateways and nodes of this process ask for the version of Python alone.
 
-    To ask the others takes most of the CPU time of a gateway that a test starts.
+    The other runtimes would take most of the CPU time of a gateway that a test starts.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moltis, "RUNTIMES", ONE_RUNTIME)

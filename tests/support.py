@@ -19,8 +19,8 @@ import moltis
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "moltis.py"
-# What the gateways and nodes of tests ask for its version: Java takes longer to answer
-# than they take to start.
+# The only runtime whose version gateways and nodes of tests ask for: Java takes longer
+# to answer than they take to start.
 ONE_RUNTIME = {"python3": moltis.RUNTIMES["python3"]}
 
 
@@ -130,7 +130,8 @@ def process_exists(pid):
 def free_port():
     """Return a TCP port of 127.0.0.1 on which nothing listens.
 
-    It stays free: no connection, nor a server on port 0, takes one of these by itself.
+    It stays free: the system gives no port of this range to connections, or to a server
+    on port 0.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
@@ -182,7 +183,7 @@ def run_moltis(*arguments, home, stdin=b"", timeout=60, program=PROGRAM, **extra
 class Program:
     """A moltis that runs beside the test, with what it has written so far.
 
-    It starts as from a launcher, or else as the script `program`.
+    It starts as a launcher starts it, or from the script `program`, if that is given.
     """
 
     def __init__(self, *arguments, home, program=None, **extra):

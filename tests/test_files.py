@@ -1347,17 +1347,15 @@ def open_part(parent, path):
 def resumed(path, target, stop=None, said=None, resumes=True, places=None):
     """Copy a file into `target` until `stop` bytes; return the bytes that were sent."""
     said, sent = [] if said is None else said, 0
-    checking = moltis.Checking(say=said.append)
+    hooks = moltis.TransferHooks(say=said.append)
     spec = FileWrite(str(target), origin=origin(path) if resumes else None)
-    writer = FileTarget(
-        spec, FilePlaces("/"), said.append, umask=0o022, checking=checking
-    )
+    writer = FileTarget(spec, FilePlaces("/"), said.append, umask=0o022, hooks=hooks)
     part = writer.find_part() if resumes else None
     reader = FileSource(
         FileRead([str(path)], after=part),
         FilePlaces("/"),
         said.append,
-        checking=checking,
+        hooks=hooks,
     )
     pieces = reader.pieces()
 
@@ -1469,12 +1467,12 @@ def test_a_source_that_changes_between_look_and_copy_is_copied_anew(big, tmp_pat
     part = writer.find_part()
     big.write_bytes(bytes(BIG))
     said = []
-    checking = moltis.Checking(say=said.append)
+    hooks = moltis.TransferHooks(say=said.append)
     reader = FileSource(
         FileRead([str(big)], after=part),
         FilePlaces("/"),
         said.append,
-        checking=checking,
+        hooks=hooks,
     )
     writer.receive(moltis.one_by_one(reader.pieces()))
     assert [CHANGED in text for text in said] == [True]
@@ -1505,7 +1503,7 @@ def test_one_copy_at_a_time_has_the_part(big, tmp_path, monkeypatch):
     first = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022)
     first.find_part()
     second = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022)
-    with pytest.raises(RpcError, match="another copy writes it"):
+    with pytest.raises(RpcError, match="another copy is writing it"):
         second.find_part()
     # Without --resume it needs no part.
     assert resumed(big, tmp_path / "to", resumes=False) > BIG
@@ -1694,11 +1692,9 @@ def test_a_cancel_during_the_last_flush_leaves_the_part(big, tmp_path):
     def commit():
         raise moltis.Cancelled
 
-    checking = moltis.Checking(commit=commit)
+    hooks = moltis.TransferHooks(commit=commit)
     spec = FileWrite(str(tmp_path / "to") + "/", origin=origin(big))
-    target = FileTarget(
-        spec, FilePlaces("/"), pytest.fail, umask=0o022, checking=checking
-    )
+    target = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022, hooks=hooks)
     source = FileSource(FileRead([str(big)]), FilePlaces("/"), pytest.fail)
     with pytest.raises(moltis.Cancelled):
         target.receive(moltis.one_by_one(source.pieces()))
@@ -1807,7 +1803,7 @@ def test_what_a_node_reports_of_a_copy_is_no_traceback(report):
     remote._job = moltis.FollowedJob("id", "pi", "pi", holds=True)
     remote._progress = moltis.CopyProgress(output, "")
     try:
-        remote._hear(report + b"\n")
+        remote._take_reports(report + b"\n")
     except moltis.MoltisError as error:
         assert str(error)
     remote._progress.add("name", 1)
@@ -1823,7 +1819,7 @@ def test_the_result_of_a_copy_is_known_if_an_older_gateway_does_not_pass_it_on()
     remote._job = moltis.FollowedJob("id", "pi", "pi", holds=True)
     remote._job.ending = moltis.Ending(moltis.JobState.DONE)
     result = {"files": 2, "bytes": 7, "sha256": "0" * 64}
-    remote._hear(moltis.to_json({"result": result}).encode() + b"\n")
+    remote._take_reports(moltis.to_json({"result": result}).encode() + b"\n")
     remote._take_change()
     assert {name: remote.result[name] for name in result} == result
 
@@ -1952,7 +1948,7 @@ def test_each_file_and_each_node_is_resumed_by_itself(world):
             f"far,Local:{world.scratch}/far",
         )
         assert call.status == 0, call.complaints
-        assert call.complaints.count("no part of it to go on with") == 4
+        assert call.complaints.count("no part of it to resume") == 4
     for name in ("a", "b"):
         copied = (world.scratch / "far" / name).read_bytes()
         assert copied == (world.scratch / name).read_bytes()
@@ -1968,10 +1964,8 @@ def test_a_check_says_how_far_it_is_and_can_be_cancelled(big, tmp_path):
             raise moltis.Cancelled
 
     spec = FileWrite(str(tmp_path / "to"), origin=origin(big))
-    checking = moltis.Checking(progress=progress)
-    writer = FileTarget(
-        spec, FilePlaces("/"), pytest.fail, umask=0o022, checking=checking
-    )
+    hooks = moltis.TransferHooks(progress=progress)
+    writer = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022, hooks=hooks)
     with pytest.raises(moltis.Cancelled):
         writer.find_part()
     assert 4 <= len(seen) < 12
@@ -2110,18 +2104,18 @@ def test_files_that_are_measured_or_made_one_by_one_are_signs_of_life(tmp_path):
     for number in range(50):
         (tmp_path / "d" / str(number)).touch()
     signs = []
-    checking = moltis.Checking(
+    hooks = moltis.TransferHooks(
         alive=lambda _limit: signs.append("made"), pause=lambda: signs.append("seen")
     )
     places = FilePlaces(str(tmp_path))
     source = FileSource(
-        FileRead(["d"], recursive=True), places, pytest.fail, checking=checking
+        FileRead(["d"], recursive=True), places, pytest.fail, hooks=hooks
     )
     source.measure()
     assert signs.count("seen") >= 50
     spec = FileWrite("to", into=True)
     (tmp_path / "to").mkdir()
-    target = FileTarget(spec, places, pytest.fail, umask=0o022, checking=checking)
+    target = FileTarget(spec, places, pytest.fail, umask=0o022, hooks=hooks)
     target.receive(moltis.one_by_one(source.pieces()))
     assert signs.count("made") >= 50
 

@@ -359,7 +359,9 @@ def test_install_sh_installs_runs_and_removes_the_program(shell, home):
     assert files_below(home) == [".local"]
     done = run_script(shell, home, "--uninstall")
     assert done.returncode == 0
-    assert done.stderr == f"moltis is not in {home}/.local; --prefix says where\n"
+    assert done.stderr == (
+        f"moltis is not installed in {home}/.local; --prefix names another directory\n"
+    )
 
 
 def test_the_launcher_starts_compiled_code(tmp_path):

@@ -3987,9 +3987,8 @@ def test_a_terminal_goes_from_a_cut_line_to_a_shell_and_into_its_recording(
         else:
             page.press("Escape")
         enter(page, ":wq")
-        wait_for((tmp_path / "text").exists, what="the text")
-        assert (tmp_path / "text").read_text() == "before and after\n"
         page.wait_for(shows(SCREEN, "vim -u NONE"))  # it has ended
+        assert (tmp_path / "text").read_text() == "before and after\n"
     shell = Terminal("node", "attach", job_id, home=own_site.home)
     shell.wait_for("$ ")
     shell.type("exit 3\r")
