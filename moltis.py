@@ -35021,6 +35021,8 @@ const PAUSE = 200; // ms without output
 const HOLD = 150; // ms that a program may hold the screen back (mode 2026)
 const MAX_NEWS = 20; // lines read out at once
 
+const heightOfRow = fontSize => Math.round(fontSize * 1.32); // px
+
 // Characters that have the width of others in a font for terminals.
 const EVEN = /^[\x20-\x7e\xa0-\u024f\u0370-\u03ff\u0400-\u04ff\u2500-\u259f]$/;
 
@@ -35085,7 +35087,7 @@ class Grid {
   setFont(size) {
     if (size === this.fontSize) return;
     this.fontSize = size;
-    this.cellHeight = Math.round(size * 1.32);
+    this.cellHeight = heightOfRow(size);
     this.rows.style.font = `${size}px/${this.cellHeight}px var(--mono)`;
     const probe = h("span", {class: "probe"}, "0".repeat(100));
     this.rows.append(probe);
@@ -35103,10 +35105,13 @@ class Grid {
       cols: limit((clientWidth - 16) / this.usual.width)};
   }
 
-  // Make the columns of another window fit into this one.
-  scale(columns) {
-    const share = Math.min(1, this.fitting().cols / columns);
-    this.setFont(Math.max(MIN_FONT_SIZE, Math.floor(FONT_SIZE * share * 2) / 2));
+  // Make a screen of this size fit into the window.
+  scale({rows, cols}) {
+    const share = Math.min(1, this.fitting().cols / cols);
+    const height = (this.box.clientHeight - 12) / rows; // px; of a row
+    let size = Math.floor(FONT_SIZE * share * 2) / 2;
+    while (size > MIN_FONT_SIZE && heightOfRow(size) > height) size -= 0.5;
+    this.setFont(Math.max(MIN_FONT_SIZE, size));
   }
 
   draw(emulator, hasCursor) {
@@ -35235,8 +35240,9 @@ class TerminalView {
     if (takesOver && may("write")) session.resize(size);
     else if (isOurs && isNew)
       this.resizing = setTimeout(() => this.isShown && session.resize(size), 100);
-    if (isOurs) this.grid.setFont(FONT_SIZE);
-    else this.grid.scale(session.size.cols);
+    // A size of ours arrives soon, unless nobody is there to take it.
+    if (isOurs && !session.isAway && !session.isOver) this.grid.setFont(FONT_SIZE);
+    else this.grid.scale(session.size);
     this.schedule();
   }
 
@@ -35851,7 +35857,7 @@ class Player {
     const {emulator, grid, at, duration} = this;
     clearTimeout(this.pausing);
     if (this.isThere || this.isPlaying) {
-      grid.scale(emulator.columns);
+      grid.scale({rows: emulator.height, cols: emulator.columns});
       grid.draw(emulator, true);
       if (!this.isPlaying) this.pausing = setTimeout(() => this.paused(), PAUSE);
     }

@@ -3791,14 +3791,14 @@ def test_the_palette_opens_a_terminal(site, make_page):
     page.wait_for(shows("#terminal-note", "Exit status 4"))
 
 
-def make_recording(site, command, signs=()):
+def make_recording(site, command, signs=(), rows=24):
     """Return the id of a terminal's job that has ended.
 
     Each of the `signs`, a text and a file, makes the file once the text has arrived.
     """
     job_id = moltis.new_id()
     job = {"id": job_id, "node": "Local"}
-    spec = {"command": command, "tty": {"rows": 24, "cols": 80}}
+    spec = {"command": command, "tty": {"rows": rows, "cols": 80}}
     site.call("job.start", jobs=[job], work="run", spec=spec, keep=True)
 
     def has(text):
@@ -3901,6 +3901,26 @@ def test_a_seek_shows_its_screen_to_a_person_who_scrolled_up(site, make_page):
     page.wait_for(shows(PLAYED, "last"))
 
 
+def test_a_screen_that_is_higher_than_the_window_is_shown_whole(site, make_page):
+    full = "printf '\\033[?1049h\\033[Hfirst\\033[60Hlast'; printf '\\033[H'"
+    job_id = make_recording(site, full, rows=60)
+    page = make_page(site, f"/terminal/{job_id}")
+    page.wait_for(f"{in_view(SCREEN, 'first')} && {in_view(SCREEN, 'last')}")
+    page.goto(f"{site.url}/terminal/{job_id}/recording")
+    recorded = "#recording .term-rows"
+    page.wait_for(f"{in_view(recorded, 'first')} && {in_view(recorded, 'last')}")
+
+
+def in_view(rows, text):
+    """Return JavaScript that tells whether a row of a terminal is seen whole."""
+    return f"""(box => {{
+      const row = [...box.querySelectorAll("div > div")]
+        .find(one => one.innerText.includes({json.dumps(text)}));
+      const [inner, outer] = [row, box].map(one => one?.getBoundingClientRect());
+      return row && inner.top >= outer.top && inner.bottom <= outer.bottom;
+    }})(document.querySelector({json.dumps(rows)}).parentElement)"""
+
+
 def test_a_replay_takes_sizes_and_answers_nobody(site, make_page):
     command = (
         "sleep 2; printf '\\033[c\\033[6n'; stty rows 10 cols 33; kill -WINCH $PPID;"
@@ -3978,6 +3998,7 @@ def test_a_terminal_goes_from_a_cut_line_to_a_shell_and_into_its_recording(
         cable.target, gateway = free_port(), cable.target
         cable.cut()
         page.wait_for(shows("#terminal-note", "Waiting for Far to come back"))
+        page.wait_for(in_view(SCREEN, "before"))  # the note takes its place
         page.type(" and after")
         cable.target = gateway
         page.wait_for(shows(SCREEN, "before and after"), 60)  # its node backs off
