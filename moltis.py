@@ -27092,6 +27092,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .term textarea { position: absolute; left: 0; top: 0; width: 2px; min-width: 0;
   padding: 0; border: 0; border-radius: 0; outline: 0; resize: none; overflow: hidden;
   opacity: 0; font: inherit; }
+.composing textarea { opacity: 1; background: var(--screen); color: inherit;
+  text-decoration: underline; white-space: pre; }
+.composing .cursor { display: none; }
 .bell { box-shadow: inset 0 0 0 2px var(--wait); }
 #terminal-keys { display: none; gap: 4px; padding: 5px 6px; overflow-x: auto;
   background: var(--sunken); border-top: var(--rule); }
@@ -35079,8 +35082,11 @@ class Grid {
     this.first = this.base = 0; // numbers of the first row drawn, and of the screen
     this.divs = new WeakMap(); // by Row
     this.tail = new Tail(box, redraw);
-    on(lines, "click", ({target}) =>
-      target.matches(".to") && openAddress(target.title));
+    on(lines, "click", async ({target}) => {
+      if (!target.matches(".to")) return;
+      await openAddress(target.title);
+      keys?.focus({preventScroll: true});
+    });
     this.setFont(FONT_SIZE);
   }
 
@@ -35201,9 +35207,12 @@ class TerminalView {
     const {rows, keys} = this;
     on(rows, "keydown", event => this.key(event));
     on(keys, "beforeinput", event => this.input(event));
+    on(keys, "compositionstart", () => this.root.classList.add("composing"));
+    on(keys, "input", () => this.composed());
     on(keys, "compositionend", event => {
+      this.root.classList.remove("composing");
       this.text(event.data);
-      keys.value = "";
+      keys.value = keys.style.width = "";
     });
     on(rows, "paste", event => {
       event.preventDefault();
@@ -35359,6 +35368,19 @@ class TerminalView {
     if (event.inputType === "deleteContentBackward") this.send("\x7f");
     else if (/insert(LineBreak|Paragraph)/.test(event.inputType)) this.send("\r");
     else this.text(event.data);
+  }
+
+  // What is composed is shown; to the Ctrl of the row of keys one character is enough.
+  composed() {
+    this.keys.style.width = `${this.keys.scrollWidth}px`;
+    if (isControlPressed()) this.commit();
+  }
+
+  // End a composition: its text comes before that of the row of keys.
+  commit() {
+    if (!this.root.classList.contains("composing")) return;
+    this.keys.blur(); // browsers end it then
+    this.focus();
   }
 
   async paste(text) {
@@ -35625,11 +35647,14 @@ const KEYS = [["Esc", "\x1b"], ["Tab", "\t"], ["Ctrl"], ["←", "ArrowLeft"],
   ["↓", "ArrowDown"], ["↑", "ArrowUp"], ["→", "ArrowRight"], ["|", "|"], ["/", "/"],
   ["~", "~"], ["-", "-"], ["^C", "\x03"], ["^W", "\x17"]];
 
+const controlKey = () => $("terminal-keys").querySelector("[aria-pressed]");
+
+const isControlPressed = () => controlKey().getAttribute("aria-pressed") === "true";
+
 // Whether Ctrl was pressed in the row of keys; it applies once.
 function takeControl() {
-  const control = $("terminal-keys").querySelector("[aria-pressed]");
-  const isPressed = control.getAttribute("aria-pressed") === "true";
-  control.setAttribute("aria-pressed", "false");
+  const isPressed = isControlPressed();
+  controlKey().setAttribute("aria-pressed", "false");
   return isPressed;
 }
 
@@ -35649,6 +35674,7 @@ function pressKey(name, sends) {
 function makeKeys() {
   fill($("terminal-keys"), KEYS.map(([name, sends]) => {
     const key = h("button", {class: "key", type: "button", onclick() {
+      shownTerminal()?.commit();
       if (sends) pressKey(name, sends);
       else key.setAttribute("aria-pressed", String(!takeControl()));
     }}, name);

@@ -3526,17 +3526,43 @@ def test_composed_text_is_typed_once(keyboard):
     unknown = {"key": "Unidentified", "windowsVirtualKeyCode": 229}
     for composed in ("k", "ka", "か"):
         page.call("Input.dispatchKeyEvent", type="rawKeyDown", **unknown)
-        page.call(
-            "Input.imeSetComposition",
-            text=composed,
-            selectionStart=len(composed),
-            selectionEnd=len(composed),
-        )
+        compose(page, composed)
         page.call("Input.dispatchKeyEvent", type="keyUp", **unknown)
     page.type("かな")
     assert keyboard.typed() == "かな"
     left = "document.activeElement.value"
     assert page.evaluate(left) == ""
+
+
+def compose(page, text):
+    """Compose a text that is not typed before the composition has ended."""
+    at = {"selectionStart": len(text), "selectionEnd": len(text)}
+    page.call("Input.imeSetComposition", text=text, **at)
+
+
+def test_what_is_composed_is_seen_before_it_is_typed(keyboard):
+    page = keyboard.page
+    look = """(({value, scrollWidth, clientWidth}, {opacity}) =>
+        [value, opacity, clientWidth >= scrollWidth])(
+        document.activeElement, getComputedStyle(document.activeElement))"""
+    compose(page, "にほんご")
+    assert page.evaluate(look) == ["にほんご", "1", True]
+    page.type("日本語")
+    assert page.evaluate(look)[:2] == ["", "0"]
+    assert keyboard.typed() == "日本語"
+
+
+def test_a_key_of_the_row_comes_after_what_is_still_composed(keyboard):
+    page = keyboard.page
+    page.click("#terminal-more")
+    compose(page, "Doc")
+    page.click("#terminal-keys button:nth-child(2)")
+    assert keyboard.typed() == "Doc\t"
+    compose(page, "ls")
+    page.click("#terminal-keys [aria-pressed]")
+    compose(page, "r")
+    assert keyboard.typed() == "ls\x12"
+    page.click("#terminal-more")
 
 
 def test_dead_keys_and_altgr_type_their_characters(keyboard):
@@ -3666,6 +3692,7 @@ def test_an_address_is_asked_about_as_it_will_be_opened(keyboard):
         page.click(f"#confirm button:{nth}-child")
         page.wait_for("!document.querySelector('#confirm').open")
         page.wait_for(f"JSON.stringify(opened) === '{json.dumps(opened)}'")
+        page.wait_for(KEYS)  # the terminal has the focus again
     page.click(f"{SCREEN} .to:last-of-type")
     page.wait_for(shows("#toast", "This is no web address: javascript:1"))
     page.evaluate(
