@@ -30462,6 +30462,7 @@ const state = {
   version: "", // of the gateway that this script came from
   isUpdated: false, // the gateway has another version now
   deleted: new Set(), // keys of sessions
+  leaving: null, // the route that gives way to a chat that is being created
   token: null, // of the machine that the dialog waits for, and how it is to join
   search: "",
 };
@@ -31986,12 +31987,41 @@ async function newChat() {
   const choices = {node_id, ...(looked?.model && {model: looked.model})};
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const unused = state.sessions.find(known => isEmpty(known) && known.key !== key);
-  if (unused) await patchSession(unused.key, choices);
-  const entry = unused || (await attempt("sessions.create", choices));
-  if (!entry) return;
-  await refresh("sessions");
-  go(chatPath(entry.key));
+  if (unused) patchSession(unused.key, choices);
+  if (unused) openChat(unused.key);
+  else await createChat(choices);
+}
+
+// Show an empty chat, with what was typed for it.
+function openChat(key, typed = "") {
+  go(chatPath(key));
+  const chat = currentChat();
+  chat.draft ||= typed;
+  leaveChat(chat);
   $("text").focus();
+}
+
+// Whether the chat that is shown gives way to one that the gateway is creating.
+const isLeaving = () => state.route === state.leaving;
+
+// Create a chat; what is typed until it is there belongs to it.
+async function createChat(choices) {
+  if (isLeaving()) return;
+  state.leaving = state.route;
+  const text = $("text");
+  text.value = ""; // the draft of the chat that one leaves is kept
+  text.focus();
+  const entry = await attempt("sessions.create", choices);
+  const isLeft = isLeaving(); // else a person went elsewhere meanwhile
+  state.leaving = null;
+  if (entry && !state.sessions.some(({key}) => key === entry.key))
+    state.sessions.unshift(entry);
+  if (!isLeft) return;
+  if (entry) openChat(entry.key, text.value);
+  else {
+    text.value = [currentChat().draft, text.value].filter(Boolean).join("\n");
+    keepDraft();
+  }
 }
 
 // Take the text of a chat that was deleted to a new one.
@@ -32636,7 +32666,7 @@ function hasOwnStop(rows) {
 
 function drawComposer(chat) {
   const text = $("text");
-  bind(chat, !text.value);
+  if (!isLeaving()) bind(chat, !text.value);
   const entry = composed(chat);
   const {node, model, shell} = namesOf(entry);
   const {directory} = entry;
@@ -32697,7 +32727,7 @@ function unbind() {
 }
 
 function keepDraft() {
-  if (shownChat) {
+  if (shownChat && !isLeaving()) {
     shownChat.draft = $("text").value;
     bind(shownChat, !shownChat.draft);
     touch("chat");
@@ -32716,7 +32746,7 @@ function send(line) {
   const text = $("text");
   const typed = line ?? text.value.trim();
   const chat = currentChat();
-  if (!typed || state.deleted.has(chat.key)) return;
+  if (!typed || isLeaving() || state.deleted.has(chat.key)) return;
   chat.post(typed, seen(chat));
   if (line === undefined) text.value = chat.draft = "";
   chat.bound = null;

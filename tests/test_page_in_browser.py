@@ -2708,8 +2708,45 @@ def test_a_new_chat_is_on_the_machine_that_one_looks_at(site, make_page):
     page.wait_for(f"{shows('#node-button', 'Demo node')} && {shows('#prompt', 'Demo')}")
     page.wait_for("document.querySelector('#messages').childElementCount === 0")
     key = page.evaluate("location.pathname.split('/').pop()")
-    (made,) = [entry for entry in site.call("sessions.list") if entry["key"] == key]
-    assert made["node_id"] == nodes(site)["Demo node"]["nodeId"]
+    demo = nodes(site)["Demo node"]["nodeId"]
+
+    def is_there():
+        (made,) = [each for each in site.call("sessions.list") if each["key"] == key]
+        return made["node_id"] == demo
+
+    wait_for(is_there, what="the choice of the machine")
+
+
+def test_what_is_typed_after_new_chat_is_typed_into_it(site, browser):
+    """However long the gateway takes to create it."""
+    text = value_of("#text")
+    with contextlib.closing(FaultyProxy(site.port)) as line:
+        far = f"http://127.0.0.1:{line.port}"
+        with browser.new_page(isolated=True) as page:
+            page.goto(f"{far}/#key={site.key}")
+            page.wait_for(READY)
+            open_new_chat(page)
+            run(page, "echo used")
+            page.type("stays")
+            old = page.evaluate("location.pathname")
+            line.silent = True
+            page.click("#new-chat")
+            page.type("goes along")
+            page.press("Enter")
+            line.silent = False
+            page.wait_for(f"location.pathname !== '{old}'")
+            page.wait_for(f"{text} === 'goes along'")
+            page.goto(far + old)
+            page.wait_for(f"{text} === 'stays'")
+            line.silent = True
+            page.click("#new-chat")
+            page.type("comes back")
+            line.cut()
+            line.silent = False
+            page.wait_for(f"{text} === 'stays\\ncomes back'")
+            assert page.evaluate("location.pathname") == old
+            page.errors.clear()  # the connection that was cut
+    assert ran(site, "goes along") == []
 
 
 def test_the_newest_output_is_followed_until_a_person_scrolls_up(site, make_page):
