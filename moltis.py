@@ -27206,7 +27206,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   border-bottom: var(--rule); font-size: 14px; }
 .jobs code { flex: 1; min-width: 60px; }
 .jobs .detail { flex: none; max-width: 60%; }
-.rows .name { flex: 1; }
+.rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
 .scroll > * + h2 { margin-top: 28px; }
 .inline { display: flex; gap: 8px; margin-top: 10px; }
@@ -27219,7 +27219,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   grid-auto-columns: auto; }
 .rows.panel li:last-child { border: 0; }
 .rows.panel li > * { grid-row: 1 / span 2; }
-.rows.panel .name { grid-area: 1 / 1; overflow-wrap: anywhere; font-weight: 540; }
+.rows.panel .name { grid-area: 1 / 1; font-weight: 540; }
 .rows.panel .name + .detail { grid-area: 2 / 1; font-size: 13.5px;
   overflow-wrap: anywhere; }
 @media (min-width: 761px) {
@@ -27937,7 +27937,11 @@ function parsed(text) {
   }
 }
 
-const dotted = (...parts) => parts.filter(Boolean).join(" · ");
+// Text from right to left takes a number after it to its left, unless it is isolated.
+const isolated = text =>
+  /[\u0590-\u08ff\ufb1d-\ufefc]/.test(text) ? `\u2068${text}\u2069` : text;
+
+const dotted = (...parts) => parts.filter(Boolean).map(isolated).join(" · ");
 
 const capitalized = text => text.charAt(0).toUpperCase() + text.slice(1);
 
@@ -31079,6 +31083,7 @@ class TerminalSession {
     this.oldUntil = 0; // what is before it was shown to others
     this.isFresh = true; // the next output begins a screen
     this.holds = false; // or watches
+    this.isSlow = false; // nothing of what was typed arrives
     this.follows = false;
     this.problem = ""; // why it cannot be shown
     this.size = size; // of the terminal
@@ -31099,6 +31104,11 @@ class TerminalSession {
 
   get isOver() {
     return Boolean(this.problem) || (this.job ? !isOpen(this.job) : false);
+  }
+
+  // Whether its program gets keys and sizes, as far as the page knows.
+  get isReached() {
+    return !this.isAway && !this.isSlow && !this.isOver;
   }
 
   // Start it on a machine.
@@ -31151,6 +31161,7 @@ class TerminalSession {
   // Unfollow it; it keeps running.
   leave() {
     state.terminals.delete(this.id);
+    clearTimeout(this.watching);
     if (this.follows) link.call("job.unfollow", {id: this.id}).catch(() => null);
   }
 
@@ -31195,6 +31206,10 @@ class TerminalSession {
 
   takeInput(input) {
     this.input.take(input);
+    if (this.isSlow && !this.input.kept.length) {
+      this.isSlow = false;
+      this.changed();
+    }
     if (input.held !== false) return;
     this.holds = false;
     if (this.input.waits) this.takeHold();
@@ -31216,7 +31231,21 @@ class TerminalSession {
     if (this.isOver) return false;
     if (!this.input.type(encoder.encode(text), this.isAway)) return false;
     if (!this.holds) this.takeHold();
+    this.watchInput();
     return true;
+  }
+
+  // Say that what was typed does not arrive; the link may be half open.
+  watchInput() {
+    const {consumed} = this.input;
+    this.watching ||= setTimeout(() => {
+      const {input, isOver} = this;
+      this.watching = null;
+      this.isSlow = input.kept.length > 0 && input.consumed === consumed;
+      if (this.isSlow) link.probe(SLOW);
+      this.changed();
+      if (input.kept.length && !isOver) this.watchInput();
+    }, SLOW);
   }
 
   // Give the terminal a size, which is ours from now on.
@@ -32226,8 +32255,8 @@ class CommandCard {
     if (this.root.getAttribute("aria-label") !== label) {
       this.root.setAttribute("aria-label", label);
       fill(this.line, visible(command.command));
-      const where = command.node + (command.cwd ? `:${command.cwd}` : "");
-      fill(this.where, visible(where));
+      fill(this.where, h("bdi", visible(command.node)),
+        visible(command.cwd ? `:${command.cwd}` : ""));
       this.screen.setAttribute("aria-label", `Output of ${command.command}`);
     }
     this.root.classList.toggle("same", Boolean(row.isSame));
@@ -35280,7 +35309,7 @@ class TerminalView {
     else if (isOurs && isNew)
       this.resizing = setTimeout(() => this.isShown && session.resize(size), 100);
     // A size of ours arrives soon, unless nobody is there to take it.
-    if (isOurs && !session.isAway && !session.isOver) this.grid.setFont(FONT_SIZE);
+    if (isOurs && session.isReached) this.grid.setFont(FONT_SIZE);
     else this.grid.scale(session.size);
     this.schedule();
   }
@@ -35290,7 +35319,7 @@ class TerminalView {
   changed() {
     const {session} = this;
     const said = [terminalName(session), session.isOver, session.isSizedHere,
-      session.isAway].join();
+      session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
     this.schedule();
@@ -35596,7 +35625,8 @@ function drawTerminal() {
   const view = terminalViews.get(id);
   $("terminal-home").hidden = Boolean(id);
   $("terminal-title").classList.toggle("unseen", Boolean(id));
-  for (const name of ["terminal-views", "terminal-bar"]) $(name).hidden = !id;
+  for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
+    $(name).hidden = !id;
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>
     [session.id, terminalName(session), session.isOver]);
@@ -35636,7 +35666,7 @@ function drawTerminalHome() {
 }
 
 // Return what is said above a terminal, and a button.
-function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
+function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size}) {
   if (problem) return [capitalized(problem)];
   if (!job) return ["Opening…"];
   const again = may("write") && ["New terminal", () => openTerminal(job)];
@@ -35649,6 +35679,7 @@ function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];
+  if (isSlow) return ["What you typed has not arrived yet."];
   if (isSizedHere) return [];
   const name = job.people?.find(person => person.sizes)?.name || "another window";
   return [`It has the size of ${name}: ${size.cols} × ${size.rows}.`,

@@ -3755,6 +3755,60 @@ def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
     enter(page, "exit")
 
 
+def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
+    join(own_site, "W" * 200)
+    page = make_page(own_site, "/terminal/")
+    page.set_viewport(390, 844, mobile=True)
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.wait_for(shows("#terminal-nodes", "WWW"))
+    assert page.evaluate("document.querySelector('#terminal-home').scrollWidth") <= 390
+    page.click("#terminal-nodes button")
+    page.wait_for("document.querySelector('#terminal-keys').clientHeight > 0")
+    page.click(SCREEN)
+    enter(page, "exit")
+    page.click("#terminal-tabs button")
+    page.wait_for("document.querySelector('#terminal-keys').hidden")
+
+
+def join(site, name):
+    """Connect another machine."""
+    token = site.call("device.token.create", displayName=name)["deviceToken"]
+    site.run(f"moltis node add --host {site.url} --token {token} --foreground")
+    wait_for(lambda: name in connected(site), what=name)
+
+
+def test_a_name_from_right_to_left_keeps_to_its_place(own_site, make_page):
+    name = "\u05e9\u05dc\u05d5\u05dd"  # shin, lamed, vav, final mem
+    join(own_site, name)
+    node_id = nodes(own_site)[name]["nodeId"]
+    own_site.call("sessions.patch", key="main", node_id=node_id)
+    page = make_page(own_site)
+    type_line(page, "sleep 60")
+    page.wait_for(shows("#running .detail", "s"))
+    where, detail = f"{LAST} .where", "#running .detail"
+    for element in (where, detail):  # the first letter is to the right of the last
+        assert left_of(page, element, name[0]) > left_of(page, element, name[-1])
+    assert left_of(page, detail, "·") > left_of(page, detail, name[0])
+    page.click(f"{LAST} [data-part=stop]")
+
+
+def left_of(page, selector, character):
+    """Return where a character is, in px from the left of the page."""
+    return page.evaluate(
+        f"""(element => {{
+          const range = new Range();
+          const walk = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+          while (walk.nextNode()) {{
+            const at = walk.currentNode.data.indexOf({json.dumps(character)});
+            if (at < 0) continue;
+            range.setStart(walk.currentNode, at);
+            range.setEnd(walk.currentNode, at + 1);
+            return range.getBoundingClientRect().left;
+          }}
+        }})(document.querySelector({json.dumps(selector)}))"""
+    )
+
+
 def test_the_focus_can_leave_a_terminal_and_new_lines_are_read_out(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
@@ -3783,6 +3837,21 @@ def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
         page.wait_for("document.querySelector('#terminal-note').hidden")
         enter(page, "exit")
         page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_terminal_says_that_what_is_typed_does_not_arrive(site, make_page):
+    page = make_page(site)
+    deafen(page)
+    page.reload()
+    page.wait_for(READY)
+    open_terminal(page, site, "Local")
+    page.evaluate("globalThis.isDeaf = true")
+    enter(page, "echo $((6 * 7)) late")
+    page.wait_for(shows("#terminal-note", "What you typed has not arrived yet."))
+    page.evaluate("globalThis.isDeaf = false")
+    page.wait_for(shows(SCREEN, "42 late"))
+    page.wait_for("document.querySelector('#terminal-note').hidden")
+    enter(page, "exit")
 
 
 def test_a_terminal_stays_where_a_person_scrolled_it(site, make_page, tmp_path):
