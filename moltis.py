@@ -33060,9 +33060,9 @@ class NodeRow {
 const nodeDot = node =>
   !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
 
-async function useNode({nodeId}) {
+function useNode({nodeId}) {
   const key = lastKey();
-  await selectNode(key, nodeId);
+  selectNode(key, nodeId);
   go(chatPath(key));
   $("text").focus();
 }

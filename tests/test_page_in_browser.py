@@ -2717,6 +2717,19 @@ def test_a_new_chat_is_on_the_machine_that_one_looks_at(site, make_page):
     wait_for(is_there, what="the choice of the machine")
 
 
+def test_a_machine_is_used_before_the_gateway_knows(site, make_page):
+    page = make_page(site)
+    deafen(page)
+    page.reload()
+    page.wait_for(READY)
+    page.goto(f"{site.url}/nodes/Demo%20node")
+    page.wait_for("!document.querySelector('#node-use').hidden")
+    page.evaluate("globalThis.isMute = true")
+    page.click("#node-use")
+    assert page.evaluate("location.pathname").startswith("/chat/")
+    page.wait_for(shows("#prompt", "Demo node $"))
+
+
 def test_what_is_typed_after_new_chat_is_typed_into_it(site, browser):
     """However long the gateway takes to create it."""
     text = value_of("#text")
