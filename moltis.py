@@ -27146,6 +27146,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .term textarea { position: absolute; left: 0; top: 0; width: 2px; min-width: 0;
   padding: 0; border: 0; border-radius: 0; outline: 0; resize: none; overflow: hidden;
   opacity: 0; font: inherit; }
+.composing textarea { opacity: 1; background: var(--screen); color: inherit;
+  text-decoration: underline; white-space: pre; }
+.composing .cursor { display: none; }
 .bell { box-shadow: inset 0 0 0 2px var(--wait); }
 #terminal-keys { display: none; gap: 4px; padding: 5px 6px; overflow-x: auto;
   background: var(--sunken); border-top: var(--rule); }
@@ -27257,7 +27260,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   border-bottom: var(--rule); font-size: 14px; }
 .jobs code { flex: 1; min-width: 60px; }
 .jobs .detail { flex: none; max-width: 60%; }
-.rows .name { flex: 1; }
+.rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
 .scroll > * + h2 { margin-top: 28px; }
 .inline { display: flex; gap: 8px; margin-top: 10px; }
@@ -27270,7 +27273,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   grid-auto-columns: auto; }
 .rows.panel li:last-child { border: 0; }
 .rows.panel li > * { grid-row: 1 / span 2; }
-.rows.panel .name { grid-area: 1 / 1; overflow-wrap: anywhere; font-weight: 540; }
+.rows.panel .name { grid-area: 1 / 1; font-weight: 540; }
 .rows.panel .name + .detail { grid-area: 2 / 1; font-size: 13.5px;
   overflow-wrap: anywhere; }
 @media (min-width: 761px) {
@@ -27989,7 +27992,11 @@ function parsed(text) {
   }
 }
 
-const dotted = (...parts) => parts.filter(Boolean).join(" · ");
+// Text from right to left takes a number after it to its left, unless it is isolated.
+const isolated = text =>
+  /[\u0590-\u08ff\ufb1d-\ufefc]/.test(text) ? `\u2068${text}\u2069` : text;
+
+const dotted = (...parts) => parts.filter(Boolean).map(isolated).join(" · ");
 
 const capitalized = text => text.charAt(0).toUpperCase() + text.slice(1);
 
@@ -30518,6 +30525,7 @@ const state = {
   version: "", // of the gateway that this script came from
   isUpdated: false, // the gateway has another version now
   deleted: new Set(), // keys of sessions
+  leaving: null, // the route that gives way to a chat that is being created
   token: null, // of the machine that the dialog waits for, and how it is to join
   search: "",
 };
@@ -31134,6 +31142,7 @@ class TerminalSession {
     this.oldUntil = 0; // what is before it was shown to others
     this.isFresh = true; // the next output begins a screen
     this.holds = false; // or watches
+    this.isSlow = false; // nothing of what was typed arrives
     this.follows = false;
     this.problem = ""; // why it cannot be shown
     this.size = size; // of the terminal
@@ -31154,6 +31163,11 @@ class TerminalSession {
 
   get isOver() {
     return Boolean(this.problem) || (this.job ? !isOpen(this.job) : false);
+  }
+
+  // Whether its program gets keys and sizes, as far as the page knows.
+  get isReached() {
+    return !this.isAway && !this.isSlow && !this.isOver;
   }
 
   // Start it on a machine.
@@ -31213,6 +31227,7 @@ class TerminalSession {
   // Unfollow it; it keeps running.
   leave() {
     state.terminals.delete(this.id);
+    clearTimeout(this.watching);
     if (this.follows) link.call("job.unfollow", {id: this.id}).catch(() => null);
   }
 
@@ -31257,6 +31272,10 @@ class TerminalSession {
 
   takeInput(input) {
     this.input.take(input);
+    if (this.isSlow && !this.input.kept.length) {
+      this.isSlow = false;
+      this.changed();
+    }
     if (input.held !== false) return;
     this.holds = false;
     if (this.input.waits) this.takeHold();
@@ -31278,7 +31297,21 @@ class TerminalSession {
     if (this.isOver) return false;
     if (!this.input.type(encoder.encode(text), this.isAway)) return false;
     if (!this.holds) this.takeHold();
+    this.watchInput();
     return true;
+  }
+
+  // Say that what was typed does not arrive; the link may be half open.
+  watchInput() {
+    const {consumed} = this.input;
+    this.watching ||= setTimeout(() => {
+      const {input, isOver} = this;
+      this.watching = null;
+      this.isSlow = input.kept.length > 0 && input.consumed === consumed;
+      if (this.isSlow) link.probe(SLOW);
+      this.changed();
+      if (input.kept.length && !isOver) this.watchInput();
+    }, SLOW);
   }
 
   // Give the terminal a size, which is ours from now on.
@@ -32049,12 +32082,41 @@ async function newChat() {
   const choices = {node_id, ...(looked?.model && {model: looked.model})};
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const unused = state.sessions.find(known => isEmpty(known) && known.key !== key);
-  if (unused) await patchSession(unused.key, choices);
-  const entry = unused || (await attempt("sessions.create", choices));
-  if (!entry) return;
-  await refresh("sessions");
-  go(chatPath(entry.key));
+  if (unused) patchSession(unused.key, choices);
+  if (unused) openChat(unused.key);
+  else await createChat(choices);
+}
+
+// Show an empty chat, with what was typed for it.
+function openChat(key, typed = "") {
+  go(chatPath(key));
+  const chat = currentChat();
+  chat.draft ||= typed;
+  leaveChat(chat);
   $("text").focus();
+}
+
+// Whether the chat that is shown gives way to one that the gateway is creating.
+const isLeaving = () => state.route === state.leaving;
+
+// Create a chat; what is typed until it is there belongs to it.
+async function createChat(choices) {
+  if (isLeaving()) return;
+  state.leaving = state.route;
+  const text = $("text");
+  text.value = ""; // the draft of the chat that one leaves is kept
+  text.focus();
+  const entry = await attempt("sessions.create", choices);
+  const isLeft = isLeaving(); // else a person went elsewhere meanwhile
+  state.leaving = null;
+  if (entry && !state.sessions.some(({key}) => key === entry.key))
+    state.sessions.unshift(entry);
+  if (!isLeft) return;
+  if (entry) openChat(entry.key, text.value);
+  else {
+    text.value = [currentChat().draft, text.value].filter(Boolean).join("\n");
+    keepDraft();
+  }
 }
 
 // Take the text of a chat that was deleted to a new one.
@@ -32259,8 +32321,8 @@ class CommandCard {
     if (this.root.getAttribute("aria-label") !== label) {
       this.root.setAttribute("aria-label", label);
       fill(this.line, visible(command.command));
-      const where = command.node + (command.cwd ? `:${command.cwd}` : "");
-      fill(this.where, visible(where));
+      fill(this.where, h("bdi", visible(command.node)),
+        visible(command.cwd ? `:${command.cwd}` : ""));
       this.screen.setAttribute("aria-label", `Output of ${command.command}`);
     }
     this.root.classList.toggle("same", Boolean(row.isSame));
@@ -32699,7 +32761,7 @@ function hasOwnStop(rows) {
 
 function drawComposer(chat) {
   const text = $("text");
-  bind(chat, !text.value);
+  if (!isLeaving()) bind(chat, !text.value);
   const entry = composed(chat);
   const {node, model, shell} = namesOf(entry);
   const {directory} = entry;
@@ -32760,7 +32822,7 @@ function unbind() {
 }
 
 function keepDraft() {
-  if (shownChat) {
+  if (shownChat && !isLeaving()) {
     shownChat.draft = $("text").value;
     bind(shownChat, !shownChat.draft);
     touch("chat");
@@ -32779,7 +32841,7 @@ function send(line) {
   const text = $("text");
   const typed = line ?? text.value.trim();
   const chat = currentChat();
-  if (!typed || state.deleted.has(chat.key)) return;
+  if (!typed || isLeaving() || state.deleted.has(chat.key)) return;
   chat.post(typed, seen(chat));
   if (line === undefined) text.value = chat.draft = "";
   chat.bound = null;
@@ -33064,9 +33126,9 @@ class NodeRow {
 const nodeDot = node =>
   !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
 
-async function useNode({nodeId}) {
+function useNode({nodeId}) {
   const key = lastKey();
-  await selectNode(key, nodeId);
+  selectNode(key, nodeId);
   go(chatPath(key));
   $("text").focus();
 }
@@ -35087,6 +35149,8 @@ const PAUSE = 200; // ms without output
 const HOLD = 150; // ms that a program may hold the screen back (mode 2026)
 const MAX_NEWS = 20; // lines read out at once
 
+const heightOfRow = fontSize => Math.round(fontSize * 1.32); // px
+
 // Characters that have the width of others in a font for terminals.
 const EVEN = /^[\x20-\x7e\xa0-\u024f\u0370-\u03ff\u0400-\u04ff\u2500-\u259f]$/;
 
@@ -35143,15 +35207,18 @@ class Grid {
     this.first = this.base = 0; // numbers of the first row drawn, and of the screen
     this.divs = new WeakMap(); // by Row
     this.tail = new Tail(box, redraw);
-    on(lines, "click", ({target}) =>
-      target.matches(".to") && openAddress(target.title));
+    on(lines, "click", async ({target}) => {
+      if (!target.matches(".to")) return;
+      await openAddress(target.title);
+      keys?.focus({preventScroll: true});
+    });
     this.setFont(FONT_SIZE);
   }
 
   setFont(size) {
     if (size === this.fontSize) return;
     this.fontSize = size;
-    this.cellHeight = Math.round(size * 1.32);
+    this.cellHeight = heightOfRow(size);
     this.rows.style.font = `${size}px/${this.cellHeight}px var(--mono)`;
     const probe = h("span", {class: "probe"}, "0".repeat(100));
     this.rows.append(probe);
@@ -35169,10 +35236,13 @@ class Grid {
       cols: limit((clientWidth - 16) / this.usual.width)};
   }
 
-  // Make the columns of another window fit into this one.
-  scale(columns) {
-    const share = Math.min(1, this.fitting().cols / columns);
-    this.setFont(Math.max(MIN_FONT_SIZE, Math.floor(FONT_SIZE * share * 2) / 2));
+  // Make a screen of this size fit into the window.
+  scale({rows, cols}) {
+    const share = Math.min(1, this.fitting().cols / cols);
+    const height = (this.box.clientHeight - 12) / rows; // px; of a row
+    let size = Math.floor(FONT_SIZE * share * 2) / 2;
+    while (size > MIN_FONT_SIZE && heightOfRow(size) > height) size -= 0.5;
+    this.setFont(Math.max(MIN_FONT_SIZE, size));
   }
 
   draw(emulator, hasCursor) {
@@ -35262,9 +35332,12 @@ class TerminalView {
     const {rows, keys} = this;
     on(rows, "keydown", event => this.key(event));
     on(keys, "beforeinput", event => this.input(event));
+    on(keys, "compositionstart", () => this.root.classList.add("composing"));
+    on(keys, "input", () => this.composed());
     on(keys, "compositionend", event => {
+      this.root.classList.remove("composing");
       this.text(event.data);
-      keys.value = "";
+      keys.value = keys.style.width = "";
     });
     on(rows, "paste", event => {
       event.preventDefault();
@@ -35301,8 +35374,9 @@ class TerminalView {
     if (takesOver && may("write")) session.resize(size);
     else if (isOurs && isNew)
       this.resizing = setTimeout(() => this.isShown && session.resize(size), 100);
-    if (isOurs) this.grid.setFont(FONT_SIZE);
-    else this.grid.scale(session.size.cols);
+    // A size of ours arrives soon, unless nobody is there to take it.
+    if (isOurs && session.isReached) this.grid.setFont(FONT_SIZE);
+    else this.grid.scale(session.size);
     this.schedule();
   }
 
@@ -35311,7 +35385,7 @@ class TerminalView {
   changed() {
     const {session} = this;
     const said = [terminalName(session), session.isOver, session.isSizedHere,
-      session.isAway].join();
+      session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
     this.schedule();
@@ -35419,6 +35493,19 @@ class TerminalView {
     if (event.inputType === "deleteContentBackward") this.send("\x7f");
     else if (/insert(LineBreak|Paragraph)/.test(event.inputType)) this.send("\r");
     else this.text(event.data);
+  }
+
+  // What is composed is shown; to the Ctrl of the row of keys one character is enough.
+  composed() {
+    this.keys.style.width = `${this.keys.scrollWidth}px`;
+    if (isControlPressed()) this.commit();
+  }
+
+  // End a composition: its text comes before that of the row of keys.
+  commit() {
+    if (!this.root.classList.contains("composing")) return;
+    this.keys.blur(); // browsers end it then
+    this.focus();
   }
 
   async paste(text) {
@@ -35604,7 +35691,8 @@ function drawTerminal() {
   const view = terminalViews.get(id);
   $("terminal-home").hidden = Boolean(id);
   $("terminal-title").classList.toggle("unseen", Boolean(id));
-  for (const name of ["terminal-views", "terminal-bar"]) $(name).hidden = !id;
+  for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
+    $(name).hidden = !id;
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>
     [session.id, terminalName(session), session.isOver]);
@@ -35644,7 +35732,7 @@ function drawTerminalHome() {
 }
 
 // Return what is said above a terminal, and a button.
-function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
+function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size}) {
   if (problem) return [capitalized(problem)];
   if (!job) return ["Opening…"];
   const again = may("write") && ["New terminal", () => openTerminal(job)];
@@ -35657,6 +35745,7 @@ function terminalNote({problem, job, isOver, isAway, isSizedHere, size}) {
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];
+  if (isSlow) return ["What you typed has not arrived yet."];
   if (isSizedHere) return [];
   const name = job.people?.find(person => person.sizes)?.name || "another window";
   return [`It has the size of ${name}: ${size.cols} × ${size.rows}.`,
@@ -35685,11 +35774,14 @@ const KEYS = [["Esc", "\x1b"], ["Tab", "\t"], ["Ctrl"], ["←", "ArrowLeft"],
   ["↓", "ArrowDown"], ["↑", "ArrowUp"], ["→", "ArrowRight"], ["|", "|"], ["/", "/"],
   ["~", "~"], ["-", "-"], ["^C", "\x03"], ["^W", "\x17"]];
 
+const controlKey = () => $("terminal-keys").querySelector("[aria-pressed]");
+
+const isControlPressed = () => controlKey().getAttribute("aria-pressed") === "true";
+
 // Whether Ctrl was pressed in the row of keys; it applies once.
 function takeControl() {
-  const control = $("terminal-keys").querySelector("[aria-pressed]");
-  const isPressed = control.getAttribute("aria-pressed") === "true";
-  control.setAttribute("aria-pressed", "false");
+  const isPressed = isControlPressed();
+  controlKey().setAttribute("aria-pressed", "false");
   return isPressed;
 }
 
@@ -35709,6 +35801,7 @@ function pressKey(name, sends) {
 function makeKeys() {
   fill($("terminal-keys"), KEYS.map(([name, sends]) => {
     const key = h("button", {class: "key", type: "button", onclick() {
+      shownTerminal()?.commit();
       if (sends) pressKey(name, sends);
       else key.setAttribute("aria-pressed", String(!takeControl()));
     }}, name);
@@ -35917,7 +36010,7 @@ class Player {
     const {emulator, grid, at, duration} = this;
     clearTimeout(this.pausing);
     if (this.isThere || this.isPlaying) {
-      grid.scale(emulator.columns);
+      grid.scale({rows: emulator.height, cols: emulator.columns});
       grid.draw(emulator, true);
       if (!this.isPlaying) this.pausing = setTimeout(() => this.paused(), PAUSE);
     }

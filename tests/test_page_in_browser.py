@@ -2708,8 +2708,58 @@ def test_a_new_chat_is_on_the_machine_that_one_looks_at(site, make_page):
     page.wait_for(f"{shows('#node-button', 'Demo node')} && {shows('#prompt', 'Demo')}")
     page.wait_for("document.querySelector('#messages').childElementCount === 0")
     key = page.evaluate("location.pathname.split('/').pop()")
-    (made,) = [entry for entry in site.call("sessions.list") if entry["key"] == key]
-    assert made["node_id"] == nodes(site)["Demo node"]["nodeId"]
+    demo = nodes(site)["Demo node"]["nodeId"]
+
+    def is_there():
+        (made,) = [each for each in site.call("sessions.list") if each["key"] == key]
+        return made["node_id"] == demo
+
+    wait_for(is_there, what="the choice of the machine")
+
+
+def test_a_machine_is_used_before_the_gateway_knows(site, make_page):
+    page = make_page(site)
+    deafen(page)
+    page.reload()
+    page.wait_for(READY)
+    page.goto(f"{site.url}/nodes/Demo%20node")
+    page.wait_for("!document.querySelector('#node-use').hidden")
+    page.evaluate("globalThis.isMute = true")
+    page.click("#node-use")
+    assert page.evaluate("location.pathname").startswith("/chat/")
+    page.wait_for(shows("#prompt", "Demo node $"))
+
+
+def test_what_is_typed_after_new_chat_is_typed_into_it(site, browser):
+    """However long the gateway takes to create it."""
+    text = value_of("#text")
+    with contextlib.closing(FaultyProxy(site.port)) as line:
+        far = f"http://127.0.0.1:{line.port}"
+        with browser.new_page(isolated=True) as page:
+            page.goto(f"{far}/#key={site.key}")
+            page.wait_for(READY)
+            open_new_chat(page)
+            run(page, "echo used")
+            page.type("stays")
+            old = page.evaluate("location.pathname")
+            line.silent = True
+            page.click("#new-chat")
+            page.type("goes along")
+            page.press("Enter")
+            line.silent = False
+            page.wait_for(f"location.pathname !== '{old}'")
+            page.wait_for(f"{text} === 'goes along'")
+            page.goto(far + old)
+            page.wait_for(f"{text} === 'stays'")
+            line.silent = True
+            page.click("#new-chat")
+            page.type("comes back")
+            line.cut()
+            line.silent = False
+            page.wait_for(f"{text} === 'stays\\ncomes back'")
+            assert page.evaluate("location.pathname") == old
+            page.errors.clear()  # the connection that was cut
+    assert ran(site, "goes along") == []
 
 
 def test_the_newest_output_is_followed_until_a_person_scrolls_up(site, make_page):
@@ -3526,17 +3576,43 @@ def test_composed_text_is_typed_once(keyboard):
     unknown = {"key": "Unidentified", "windowsVirtualKeyCode": 229}
     for composed in ("k", "ka", "か"):
         page.call("Input.dispatchKeyEvent", type="rawKeyDown", **unknown)
-        page.call(
-            "Input.imeSetComposition",
-            text=composed,
-            selectionStart=len(composed),
-            selectionEnd=len(composed),
-        )
+        compose(page, composed)
         page.call("Input.dispatchKeyEvent", type="keyUp", **unknown)
     page.type("かな")
     assert keyboard.typed() == "かな"
     left = "document.activeElement.value"
     assert page.evaluate(left) == ""
+
+
+def compose(page, text):
+    """Compose a text that is not typed before the composition has ended."""
+    at = {"selectionStart": len(text), "selectionEnd": len(text)}
+    page.call("Input.imeSetComposition", text=text, **at)
+
+
+def test_what_is_composed_is_seen_before_it_is_typed(keyboard):
+    page = keyboard.page
+    look = """(({value, scrollWidth, clientWidth}, {opacity}) =>
+        [value, opacity, clientWidth >= scrollWidth])(
+        document.activeElement, getComputedStyle(document.activeElement))"""
+    compose(page, "にほんご")
+    assert page.evaluate(look) == ["にほんご", "1", True]
+    page.type("日本語")
+    assert page.evaluate(look)[:2] == ["", "0"]
+    assert keyboard.typed() == "日本語"
+
+
+def test_a_key_of_the_row_comes_after_what_is_still_composed(keyboard):
+    page = keyboard.page
+    page.click("#terminal-more")
+    compose(page, "Doc")
+    page.click("#terminal-keys button:nth-child(2)")
+    assert keyboard.typed() == "Doc\t"
+    compose(page, "ls")
+    page.click("#terminal-keys [aria-pressed]")
+    compose(page, "r")
+    assert keyboard.typed() == "ls\x12"
+    page.click("#terminal-more")
 
 
 def test_dead_keys_and_altgr_type_their_characters(keyboard):
@@ -3666,6 +3742,7 @@ def test_an_address_is_asked_about_as_it_will_be_opened(keyboard):
         page.click(f"#confirm button:{nth}-child")
         page.wait_for("!document.querySelector('#confirm').open")
         page.wait_for(f"JSON.stringify(opened) === '{json.dumps(opened)}'")
+        page.wait_for(KEYS)  # the terminal has the focus again
     page.click(f"{SCREEN} .to:last-of-type")
     page.wait_for(shows("#toast", "This is no web address: javascript:1"))
     page.evaluate(
@@ -3689,6 +3766,60 @@ def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     take_screenshot(page, "terminal-phone")
     enter(page, "exit")
+
+
+def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
+    join(own_site, "W" * 200)
+    page = make_page(own_site, "/terminal/")
+    page.set_viewport(390, 844, mobile=True)
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.wait_for(shows("#terminal-nodes", "WWW"))
+    assert page.evaluate("document.querySelector('#terminal-home').scrollWidth") <= 390
+    page.click("#terminal-nodes button")
+    page.wait_for("document.querySelector('#terminal-keys').clientHeight > 0")
+    page.click(SCREEN)
+    enter(page, "exit")
+    page.click("#terminal-tabs button")
+    page.wait_for("document.querySelector('#terminal-keys').hidden")
+
+
+def join(site, name):
+    """Connect another machine."""
+    token = site.call("device.token.create", displayName=name)["deviceToken"]
+    site.run(f"moltis node add --host {site.url} --token {token} --foreground")
+    wait_for(lambda: name in connected(site), what=name)
+
+
+def test_a_name_from_right_to_left_keeps_to_its_place(own_site, make_page):
+    name = "\u05e9\u05dc\u05d5\u05dd"  # shin, lamed, vav, final mem
+    join(own_site, name)
+    node_id = nodes(own_site)[name]["nodeId"]
+    own_site.call("sessions.patch", key="main", node_id=node_id)
+    page = make_page(own_site)
+    type_line(page, "sleep 60")
+    page.wait_for(shows("#running .detail", "s"))
+    where, detail = f"{LAST} .where", "#running .detail"
+    for element in (where, detail):  # the first letter is to the right of the last
+        assert left_of(page, element, name[0]) > left_of(page, element, name[-1])
+    assert left_of(page, detail, "·") > left_of(page, detail, name[0])
+    page.click(f"{LAST} [data-part=stop]")
+
+
+def left_of(page, selector, character):
+    """Return where a character is, in px from the left of the page."""
+    return page.evaluate(
+        f"""(element => {{
+          const range = new Range();
+          const walk = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+          while (walk.nextNode()) {{
+            const at = walk.currentNode.data.indexOf({json.dumps(character)});
+            if (at < 0) continue;
+            range.setStart(walk.currentNode, at);
+            range.setEnd(walk.currentNode, at + 1);
+            return range.getBoundingClientRect().left;
+          }}
+        }})(document.querySelector({json.dumps(selector)}))"""
+    )
 
 
 def test_the_focus_can_leave_a_terminal_and_new_lines_are_read_out(site, make_page):
@@ -3719,6 +3850,21 @@ def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
         page.wait_for("document.querySelector('#terminal-note').hidden")
         enter(page, "exit")
         page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_terminal_says_that_what_is_typed_does_not_arrive(site, make_page):
+    page = make_page(site)
+    deafen(page)
+    page.reload()
+    page.wait_for(READY)
+    open_terminal(page, site, "Local")
+    page.evaluate("globalThis.isDeaf = true")
+    enter(page, "echo $((6 * 7)) late")
+    page.wait_for(shows("#terminal-note", "What you typed has not arrived yet."))
+    page.evaluate("globalThis.isDeaf = false")
+    page.wait_for(shows(SCREEN, "42 late"))
+    page.wait_for("document.querySelector('#terminal-note').hidden")
+    enter(page, "exit")
 
 
 def test_a_terminal_stays_where_a_person_scrolled_it(site, make_page, tmp_path):
@@ -3791,14 +3937,14 @@ def test_the_palette_opens_a_terminal(site, make_page):
     page.wait_for(shows("#terminal-note", "Exit status 4"))
 
 
-def make_recording(site, command, signs=()):
+def make_recording(site, command, signs=(), rows=24):
     """Return the id of a terminal's job that has ended.
 
     Each of the `signs`, a text and a file, makes the file once the text has arrived.
     """
     job_id = moltis.new_id()
     job = {"id": job_id, "node": "Local"}
-    spec = {"command": command, "tty": {"rows": 24, "cols": 80}}
+    spec = {"command": command, "tty": {"rows": rows, "cols": 80}}
     site.call("job.start", jobs=[job], work="run", spec=spec, keep=True)
 
     def has(text):
@@ -3901,6 +4047,26 @@ def test_a_seek_shows_its_screen_to_a_person_who_scrolled_up(site, make_page):
     page.wait_for(shows(PLAYED, "last"))
 
 
+def test_a_screen_that_is_higher_than_the_window_is_shown_whole(site, make_page):
+    full = "printf '\\033[?1049h\\033[Hfirst\\033[60Hlast'; printf '\\033[H'"
+    job_id = make_recording(site, full, rows=60)
+    page = make_page(site, f"/terminal/{job_id}")
+    page.wait_for(f"{in_view(SCREEN, 'first')} && {in_view(SCREEN, 'last')}")
+    page.goto(f"{site.url}/terminal/{job_id}/recording")
+    recorded = "#recording .term-rows"
+    page.wait_for(f"{in_view(recorded, 'first')} && {in_view(recorded, 'last')}")
+
+
+def in_view(rows, text):
+    """Return JavaScript that tells whether a row of a terminal is seen whole."""
+    return f"""(box => {{
+      const row = [...box.querySelectorAll("div > div")]
+        .find(one => one.innerText.includes({json.dumps(text)}));
+      const [inner, outer] = [row, box].map(one => one?.getBoundingClientRect());
+      return row && inner.top >= outer.top && inner.bottom <= outer.bottom;
+    }})(document.querySelector({json.dumps(rows)}).parentElement)"""
+
+
 def test_a_replay_takes_sizes_and_answers_nobody(site, make_page):
     command = (
         "sleep 2; printf '\\033[c\\033[6n'; stty rows 10 cols 33; kill -WINCH $PPID;"
@@ -3978,6 +4144,7 @@ def test_a_terminal_goes_from_a_cut_line_to_a_shell_and_into_its_recording(
         cable.target, gateway = free_port(), cable.target
         cable.cut()
         page.wait_for(shows("#terminal-note", "Waiting for Far to come back"))
+        page.wait_for(in_view(SCREEN, "before"))  # the note takes its place
         page.type(" and after")
         cable.target = gateway
         page.wait_for(shows(SCREEN, "before and after"), 60)  # its node backs off
