@@ -975,6 +975,23 @@ def is_loopback(address: str) -> bool:
 # -- files ---------------------------------------------------------------------
 
 
+# Files in which this process holds POSIX locks, as SQLite does.  Whoever closes any
+# descriptor of one releases them all: then another process takes the database for
+# unused, and deletes its WAL under it.
+LOCKED_FILES: set[str] = set()
+
+
+def is_locked_file(name: str, directory: int, *, follow: bool) -> bool:
+    """Return whether a file, in an open directory, is one of LOCKED_FILES."""
+    with contextlib.suppress(OSError):
+        facts = os.stat(name, dir_fd=directory, follow_symlinks=follow)
+        for path in [*LOCKED_FILES]:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(facts, os.stat(path)):
+                    return True
+    return False
+
+
 def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
@@ -6585,6 +6602,9 @@ NO_RESUME = (
 NAMED_TWICE = "two files of this name are copied; only the first is there"
 SAME_NAME = "names that differ only in case are the same here"
 APPEARED = "something with this name appeared meanwhile; it stays as it is"
+DATABASE_IN_USE = (
+    "belongs to the database of a running gateway, which `moltis gateway backup` copies"
+)
 NO_FILE_THERE = "is a device, socket or pipe, which a file does not replace"
 
 
@@ -6618,6 +6638,14 @@ def file_problem(path: str, problem: OSError | str) -> str:
     if isinstance(problem, OSError):
         problem = problem.strerror or str(problem)
     return f"{shown_path(path)}: {problem}"
+
+
+def open_file(name: str, directory: int, *, follow: bool) -> int:
+    """Return a descriptor to read a file, in an open directory.  Raises OSError."""
+    if is_locked_file(name, directory, follow=follow):
+        raise OSError(errno.EBUSY, DATABASE_IN_USE)
+    flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    return os.open(name, flags, dir_fd=directory)
 
 
 def silent_file_system(path: str, waited: float) -> RpcError:
@@ -7279,11 +7307,9 @@ class TextSource:
     def _open(self) -> int:
         """Raises OSError."""
         parent = self._places.open_directory(os.path.dirname(self.path))
-        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
-        flags |= 0 if self._places.follows_links else os.O_NOFOLLOW
         try:
             name = os.path.basename(self.path) or "/"
-            return os.open(name, flags, dir_fd=parent)
+            return open_file(name, parent, follow=self._places.follows_links)
         finally:
             os.close(parent)
 
@@ -7577,16 +7603,16 @@ class FileSource:
     ) -> Generator[bytes, None, int | None]:
         """Yield one member; return the descriptor of a directory.  Raises OSError."""
         facts = os.stat(entry, dir_fd=directory, follow_symlinks=follow)
-        flags = os.O_RDONLY | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
         if stat.S_ISLNK(facts.st_mode):
             link = os.readlink(entry, dir_fd=directory)
             yield tar_header(name, facts, b"2", link=link)
         elif stat.S_ISDIR(facts.st_mode):
-            below = os.open(entry, flags | os.O_DIRECTORY, dir_fd=directory)
+            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+            below = os.open(entry, flags, dir_fd=directory)
             yield tar_header(name, facts, b"5")
             return below
         elif stat.S_ISREG(facts.st_mode):
-            descriptor = os.open(entry, flags | os.O_NONBLOCK, dir_fd=directory)
+            descriptor = open_file(entry, directory, follow=follow)
             try:
                 yield from self._file(descriptor, name)
             finally:
@@ -8135,9 +8161,8 @@ class FileTarget:
 
     def _open_present(self) -> int | None:
         """Return a descriptor of the existing file.  Raises RpcError."""
-        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
-            return os.open(self._name, flags, dir_fd=self._root)
+            return open_file(self._name, self._root, follow=False)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -14070,6 +14095,8 @@ class Database:
         """Open or make the file at `path`.  Raises BadConfiguration."""
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
+        self._locked = {str(path.absolute()) + end for end in ("", "-wal", "-shm")}
+        LOCKED_FILES.update(self._locked)
         self._db = _open_database(path)
         self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
@@ -14080,6 +14107,7 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._db.close()
+        LOCKED_FILES.difference_update(self._locked)
 
     def insert(
         self,
