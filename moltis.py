@@ -39152,19 +39152,19 @@ def exit_status(ending: Ending) -> int:
     return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
 
 
-def ended_status(
-    job: FollowedJob, output: Output, *, was_cancelled: bool = False
-) -> int:
+def ended_status(job: FollowedJob, output: Output, *, interrupted: int = 0) -> int:
     """Return the exit status for a job; say what the status alone does not.
 
-    Raises the error that it has instead of an ending.
+    `interrupted` is the signal for which we cancelled it.  Raises the error that it has
+    instead of an ending.
     """
     if job.error is not None:
         raise job.error
     ending = job.ending
     assert ending is not None
-    ours = ending.state == JobState.CANCELLED and was_cancelled
-    if ending.state != JobState.DONE and not ours:
+    if ending.state == JobState.CANCELLED and interrupted:
+        return 128 + interrupted
+    if ending.state != JobState.DONE:
         output.complain(f"{job.name}: {ending.words()}")
     return exit_status(ending)
 
@@ -39270,7 +39270,7 @@ class JobTerminal:
             self._output.json([self._result(job) for job in self._jobs])
         if len(self._ended) < len(self._jobs):
             self._waiting.explain_leaving()
-            return INTERRUPTED
+            return 128 + self._feed.interrupted
         return self._recap() if len(self._jobs) > 1 else self._status()
 
     def attach(self) -> int:
@@ -39367,7 +39367,7 @@ class JobTerminal:
     def _status(self) -> int:
         """Return the exit status for the one job.  Raises its error."""
         job = self._ended[0]
-        return ended_status(job, self._output, was_cancelled=self._cancelled)
+        return ended_status(job, self._output, interrupted=self._feed.interrupted)
 
     def _recap(self) -> int:
         """Say how each job went; return 0 only if all went well."""
@@ -39380,7 +39380,7 @@ class JobTerminal:
                 self._output.say(f"{group}: {', '.join(names)}")
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
-        return INTERRUPTED if self._cancelled else EXIT_FAILURE
+        return 128 + self._feed.interrupted if self._cancelled else EXIT_FAILURE
 
 
 def run_spec(args: argparse.Namespace, context: Context) -> JsonObject:
@@ -39897,7 +39897,9 @@ class TerminalSession:
                 ends = False
         goes_on = f"`moltis node attach {self._job.id[:8]}` goes back in"
         self._output.say("moltis: ended" if ends else f"moltis: it goes on; {goes_on}")
-        return INTERRUPTED if how == "." else EXIT_OK
+        return (
+            128 + (self._feed.interrupted or signal.SIGINT) if how == "." else EXIT_OK
+        )
 
     def _ended(self) -> int:
         return ended_status(self._job, self._output)
