@@ -37431,7 +37431,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
 #       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
-#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly
+#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly,
+#       WebSocket connections
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -37751,7 +37752,7 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
-    Raises Unreachable where no gateway is known.
+    The key is "" where none is known.  Raises Unreachable where no gateway is known.
     """
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
@@ -37769,13 +37770,7 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
         if not key and is_own_gateway(f"{scheme}://{place}", file):
             tls = "with TLS" if scheme == "https" else "without TLS"
             raise UsageError(f"the gateway at {url} runs {tls}; use {file.url}")
-    if not key:
-        own = "" if file is None else f" is not the gateway of {file.url}, and"
-        raise Refused(
-            f"{url}{own} wants an operator key; correct the address, or give the key "
-            "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
-        )
-    return url, key
+    return url, key or ""
 
 
 def require_tls(trust: TlsTrust, url: str) -> None:
@@ -37834,6 +37829,13 @@ def operator_client(
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
     trust = operator_trust(args, context, url)
+    if not key:
+        connect(websocket_url(url), trust).abort()  # a wrong address is said first
+        own = "" if file is None else f" is not the gateway of {file.url}, and"
+        raise Refused(
+            f"{url}{own} wants an operator key; correct the address, or give the key "
+            "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
+        )
     try:
         return OperatorClient(url, key, trust, on_news, client)
     except Unreachable as error:
@@ -38906,7 +38908,8 @@ def check_caller(name: str, client: OperatorClient) -> None:
     keys = client.call("keys.list", {})
     names = {key["name"]: None for key in keys if not key.get("revokedAt")}
     if name.casefold() not in map(str.casefold, names):
-        names.update((row["caller"], None) for row in client.call("audit.list", {}))
+        rows = client.call("audit.list", {})
+        names.update((row["caller"], None) for row in rows if row["caller"])
         raise UserError(
             f"nothing in the audit is by {name!r}; {near_or_some(name, names)}"
         )
