@@ -37495,17 +37495,23 @@ def prepare_streams() -> None:
     ):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ESCAPE)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors=ESCAPE)
+        if isinstance(stream.buffer, io.RawIOBase):
+            # Under `python -u` a write that a signal or a leaving reader cuts short
+            # would count as a whole one, and argparse would ignore its errors.
+            encoding, by_line = stream.encoding, stream.isatty()
+            buffer = io.BufferedWriter(stream.detach())
+            buffered = io.TextIOWrapper(buffer, encoding, ESCAPE, None, by_line)
+            setattr(sys, name, buffered)
 
 
 def write_out(file: Any, data: str | bytes | memoryview) -> None:
     """Write to stdout or stderr, whose reader may stand still: see interrupting()."""
-    left = data
-    while left:
-        # Under `python -u` a signal may end a write before all is written.
-        left = left[file.write(left) :]
+    file.write(data)
     file.flush()
 
 
