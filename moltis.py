@@ -36333,9 +36333,11 @@ class OperatorClient:
             try:
                 text = text.encode("utf-8", "surrogateescape").decode("utf-8")
             except UnicodeError as error:
-                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                at = escaped.start()
+                before = text[max(0, at - 40) : at].rpartition('"')[2]
+                value = before + text[at : at + 40].partition('"')[0]
                 raise UsageError(
-                    f"{near!r} is not UTF-8, and cannot be sent"
+                    f"{value!r} is not UTF-8, and cannot be sent"
                 ) from error
         self._ws.send(text)
 
@@ -36351,8 +36353,10 @@ class OperatorClient:
             auth = optional(hello, "auth", dict) or {}
             self.scopes = optional(auth, "scopes", list) or ()
         except RpcError as error:
-            if error.code == "UNAVAILABLE":
-                raise Unreachable(f"{self._url}: {error.message}") from error
+            if error.code != "UNAUTHORIZED":
+                passes = error.code in PASSING_CODES
+                kind: type[UserError] = Unreachable if passes else Refused
+                raise kind(f"{self._url}: {error.message}") from error
             raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
