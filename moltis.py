@@ -17495,7 +17495,12 @@ class Jobs:
                 return
             # Of what it printed this gateway may have lost all in a crash of its own.
             unknown = "how it ended" if job.log.end else "how far it got"
-            ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
+            stdout_bytes, stderr_bytes = job.log.counts.values()
+            ending = ending.replace(
+                reason=f"{ending.reason}; {unknown} is not known",
+                stdout_bytes=stdout_bytes,
+                stderr_bytes=stderr_bytes,
+            )
         elif ending.state == JobState.CANCELLED and record.cancelled_by:
             ending = ending.replace(reason=f"by {record.cancelled_by}")
         columns = {name: getattr(ending, name) for name in ENDING_COLUMNS}
