@@ -10864,7 +10864,9 @@ class ProcProbe:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._proc = root / "proc"
-        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        zones: list[Path] = []
+        with contextlib.suppress(PermissionError):  # where /sys is for root alone
+            zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
         kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
         self._thermometers = [
