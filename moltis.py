@@ -37506,6 +37506,9 @@ def prepare_streams() -> None:
     ):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode))  # noqa: SIM115
+    # Whoever shares them may have left them without: Python loses what has no room.
+    for descriptor in range(3):
+        os.set_blocking(descriptor, True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):

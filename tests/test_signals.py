@@ -256,6 +256,25 @@ def test_an_answer_that_cannot_be_written_is_an_error(site, line):
         assert "Traceback" not in done.stderr
 
 
+def test_streams_that_do_not_block_are_written_and_read_whole(site):
+    """As other programs, which share them, leave them."""
+    (stdin, typed), (printed, stdout) = os.pipe(), os.pipe()
+    for descriptor in (stdin, stdout):
+        os.set_blocking(descriptor, False)
+    line = ["node", "exec", "Local", "--stdin", "--", "cat; seq 100000"]
+    streams = {"stdin": stdin, "stdout": stdout}
+    with start(*line, home=site.home, **streams) as running:
+        os.close(stdin)
+        os.close(stdout)
+        wait_for(lambda: site.call("job.list", state="running"))
+        os.write(typed, b"typed\n")
+        os.close(typed)
+        with open(printed, encoding="ascii") as output:
+            whole = ["typed", *map(str, range(1, 100_001))]
+            assert output.read().split() == whole
+        assert running.wait(60) == 0
+
+
 @pytest.mark.parametrize("line", ["--help", "node exec --help"])
 def test_help_that_cannot_be_written_without_a_buffer_is_an_error(site, line):
     with open("/dev/full", "wb") as full:
