@@ -1754,7 +1754,8 @@ class SettingsFile(SnakeValue):
         try:
             return None if value is None else cls.from_json(value)
         except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
+            problem = f"{path}: {error.message}; repair or delete it"
+            raise BadConfiguration(problem) from error
 
     def save(self, directory: Path) -> None:
         """Write the file.  Raises BadConfiguration."""
