@@ -41592,7 +41592,11 @@ COMPLETION_SCRIPTS: Mapping[str, str] = {
     local line
     COMPREPLY=()
     while IFS= read -r line; do
-        COMPREPLY+=("$(printf %q "${line%%$'\t'*}")")
+        line=${line%%$'\t'*}
+        case ${COMP_WORDS[COMP_CWORD]} in
+            [\"\']*) COMPREPLY+=("$line") ;;
+            *) COMPREPLY+=("$(printf %q "$line")") ;;
+        esac
     done < <("${COMP_WORDS[0]}" completion bash -- \
         "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
     case ${COMP_WORDS[COMP_CWORD-1]}${COMP_WORDS[COMP_CWORD]} in
@@ -41752,8 +41756,9 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
         return EXIT_OK
     begin = ""  # of the word, which the shell does not replace
     *before, part = rejoined(args.command) if args.shell == "bash" else args.command
-    if args.shell == "bash":  # words as they are typed, with backslashes and quotes
-        part = part.replace("\\", "").lstrip("'\"")
+    # A word as it is typed, with backslashes and perhaps an open quote.
+    part = part.replace("\\", "").lstrip("'\"")
+    if args.shell == "bash":
         begin = part[: part.rfind(":") + 1]
     if "--" in before:  # a command for another machine
         return EXIT_OK

@@ -1905,6 +1905,8 @@ def test_a_shell_completes_subcommands_options_and_nodes(
             terminal.type("ex\t", "exec")
             terminal.type("Bu\t", "Build\\ Server")
             terminal.type("--time\t", "--timeout")
+            terminal.type("\x15moltis node exec Build\\ S\t", "Server")
+            terminal.type('\x15moltis node exec "Bu\t', '"Build Server"')
         finally:
             terminal.close()
 
