@@ -37708,6 +37708,16 @@ def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
 
+def local_path(path: str) -> str:
+    """Return an absolute path.  Raises UserError where it is below no directory."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the working directory, where {path!r} is to be, is gone; `cd` to another"
+        ) from error
+
+
 class Context(Value):
     """What every subcommand gets besides its arguments."""
 
@@ -38228,7 +38238,7 @@ def node_settings(
         )
     trust = chosen_trust(args, context)
     require_tls(trust, host)
-    working_dir = args.working_dir and os.path.abspath(args.working_dir)
+    working_dir = args.working_dir and local_path(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir {args.working_dir} is not a directory")
     previous = None if args.foreground else NodeSettings.load(context.directory)
@@ -38249,7 +38259,7 @@ def node_settings(
         allow=args.allow or (),
         terminals=chosen_terminals(args),
         files=not args.no_files,
-        allow_files=[os.path.abspath(path) for path in args.allow_files or ()],
+        allow_files=[local_path(path) for path in args.allow_files or ()],
         ca=trust.ca,
         proxies=proxies_from(context.environ),
     )
@@ -40645,7 +40655,7 @@ class FileCopy:
         """Return a file; None for a directory.  Raises UserError, RpcError, OSError."""
         spec = FileList(encode_path(path), names=False)
         if not node:
-            listing = FileListing(spec, FilePlaces(os.getcwd()))
+            listing = FileListing(spec, FilePlaces(local_path(".")))
             return None if listing.is_directory else next(listing.entries())
         request = {"nodeId": node, "work": "file.list", "spec": encode_value(spec)}
         answer = client.call("job.once", request)
@@ -40746,7 +40756,7 @@ class FileCopy:
             return counted(remote.pieces(), progress)
         local = FileSource(
             spec,
-            FilePlaces(os.getcwd()),
+            FilePlaces(local_path(".")),
             progress.note,
             progress.add,
             progress.checking(),
@@ -40781,7 +40791,7 @@ class FileCopy:
                 return write_to_stdout(one_by_one(pieces))
             written = FileTarget(
                 spec,
-                FilePlaces(os.getcwd()),
+                FilePlaces(local_path(".")),
                 progress.note,
                 umask=self._umask,
                 checking=progress.checking(),
@@ -41562,7 +41572,7 @@ def uninstall(installation: Installation, context: Context) -> int:
 
 def cmd_install(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    prefix = local_path(os.path.expanduser(args.prefix or "~/.local"))
     installation = Installation(Path(prefix))
     if args.uninstall:
         return uninstall(installation, context)

@@ -1440,6 +1440,27 @@ def test_an_echoed_name_is_one_line(gateway, capsys):
     assert (status, err) == (0, "a new session: my work\n")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "node cp file Local:",
+        "node cp Local:/etc/passwd .",
+        "install --prefix tools",
+        "node add --host h --token mdt_x --working-dir here",
+        "node add --host h --token mdt_x --allow-files here",
+    ],
+)
+def test_a_working_directory_that_is_gone_is_said_to_be(
+    gateway, tmp_path, capsys, monkeypatch, line
+):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    status, _, err = said(capsys, *line.split())
+    assert (status, "is gone; `cd` to another" in err) == (1, True), err
+
+
 def test_a_session_that_is_refused_is_not_announced(gateway, capsys):
     status, _, err = said(capsys, "chat", "--session", "x" * 500, "true")
     assert (status, err) == (2, "moltis: a name has 1 to 200 printable characters\n")
