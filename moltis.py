@@ -42239,6 +42239,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         f"NODE  name or id{GATEWAY}",
     ),
 }
+# What follows `--` there is no argument of theirs.
+TAKING_COMMANDS = ("install", "completion", "node exec", "node shell", "node cp")
 GROUPS: Mapping[str, str] = {
     "key": "operator keys: make, list, revoke",
     "model": "language models: list them, add and remove their servers",
@@ -42393,7 +42395,7 @@ def check_filled(arguments: Sequence[str]) -> None:
 def run_subcommand(
     arguments: Sequence[str], command: Sequence[str], context: Context
 ) -> int:
-    """Return the exit status; `command` is for another machine."""
+    """Return the exit status; `command` is what follows `--`."""
     if arguments == ["node", "run"]:
         # What services start: argparse takes 0.9 MiB for the life of a node.
         return cmd_node_run(None, context)
@@ -42403,10 +42405,12 @@ def run_subcommand(
         return EXIT_USAGE
     if arguments[0] == "help" or (arguments[0] in GROUPS and arguments[1] == "help"):
         arguments = [*(word for word in arguments if word != "help"), "--help"]
-    check_filled(arguments)
+    first, second = (*arguments, "")[:2]
+    takes_command = not {first, f"{first} {second}"}.isdisjoint(TAKING_COMMANDS)
+    words = ["--", *command] if command and not takes_command else []
+    check_filled([*arguments, *words])
     check_subcommand(arguments)
     parsers = build_parsers(arguments)
-    first, second = (*arguments, "")[:2]
     parser = parsers.get(f"{first} {second}") or parsers.get(first) or parsers[""]
     # argparse would look for a subcommand of `gateway` behind an unknown option.
     known = [option for a in parser._actions for option in a.option_strings]
@@ -42419,9 +42423,10 @@ def run_subcommand(
     if unknown:
         raise surplus_words(parser, unknown)
     try:
-        args, surplus = parsers[""].parse_known_args(arguments)
+        args, surplus = parsers[""].parse_known_args([*arguments, *words])
     finally:
         sys.stdout.flush()  # of --help, which leaves from here
+    surplus = [word for word in surplus if word != "--"]
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
@@ -42441,7 +42446,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         restart_from_bytecode(arguments)
         command: list[str] = []
-        if "--" in arguments:  # what follows belongs to the other machine
+        if "--" in arguments:  # what follows mostly belongs to the other machine
             split = arguments.index("--")
             arguments, command = arguments[:split], arguments[split + 1 :]
         if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this

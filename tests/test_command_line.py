@@ -1461,6 +1461,21 @@ def test_a_working_directory_that_is_gone_is_said_to_be(
     assert (status, "is gone; `cd` to another" in err) == (1, True), err
 
 
+def test_words_after_two_dashes_are_arguments_though_they_begin_with_one(
+    gateway, capsys
+):
+    with gateway.node("-pi"):
+        status, _, err = said(capsys, "node", "rename", "--", "-pi", "--attic")
+        assert (status, err) == (0, "-pi is now called --attic\n")
+    status, _, err = said(capsys, "node", "revoke", "--", "--attic")
+    assert (status, err) == (0, "--attic is revoked\n")
+    status, _, err = said(capsys, "chat", "--", "-nothing")
+    assert (status, "-nothing: not found" in err) == (127, True), err
+    for line in ("node list -- more", "key list -- -more", "node jobs -- Local more"):
+        status, _, err = said(capsys, *line.split())
+        assert (status, "more" in err) == (2, True), (line, err)
+
+
 def test_a_session_that_is_refused_is_not_announced(gateway, capsys):
     status, _, err = said(capsys, "chat", "--session", "x" * 500, "true")
     assert (status, err) == (2, "moltis: a name has 1 to 200 printable characters\n")
