@@ -975,6 +975,23 @@ def is_loopback(address: str) -> bool:
 # -- files ---------------------------------------------------------------------
 
 
+# Files in which this process holds POSIX locks, as SQLite does.  Whoever closes any
+# descriptor of one releases them all: then another process takes the database for
+# unused, and deletes its WAL under it.
+LOCKED_FILES: set[str] = set()
+
+
+def is_locked_file(name: str, directory: int, *, follow: bool) -> bool:
+    """Return whether a file, in an open directory, is one of LOCKED_FILES."""
+    with contextlib.suppress(OSError):
+        facts = os.stat(name, dir_fd=directory, follow_symlinks=follow)
+        for path in [*LOCKED_FILES]:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(facts, os.stat(path)):
+                    return True
+    return False
+
+
 def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
@@ -1737,7 +1754,8 @@ class SettingsFile(SnakeValue):
         try:
             return None if value is None else cls.from_json(value)
         except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
+            problem = f"{path}: {error.message}; repair or delete it"
+            raise BadConfiguration(problem) from error
 
     def save(self, directory: Path) -> None:
         """Write the file.  Raises BadConfiguration."""
@@ -6591,6 +6609,9 @@ NO_RESUME = (
 NAMED_TWICE = "two files of this name are copied; only the first is there"
 SAME_NAME = "names that differ only in case are the same here"
 APPEARED = "something with this name appeared meanwhile; it stays as it is"
+DATABASE_IN_USE = (
+    "belongs to the database of a running gateway, which `moltis gateway backup` copies"
+)
 NO_FILE_THERE = "is a device, socket or pipe, which a file does not replace"
 
 
@@ -6633,6 +6654,14 @@ def file_problem(path: str, problem: OSError | str) -> str:
     if isinstance(problem, OSError):
         problem = problem.strerror or str(problem)
     return f"{shown_path(path)}: {problem}"
+
+
+def open_file(name: str, directory: int, *, follow: bool) -> int:
+    """Return a descriptor to read a file, in an open directory.  Raises OSError."""
+    if is_locked_file(name, directory, follow=follow):
+        raise OSError(errno.EBUSY, DATABASE_IN_USE)
+    flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    return os.open(name, flags, dir_fd=directory)
 
 
 def silent_file_system(path: str, waited: float) -> RpcError:
@@ -7312,11 +7341,9 @@ class TextSource:
     def _open(self) -> int:
         """Raises OSError."""
         parent = self._places.open_directory(os.path.dirname(self.path))
-        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
-        flags |= 0 if self._places.follows_links else os.O_NOFOLLOW
         try:
             name = os.path.basename(self.path) or "/"
-            return os.open(name, flags, dir_fd=parent)
+            return open_file(name, parent, follow=self._places.follows_links)
         finally:
             os.close(parent)
 
@@ -7611,16 +7638,16 @@ class FileSource:
     ) -> Generator[bytes, None, int | None]:
         """Yield one member; return the descriptor of a directory.  Raises OSError."""
         facts = os.stat(entry, dir_fd=directory, follow_symlinks=follow)
-        flags = os.O_RDONLY | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
         if stat.S_ISLNK(facts.st_mode):
             link = os.readlink(entry, dir_fd=directory)
             yield tar_header(name, facts, b"2", link=link)
         elif stat.S_ISDIR(facts.st_mode):
-            below = os.open(entry, flags | os.O_DIRECTORY, dir_fd=directory)
+            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+            below = os.open(entry, flags, dir_fd=directory)
             yield tar_header(name, facts, b"5")
             return below
         elif stat.S_ISREG(facts.st_mode):
-            descriptor = os.open(entry, flags | os.O_NONBLOCK, dir_fd=directory)
+            descriptor = open_file(entry, directory, follow=follow)
             try:
                 yield from self._file(descriptor, name)
             finally:
@@ -8168,9 +8195,8 @@ class FileTarget:
 
     def _open_present(self) -> int | None:
         """Return a descriptor of the existing file.  Raises RpcError."""
-        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
-            return os.open(self._name, flags, dir_fd=self._root)
+            return open_file(self._name, self._root, follow=False)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -10870,7 +10896,9 @@ class ProcProbe:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._proc = root / "proc"
-        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        zones: list[Path] = []
+        with contextlib.suppress(PermissionError):  # where /sys is for root alone
+            zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
         kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
         self._thermometers = [
@@ -14115,6 +14143,8 @@ class Database:
         """Open or make the file at `path`.  Raises BadConfiguration."""
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
+        self._locked = {str(path.absolute()) + end for end in ("", "-wal", "-shm")}
+        LOCKED_FILES.update(self._locked)
         self._db = _open_database(path)
         self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
@@ -14125,6 +14155,7 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._db.close()
+        LOCKED_FILES.difference_update(self._locked)
 
     def insert(
         self,
@@ -17517,7 +17548,12 @@ class Jobs:
                 return
             # Of what it printed this gateway may have lost all in a crash of its own.
             unknown = "how it ended" if job.log.end else "how far it got"
-            ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
+            stdout_bytes, stderr_bytes = job.log.counts.values()
+            ending = ending.replace(
+                reason=f"{ending.reason}; {unknown} is not known",
+                stdout_bytes=stdout_bytes,
+                stderr_bytes=stderr_bytes,
+            )
         elif ending.state == JobState.CANCELLED and record.cancelled_by:
             ending = ending.replace(reason=f"by {record.cancelled_by}")
         columns = {name: getattr(ending, name) for name in ENDING_COLUMNS}
@@ -36464,9 +36500,11 @@ class OperatorClient:
             try:
                 text = text.encode("utf-8", "surrogateescape").decode("utf-8")
             except UnicodeError as error:
-                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                at = escaped.start()
+                before = text[max(0, at - 40) : at].rpartition('"')[2]
+                value = before + text[at : at + 40].partition('"')[0]
                 raise UsageError(
-                    f"{near!r} is not UTF-8, and cannot be sent"
+                    f"{value!r} is not UTF-8, and cannot be sent"
                 ) from error
         self._ws.send(text)
 
@@ -36482,8 +36520,10 @@ class OperatorClient:
             auth = optional(hello, "auth", dict) or {}
             self.scopes = optional(auth, "scopes", list) or ()
         except RpcError as error:
-            if error.code == "UNAVAILABLE":
-                raise Unreachable(f"{self._url}: {error.message}") from error
+            if error.code != "UNAUTHORIZED":
+                passes = error.code in PASSING_CODES
+                kind: type[UserError] = Unreachable if passes else Refused
+                raise kind(f"{self._url}: {error.message}") from error
             raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
@@ -37572,7 +37612,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands, Files,
 #       Language models, Telemetry, Machine, Node agent, Node service, Store, Access,
-#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly
+#       Fleet, Jobs, Agent, Model directory, Chat, HTTP, Operator client, MCP, Assembly,
+#       WebSocket connections
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -37635,17 +37676,26 @@ def prepare_streams() -> None:
     ):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ESCAPE)
+    # Whoever shares them may have left them without: Python loses what has no room.
+    for descriptor in range(3):
+        os.set_blocking(descriptor, True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors=ESCAPE)
+        if isinstance(stream.buffer, io.RawIOBase):
+            # Under `python -u` a write that a signal or a leaving reader cuts short
+            # would count as a whole one, and argparse would ignore its errors.
+            encoding, by_line = stream.encoding, stream.isatty()
+            buffer = io.BufferedWriter(stream.detach())
+            buffered = io.TextIOWrapper(buffer, encoding, ESCAPE, None, by_line)
+            setattr(sys, name, buffered)
 
 
 def write_out(file: Any, data: str | bytes | memoryview) -> None:
-    """Write all of `data` to stdout or stderr; interrupting() ends a blocked write."""
-    left = data
-    while left:
-        # Under `python -u` a signal may end a write before all is written.
-        left = left[file.write(left) :]
+    """Write to stdout or stderr; interrupting() ends a blocked write."""
+    file.write(data)
     file.flush()
 
 
@@ -37827,6 +37877,16 @@ def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
 
+def local_path(path: str) -> str:
+    """Return an absolute path.  Raises UserError where it is below no directory."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the working directory, where {path!r} is to be, is gone; `cd` to another"
+        ) from error
+
+
 class Context(Value):
     """What every subcommand gets besides its arguments."""
 
@@ -37892,7 +37952,7 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
-    Raises Unreachable where no gateway is known.
+    The key is "" where none is known.  Raises Unreachable where no gateway is known.
     """
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
@@ -37910,13 +37970,7 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
         if not key and is_own_gateway(f"{scheme}://{place}", file):
             tls = "with TLS" if scheme == "https" else "without TLS"
             raise UsageError(f"the gateway at {url} runs {tls}; use {file.url}")
-    if not key:
-        own = "" if file is None else f" is not the gateway of {file.url}, and"
-        raise Refused(
-            f"{url}{own} wants an operator key; correct the address, or give the key "
-            "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
-        )
-    return url, key
+    return url, key or ""
 
 
 def require_tls(trust: TlsTrust, url: str) -> None:
@@ -37975,6 +38029,13 @@ def operator_client(
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
     trust = operator_trust(args, context, url)
+    if not key:
+        connect(websocket_url(url), trust).abort()  # a wrong address is said first
+        own = "" if file is None else f" is not the gateway of {file.url}, and"
+        raise Refused(
+            f"{url}{own} wants an operator key; correct the address, or give the key "
+            "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
+        )
     try:
         return OperatorClient(url, key, trust, on_news, client)
     except Unreachable as error:
@@ -38349,7 +38410,7 @@ def node_settings(
         )
     trust = chosen_trust(args, context)
     require_tls(trust, host)
-    working_dir = args.working_dir and os.path.abspath(args.working_dir)
+    working_dir = args.working_dir and local_path(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir {args.working_dir} is not a directory")
     previous = None if args.foreground else NodeSettings.load(context.directory)
@@ -38370,7 +38431,7 @@ def node_settings(
         allow=args.allow or (),
         terminals=chosen_terminals(args),
         files=not args.no_files,
-        allow_files=[os.path.abspath(path) for path in args.allow_files or ()],
+        allow_files=[local_path(path) for path in args.allow_files or ()],
         ca=trust.ca,
         proxies=proxies_from(context.environ),
     )
@@ -39050,7 +39111,8 @@ def check_caller(name: str, client: OperatorClient) -> None:
     keys = client.call("keys.list", {})
     names = {key["name"]: None for key in keys if not key.get("revokedAt")}
     if name.casefold() not in map(str.casefold, names):
-        names.update((row["caller"], None) for row in client.call("audit.list", {}))
+        rows = client.call("audit.list", {})
+        names.update((row["caller"], None) for row in rows if row["caller"])
         raise UserError(
             f"nothing in the audit is by {name!r}; {near_or_some(name, names)}"
         )
@@ -39297,19 +39359,19 @@ def exit_status(ending: Ending) -> int:
     return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
 
 
-def ended_status(
-    job: FollowedJob, output: Output, *, was_cancelled: bool = False
-) -> int:
+def ended_status(job: FollowedJob, output: Output, *, interrupted: int = 0) -> int:
     """Return the exit status for a job; say what the status alone does not.
 
-    Raises the error that it has instead of an ending.
+    `interrupted` is the signal for which we cancelled it.  Raises the error that it has
+    instead of an ending.
     """
     if job.error is not None:
         raise job.error
     ending = job.ending
     assert ending is not None
-    ours = ending.state == JobState.CANCELLED and was_cancelled
-    if ending.state != JobState.DONE and not ours:
+    if ending.state == JobState.CANCELLED and interrupted:
+        return 128 + interrupted
+    if ending.state != JobState.DONE:
         output.complain(f"{job.name}: {ending.words()}")
     return exit_status(ending)
 
@@ -39415,7 +39477,7 @@ class JobTerminal:
             self._output.json([self._result(job) for job in self._jobs])
         if len(self._ended) < len(self._jobs):
             self._waiting.explain_leaving()
-            return INTERRUPTED
+            return 128 + self._feed.interrupted
         return self._recap() if len(self._jobs) > 1 else self._status()
 
     def attach(self) -> int:
@@ -39512,7 +39574,7 @@ class JobTerminal:
     def _status(self) -> int:
         """Return the exit status for the one job.  Raises its error."""
         job = self._ended[0]
-        return ended_status(job, self._output, was_cancelled=self._cancelled)
+        return ended_status(job, self._output, interrupted=self._feed.interrupted)
 
     def _recap(self) -> int:
         """Say how each job went; return 0 only if all went well."""
@@ -39525,7 +39587,7 @@ class JobTerminal:
                 self._output.say(f"{group}: {', '.join(names)}")
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
-        return INTERRUPTED if self._cancelled else EXIT_FAILURE
+        return 128 + self._feed.interrupted if self._cancelled else EXIT_FAILURE
 
 
 def run_spec(args: argparse.Namespace, context: Context) -> JsonObject:
@@ -40042,7 +40104,9 @@ class TerminalSession:
                 ends = False
         goes_on = f"`moltis node attach {self._job.id[:8]}` goes back in"
         self._output.say("moltis: ended" if ends else f"moltis: it goes on; {goes_on}")
-        return INTERRUPTED if how == "." else EXIT_OK
+        return (
+            128 + (self._feed.interrupted or signal.SIGINT) if how == "." else EXIT_OK
+        )
 
     def _ended(self) -> int:
         return ended_status(self._job, self._output)
@@ -40773,7 +40837,7 @@ class FileCopy:
         """Return a file; None for a directory.  Raises UserError, RpcError, OSError."""
         spec = FileList(encode_path(path), names=False)
         if not node:
-            listing = FileListing(spec, FilePlaces(os.getcwd()))
+            listing = FileListing(spec, FilePlaces(local_path(".")))
             return None if listing.is_directory else next(listing.entries())
         request = {"nodeId": node, "work": "file.list", "spec": encode_value(spec)}
         answer = client.call("job.once", request)
@@ -40874,7 +40938,7 @@ class FileCopy:
             return counted(remote.pieces(), progress)
         local = FileSource(
             spec,
-            FilePlaces(os.getcwd()),
+            FilePlaces(local_path(".")),
             progress.note,
             progress.add,
             progress.hooks(),
@@ -40910,7 +40974,7 @@ class FileCopy:
                 return write_to_stdout(one_by_one(pieces))
             written = FileTarget(
                 spec,
-                FilePlaces(os.getcwd()),
+                FilePlaces(local_path(".")),
                 progress.note,
                 umask=self._umask,
                 hooks=progress.hooks(),
@@ -41692,7 +41756,7 @@ def uninstall(installation: Installation, context: Context) -> int:
 
 def cmd_install(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    prefix = local_path(os.path.expanduser(args.prefix or "~/.local"))
     installation = Installation(Path(prefix))
     if args.uninstall:
         return uninstall(installation, context)
@@ -41722,7 +41786,11 @@ COMPLETION_SCRIPTS: Mapping[str, str] = {
     local line
     COMPREPLY=()
     while IFS= read -r line; do
-        COMPREPLY+=("$(printf %q "${line%%$'\t'*}")")
+        line=${line%%$'\t'*}
+        case ${COMP_WORDS[COMP_CWORD]} in
+            [\"\']*) COMPREPLY+=("$line") ;;
+            *) COMPREPLY+=("$(printf %q "$line")") ;;
+        esac
     done < <("${COMP_WORDS[0]}" completion bash -- \
         "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
     case ${COMP_WORDS[COMP_CWORD-1]}${COMP_WORDS[COMP_CWORD]} in
@@ -41882,8 +41950,9 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
         return EXIT_OK
     begin = ""  # of the word, which the shell does not replace
     *before, part = rejoined(args.command) if args.shell == "bash" else args.command
-    if args.shell == "bash":  # words as they are typed, with backslashes and quotes
-        part = part.replace("\\", "").lstrip("'\"")
+    # A word as it is typed, with backslashes and perhaps an open quote.
+    part = part.replace("\\", "").lstrip("'\"")
+    if args.shell == "bash":
         begin = part[: part.rfind(":") + 1]
     if "--" in before:  # a command for another machine
         return EXIT_OK
@@ -42354,6 +42423,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         f"NODE  name or id{GATEWAY}",
     ),
 }
+# What follows `--` there is no argument of theirs.
+TAKING_COMMANDS = ("install", "completion", "node exec", "node shell", "node cp")
 GROUPS: Mapping[str, str] = {
     "key": "operator keys: make, list, revoke",
     "model": "language models: list them, add and remove their servers",
@@ -42508,7 +42579,7 @@ def check_filled(arguments: Sequence[str]) -> None:
 def run_subcommand(
     arguments: Sequence[str], command: Sequence[str], context: Context
 ) -> int:
-    """Return the exit status; `command` is for another machine."""
+    """Return the exit status; `command` is what follows `--`."""
     if arguments == ["node", "run"]:
         # What services start: argparse takes 0.9 MiB for the life of a node.
         return cmd_node_run(None, context)
@@ -42518,10 +42589,12 @@ def run_subcommand(
         return EXIT_USAGE
     if arguments[0] == "help" or (arguments[0] in GROUPS and arguments[1] == "help"):
         arguments = [*(word for word in arguments if word != "help"), "--help"]
-    check_filled(arguments)
+    first, second = (*arguments, "")[:2]
+    takes_command = not {first, f"{first} {second}"}.isdisjoint(TAKING_COMMANDS)
+    words = ["--", *command] if command and not takes_command else []
+    check_filled([*arguments, *words])
     check_subcommand(arguments)
     parsers = build_parsers(arguments)
-    first, second = (*arguments, "")[:2]
     parser = parsers.get(f"{first} {second}") or parsers.get(first) or parsers[""]
     # argparse would look for a subcommand of `gateway` behind an unknown option.
     known = [option for a in parser._actions for option in a.option_strings]
@@ -42534,9 +42607,10 @@ def run_subcommand(
     if unknown:
         raise surplus_words(parser, unknown)
     try:
-        args, surplus = parsers[""].parse_known_args(arguments)
+        args, surplus = parsers[""].parse_known_args([*arguments, *words])
     finally:
         sys.stdout.flush()  # --help exits from here
+    surplus = [word for word in surplus if word != "--"]
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
@@ -42557,7 +42631,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         restart_from_bytecode(arguments)
         command: list[str] = []
-        if "--" in arguments:  # what follows belongs to the other machine
+        if "--" in arguments:  # what follows mostly belongs to the other machine
             split = arguments.index("--")
             arguments, command = arguments[:split], arguments[split + 1 :]
         if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this

@@ -16,6 +16,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tarfile
 import threading
 from unittest import mock
@@ -1372,6 +1373,43 @@ def resumed(path, target, stop=None, said=None, resumes=True, places=None):
     except KeyboardInterrupt:
         assert stop is not None
     return sent
+
+
+READERS = {
+    "copy": lambda path: list(pieces_of("/", str(path), recursive=False)),
+    "tool": lambda path: moltis.TextSource(
+        FileRead([str(path)], part=moltis.FilePart(1, 1)), FilePlaces("/")
+    ).read(lambda: None),
+    "change": lambda path: FileTarget(
+        FileWrite(str(path), splices=[]), FilePlaces("/"), print, umask=0o022
+    ).splice(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["moltis.db", "link", "other name"])
+def test_a_database_that_is_open_here_keeps_its_locks(tmp_path, reader, name):
+    """A descriptor that is closed drops all POSIX locks; others delete the WAL then."""
+    path = tmp_path / "moltis.db"
+    (tmp_path / "link").symlink_to(path)
+    with contextlib.closing(moltis.Store(path)):
+        os.link(path, tmp_path / "other name")
+        with contextlib.suppress(RpcError):
+            READERS[reader](tmp_path / name)
+        look = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); "
+        look += "db.execute('PRAGMA quick_check'); db.close()"
+        subprocess.run([sys.executable, "-c", look, str(path)], check=True)
+        assert (tmp_path / "moltis.db-wal").exists()
+
+
+def test_who_copies_an_open_database_is_told_how(tmp_path):
+    notes = []
+    with contextlib.closing(moltis.Store(tmp_path / "moltis.db")):
+        copy("/", [str(tmp_path)], tmp_path / "..", "copied", notes)
+    assert len(notes) == 3
+    assert all("`moltis gateway backup` copies" in note for note in notes)
+    copy("/", [str(tmp_path)], tmp_path / "..", "copied again", notes)
+    assert len(notes) == 3  # it is closed
 
 
 @pytest.fixture

@@ -384,6 +384,7 @@ def test_a_lost_job_that_wrote_something_did_run(world):
     world.node.restart()
     world.node.come()
     assert world.row(job).reason.endswith("how it ended is not known")
+    assert world.row(job).stdout_bytes == 1  # as far as it is known
 
 
 def test_a_start_that_got_lost_on_its_way_is_sent_again(world):

@@ -78,6 +78,22 @@ def test_a_wrong_key_is_refused_and_not_repeated(gateway):
     assert key not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("RATE_LIMITED", moltis.Unreachable), ("INVALID_REQUEST", moltis.Refused)],
+)
+def test_a_sign_in_that_fails_for_another_reason_does_not_blame_the_key(
+    gateway, monkeypatch, code, kind
+):
+    def sign_in(*_):
+        raise moltis.RpcError(code, "for a reason")
+
+    monkeypatch.setattr(moltis, "sign_in", sign_in)
+    with pytest.raises(kind) as caught:
+        moltis.OperatorClient(gateway.url, "mk_" + "x" * 43, gateway.trust)
+    assert str(caught.value) == f"{gateway.url}: for a reason"
+
+
 def test_a_gateway_that_is_not_there_is_unreachable(gateway):
     with pytest.raises(moltis.Unreachable, match="refused the connection"):
         moltis.OperatorClient(f"http://127.0.0.1:{free_port()}", "mk_x", gateway.trust)
@@ -412,8 +428,10 @@ def test_a_call_of_a_lasting_client_goes_on_when_the_connection_breaks(gateway):
 @pytest.mark.parametrize("spec", [{"command": "rm \udcff\udcfe"}, {"cwd": "/\udcff"}])
 def test_what_is_not_utf_8_is_refused_and_not_changed(gateway, spec):
     """As `?` a shell would take it for any character."""
-    with gateway.operator() as client, pytest.raises(moltis.UsageError, match="UTF-8"):
+    with gateway.operator() as client, pytest.raises(moltis.UsageError) as caught:
         client.start("job.start", {"jobs": [], "work": "run", "spec": spec})
+    [value] = spec.values()
+    assert str(caught.value) == f"{value!r} is not UTF-8, and cannot be sent"
 
 
 def test_what_is_said_in_a_chat_is_not_changed_either(gateway):

@@ -93,7 +93,7 @@ def test_an_empty_working_dir_is_none(tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "gateway_url is missing"),
+        ("{}", "gateway_url is missing; repair or delete it"),
         (json.dumps({**NODE, "timeout": "long"}), "timeout must be a number"),
         (json.dumps({**NODE, "node_id": 7}), "node_id must be a string"),
     ],

@@ -256,6 +256,54 @@ def test_an_answer_that_cannot_be_written_is_an_error(site, line):
         assert "Traceback" not in done.stderr
 
 
+def test_streams_that_do_not_block_are_written_and_read_whole(site):
+    """As other programs, which share them, leave them."""
+    (stdin, typed), (printed, stdout) = os.pipe(), os.pipe()
+    for descriptor in (stdin, stdout):
+        os.set_blocking(descriptor, False)
+    line = ["node", "exec", "Local", "--stdin", "--", "cat; seq 100000"]
+    streams = {"stdin": stdin, "stdout": stdout}
+    with start(*line, home=site.home, **streams) as running:
+        os.close(stdin)
+        os.close(stdout)
+        wait_for(lambda: site.call("job.list", state="running"))
+        os.write(typed, b"typed\n")
+        os.close(typed)
+        with open(printed, encoding="ascii") as output:
+            whole = ["typed", *map(str, range(1, 100_001))]
+            assert output.read().split() == whole
+        assert running.wait(60) == 0
+
+
+@pytest.mark.parametrize("line", ["--help", "node exec --help"])
+def test_help_that_cannot_be_written_without_a_buffer_is_an_error(site, line):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*launched(PROGRAM), *line.split()],
+            env=clean_environment(site.home, PYTHONUNBUFFERED="1"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert b"the output is not whole: No space left on device" in done.stderr
+
+
+def test_an_answer_whose_reader_leaves_in_the_middle_is_no_success(site):
+    """Also where Python has no buffer for it, as in many containers."""
+    line = ["node", "exec", "Local", "--json", "--", "seq 200000"]
+    with subprocess.Popen(
+        [*launched(PROGRAM), *line],
+        env=clean_environment(site.home, PYTHONUNBUFFERED="1"),
+        cwd=str(site.home),
+        stdout=subprocess.PIPE,
+    ) as running:
+        assert running.stdout.read(1) == b"["
+        running.stdout.close()
+        assert running.wait(60) == moltis.BROKEN_PIPE
+
+
 @pytest.mark.parametrize("method", ["ping", "tools/list"])
 def test_a_signal_ends_mcp_whose_client_reads_nothing(site, method):
     """Both where the main thread answers and where another does."""

@@ -189,6 +189,21 @@ class TestLinux:
         (zone / "type").write_text("cpu-thermal\n")
         assert moltis.ProcProbe(tmp_path).read().temperature is None
 
+    def test_a_sys_for_root_alone_costs_the_temperature_only(
+        self, tmp_path, monkeypatch
+    ):
+        """As some hardened distributions have it."""
+        linux(tmp_path)
+
+        def refuse(*_):
+            raise PermissionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(moltis.Path, "glob", refuse)
+            vitals = moltis.ProcProbe(tmp_path).read()
+        assert vitals.temperature is None
+        assert vitals.mem_total
+
     def test_an_old_kernel_without_memavailable_has_what_it_could_free(self, tmp_path):
         meminfo = (
             "MemTotal: 1027128 kB\nMemFree: 51234 kB\nBuffers: 90000 kB\n"
