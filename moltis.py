@@ -7407,6 +7407,7 @@ class FileSource:
         self.sha256 = ""  # in hex, at the end
         self._file_digest: hashlib._Hash | None = None  # of the only file
         self._paths = self._readable(spec)
+        self._alone = len(self._paths) == 1 and not spec.recursive  # one file
 
     @property
     def result(self) -> JsonObject:
@@ -7543,9 +7544,16 @@ class FileSource:
             try:
                 parent, entry = self._places.open_parent(path)
             except OSError as error:
-                self._note(file_problem(path, error))
+                self._leave_out(path, error)
                 continue
             yield from self._tree(parent, entry, name)
+
+    def _leave_out(self, name: str, problem: OSError | str) -> None:
+        """Raises RpcError if no other file is copied."""
+        text = file_problem(name, problem)
+        if self._alone:
+            raise RpcError("UNAVAILABLE", text)
+        self._note(text)
 
     def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
         """Yield one file or directory, with all below it; `parent` is closed."""
@@ -7566,7 +7574,7 @@ class FileSource:
                     if below is not None:
                         waiting.append((below, iter(sorted(os.listdir(below))), shown))
                 except OSError as error:
-                    self._note(file_problem(shown, error))
+                    self._leave_out(shown, error)
                 follow = False
         finally:
             for directory, _, _ in waiting:
@@ -7592,7 +7600,7 @@ class FileSource:
             finally:
                 os.close(descriptor)
         else:
-            self._note(file_problem(name, "is neither a file nor a directory"))
+            self._leave_out(name, "is neither a file nor a directory")
         return None
 
     def _file(self, descriptor: int, name: str) -> Iterator[bytes]:
@@ -7600,13 +7608,12 @@ class FileSource:
         if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
             raise OSError(errno.EINVAL, "was replaced while it was opened")
         size, ready = facts.st_size, []
-        if size == 0:
-            ready = self._unsized(descriptor)
+        if size <= FILE_PIECE:  # /proc says 0, /sys a page
+            ready = self._to_end(descriptor, size)
             size = sum(map(len, ready))
         offset, digest = self._skip_known(descriptor, facts)
         is_only = len(self._paths) == 1 and "/" not in name
-        alone = is_only and not self._recursive
-        identity = file_identity(self._paths[0], facts) if alone else ""
+        identity = file_identity(self._paths[0], facts) if self._alone else ""
         yield tar_header(
             name, facts, b"0", size=size - offset, offset=offset, identity=identity
         )
@@ -7629,13 +7636,14 @@ class FileSource:
                 digest.update(data)
             self._progress(name, len(data))
             yield data
+        if problem:
+            self._leave_out(name, f"{problem}; it is left out")
         while left:
             piece = bytes(min(left, FILE_PIECE))
             left -= len(piece)
             yield piece
         yield bytes(-(size - offset) % TAR_BLOCK)
         if problem:
-            self._note(file_problem(name, f"{problem}; it is left out"))
             yield tar_header(name, facts, b"0", failed=True)
             return
         self.files += 1
@@ -7665,18 +7673,24 @@ class FileSource:
         self._checking.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
 
-    def _unsized(self, descriptor: int) -> list[bytes]:
-        """Return the pieces of a file that says it has none.  Raises OSError."""
+    def _to_end(self, descriptor: int, size: int) -> list[bytes]:
+        """Return the pieces of a file of `size` bytes or less; 0: it does not say.
+
+        Raises OSError.
+        """
         pieces: list[bytes] = []
-        size = 0
-        while size <= MAX_UNSIZED:
-            piece = os.read(descriptor, FILE_PIECE)
+        left = size or MAX_UNSIZED + 1
+        while left:
+            piece = os.read(descriptor, min(left, FILE_PIECE))
             if not piece:
                 return pieces
             pieces.append(piece)
-            size += len(piece)
-        limit = format_bytes(MAX_UNSIZED)
-        raise OSError(errno.EFBIG, f"does not say its size, and has more than {limit}")
+            left -= len(piece)
+        if not size:
+            limit = format_bytes(MAX_UNSIZED)
+            problem = f"does not say its size, and has more than {limit}"
+            raise OSError(errno.EFBIG, problem)
+        return pieces
 
 
 # -- writing -------------------------------------------------------------------
@@ -8041,7 +8055,8 @@ class FileTarget:
         # Files and links at their names, by device and inode; the names of directories.
         self._written: dict[tuple[int, int], tuple[str, ...]] = {}
         self._complete = False
-        self._left_out = ""  # the last note on a file that was left out
+        # One file is copied: what leaves it out is an error.
+        self._alone = spec.bare or spec.splices is not None
         self._checking = checking
         self._part: PartialFile | None = None
         self._part_digest = hashlib.sha256()  # of what it has
@@ -8112,8 +8127,6 @@ class FileTarget:
             finally:
                 if present is not None:
                     os.close(present)
-            if not self._pending:
-                raise RpcError("FORBIDDEN", self._left_out)
             found = "" if present is None else digest.hexdigest()
             now = self._present(self._name, self._root)
             if found != self._spec.expects or _identity(facts) != _identity(now):
@@ -8123,8 +8136,6 @@ class FileTarget:
             self._commit()
         finally:
             self._discard()
-        if not self.files:
-            raise RpcError("FORBIDDEN", self._left_out)
         path = os.path.join(self._parent, self._name)
         return {
             "files": self.files,
@@ -8333,12 +8344,15 @@ class FileTarget:
         return os.path.join(self._parent, *names)
 
     def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
+        """Raises RpcError if no other file is copied."""
         # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
         links = (errno.ELOOP, errno.ENOTDIR)
         if isinstance(problem, OSError) and problem.errno in links:
             problem = IN_THE_WAY
-        self._left_out = file_problem(self._shown(names), problem)
-        self._note(self._left_out)
+        text = file_problem(self._shown(names), problem)
+        if self._alone:
+            raise RpcError("FORBIDDEN", text)
+        self._note(text)
 
     # -- what arrives ----------------------------------------------------------------
 
@@ -8346,7 +8360,8 @@ class FileTarget:
         if self._root < 0:
             self._first = _components(member.name)[0]
             self._begin(is_directory=member.kind == b"5")
-            if member.identity:
+            self._alone = bool(member.identity)
+            if self._alone:
                 # A copy does without: another one may write the part, the file system
                 # may have no locks, or the directory no list for us.
                 with contextlib.suppress(OSError):
@@ -33410,20 +33425,22 @@ const UPLOADS = "uploads"; // their name in `keptByTab`, for after a reload
 const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
   [path, file?.size, file?.lastModified]));
 
-// Return the entries in one order, with each directory before what is in it.
+// Return the entries in one order, with each directory before what is in it.  Of two
+// files with one path, from different directories perhaps, the machine names the second.
 function inTarOrder(entries) {
-  const known = new Map(entries.map(entry => [entry.path, entry]));
+  const all = [...entries], known = new Set(entries.map(({path}) => path));
   for (const {path} of entries) {
     for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) {
       const directory = path.slice(0, at);
-      if (!known.has(directory)) known.set(directory, {path: directory});
+      if (!known.has(directory)) all.push({path: directory});
+      known.add(directory);
     }
   }
   const newest = entries.reduce((time, {file}) =>
     Math.max(time, file?.lastModified ?? 0), 0);
-  for (const entry of known.values())
+  for (const entry of all)
     entry.changedAt = entry.file?.lastModified ?? (newest || now());
-  return [...known.values()].sort((a, b) => (a.path < b.path ? -1 : 1));
+  return all.sort((a, b) => (a.path < b.path ? -1 : a.path > b.path ? 1 : 0));
 }
 
 // Files on their way to a machine: the input of a job, which takes it byte by byte, at
@@ -33583,8 +33600,10 @@ async function takeUpUploads() {
   for (const one of state.uploads.values()) if (one.state === "sends") one.hold();
   for (const facts of known) {
     if (state.uploads.has(facts.id)) continue;
-    const job = await link.call("job.wait", {id: facts.id, wait: 0}).catch(() => null);
-    if (job && isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
+    const asked = link.call("job.wait", {id: facts.id, wait: 0});
+    const job = await asked.catch(error => error);
+    if (job.isLost) return; // the next connection takes them up
+    if (isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
   }
   keepUploads();
   touch("uploads");

@@ -429,6 +429,60 @@ def test_a_file_that_says_it_is_empty_is_read_to_its_end(target):
     assert b"VmRSS" in (target / "new").read_bytes()
 
 
+SHORT = "/sys/kernel/mm/transparent_hugepage/enabled"  # says that it fills a page
+
+
+@pytest.mark.skipif(not os.path.exists(SHORT), reason="no such /sys here")
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_file_that_says_more_than_it_has_is_read_to_its_end(target, recursive):
+    with open(SHORT, "rb") as file:
+        content = file.read()
+    assert len(content) < os.stat(SHORT).st_size
+    write(target, "new", pieces_of("/", SHORT, recursive=recursive))
+    assert (target / "new").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["pipe", "shrinks", "removed"])
+def test_a_single_file_that_cannot_be_read_is_an_error(source, tmp_path, kind):
+    path = source / "f"
+    path.write_bytes(b"x" * 300_000)
+    notes = []
+    pieces = pieces_of(source, "f", recursive=False, notes=notes)
+    if kind == "shrinks":
+        next(pieces)
+        os.truncate(path, 1000)
+    else:
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(RpcError, match="f: (is neither|became shorter|No such file)"):
+        list(pieces)
+    assert notes == []
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_single_file_that_cannot_be_written_ends_the_copy_at_once(
+    source, target, monkeypatch, bare
+):
+    """What cannot be kept is not sent either: it may be a day's worth."""
+
+    def write_some(_descriptor, _data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (source / "f").open("wb") as file:
+        file.truncate(50_000_000)
+    pieces = pieces_of(source, "f", recursive=False)
+    if bare:
+        pieces = moltis.with_digest(iter([bytes(65536)] * 700))
+    before, notes = tree(target), []
+    with monkeypatch.context() as patch, pytest.raises(RpcError, match="No space"):
+        patch.setattr(os, "write", write_some)
+        write(target, "new", pieces, notes, bare=bare)
+    assert notes == []
+    assert sum(map(len, pieces)) > 40_000_000
+    assert tree(target) == before
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -1309,7 +1363,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
         before = os.listdir(world.node_data)
         call = cp(world, tmp_path / "big", f"far:{world.node_data}/big")
         assert call.status == 1
-        assert "big: No space left on device" in call.complaints
+        assert call.complaints.count("big: No space left on device") == 1
+        row = world.rpc("job.list", limit=1)[0]
+        assert row["state"] == "failed"
+        assert row["reason"] == f"{world.node_data}/big: No space left on device"
         assert sorted(os.listdir(world.node_data)) == sorted(before)
 
 
