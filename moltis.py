@@ -6585,6 +6585,7 @@ NO_RESUME = (
 NAMED_TWICE = "two files of this name are copied; only the first is there"
 SAME_NAME = "names that differ only in case are the same here"
 APPEARED = "something with this name appeared meanwhile; it stays as it is"
+IS_A_FILE = "is a file, which a directory does not replace"
 NO_FILE_THERE = "is a device, socket or pipe, which a file does not replace"
 
 
@@ -6840,7 +6841,8 @@ def make_directory(parent: int, name: str, umask: int) -> None:
     os.mkdir(name, 0o700, dir_fd=parent)
     made = descend(os.dup(parent), [name])
     try:
-        os.fchmod(made, 0o777 & ~umask)
+        with contextlib.suppress(PermissionError):  # no modes: see FileTarget._set()
+            os.fchmod(made, 0o777 & ~umask)
     finally:
         os.close(made)
 
@@ -8265,20 +8267,18 @@ class FileTarget:
             self._open(path, make=spec.mkdir)
         else:
             path = places.target(path)
-            if is_directory and os.path.lexists(path):
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    file_problem(path, "is a file, which a directory does not replace"),
-                )
-            try:
-                if file_kind(os.lstat(path).st_mode) == "other":
-                    raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
-            except OSError as error:
-                if error.errno == errno.ENAMETOOLONG:
-                    problem = file_problem(path, error)
-                    raise RpcError("INVALID_REQUEST", problem) from error
             self._open(os.path.dirname(path), make=spec.mkdir)
             self._name = os.path.basename(path)
+            try:
+                present = self._present(self._name, self._root)
+            except OSError as error:
+                problem = file_problem(path, error)
+                raise RpcError("INVALID_REQUEST", problem) from error
+            if present is not None and is_directory:
+                problem = file_problem(path, IS_A_FILE)
+                raise RpcError("INVALID_REQUEST", problem)
+            if present is not None and file_kind(present.st_mode) == "other":
+                raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
 
     def _open(self, path: str, *, make: bool = False) -> None:
         """Raises RpcError for a directory that is not there."""
@@ -8478,12 +8478,13 @@ class FileTarget:
                 self._count(names)
             try:
                 self._fill(descriptor, "/".join(names), content)
-                os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+                times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
+                self._set(names, "time", times)
                 if is_flushed:
                     self._checking.alive(FLUSH_TIMEOUT)
                     os.fsync(descriptor)
                 if new is not None:
-                    os.fchmod(descriptor, mode)
+                    self._set(names, "mode", partial(os.fchmod, descriptor, mode))
             finally:
                 os.close(descriptor)
         except FileExistsError:  # only where its directory is new
@@ -8566,10 +8567,12 @@ class FileTarget:
                 continue  # it is left out
             try:
                 descriptor = self._directory(names)
-                os.fchmod(descriptor, member.mode)
-                os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
             except OSError as error:
                 self._leave_out(names, error)
+                continue
+            self._set(names, "mode", partial(os.fchmod, descriptor, member.mode))
+            times = (member.mtime_ns, member.mtime_ns)
+            self._set(names, "time", partial(os.utime, descriptor, ns=times))
 
     def _name_file(
         self, names: tuple[str, ...], pending: _Pending, parent: int
@@ -8577,17 +8580,9 @@ class FileTarget:
         """Raises OSError."""
         name, mode = names[-1], pending.mode
         present = self._present(name, parent)
-        if present is not None and stat.S_ISDIR(present.st_mode):
-            self._leave_out(names, "is a directory, which a file does not replace")
-            return
-        if present is not None and file_kind(present.st_mode) == "other":
-            self._leave_out(names, NO_FILE_THERE)
-            return
-        if present is not None and self._spec.keep:
-            self._leave_out(names, "is there already, and stays as it is")
-            return
-        if self._is_another(present, names):
-            self._leave_out(names, SAME_NAME)
+        problem = self._in_the_way(names, present)
+        if problem:
+            self._leave_out(names, problem)
             return
         if present is not None and stat.S_ISREG(present.st_mode):
             mode = stat.S_IMODE(present.st_mode) & 0o777
@@ -8600,13 +8595,40 @@ class FileTarget:
                 if owner != (facts.st_uid, facts.st_gid):
                     with contextlib.suppress(PermissionError):
                         os.fchown(descriptor, *owner)
-            os.fchmod(descriptor, mode)
+            self._set(names, "mode", partial(os.fchmod, descriptor, mode))
         finally:
             os.close(descriptor)
         os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
         self._record(facts)
         del self._pending[names]
         self.files += 1
+
+    def _in_the_way(
+        self, names: tuple[str, ...], present: os.stat_result | None
+    ) -> str:
+        """Return why what is there keeps its name; "": it is replaced."""
+        if present is None:
+            return ""
+        if stat.S_ISDIR(present.st_mode):
+            return "is a directory, which a file does not replace"
+        if file_kind(present.st_mode) == "other":
+            return NO_FILE_THERE
+        if self._spec.keep:
+            return "is there already, and stays as it is"
+        return SAME_NAME if self._is_another(present, names) else ""
+
+    def _set(
+        self, names: tuple[str, ...], what: str, change: Callable[[], None]
+    ) -> None:
+        """Change what is no content; note that a file system refuses it.
+
+        Windows drives in WSL and the storage of phones have no modes.
+        """
+        try:
+            change()
+        except OSError as error:
+            problem = f"its {what} could not be set: {error.strerror}"
+            self._note(file_problem(self._shown(names), problem))
 
     def _name_directory(self, names: tuple[str, ...], name: str) -> None:
         """Raises OSError."""
@@ -8628,11 +8650,9 @@ class FileTarget:
         parent = self._directory(names[:-1])
         present = self._present(names[-1], parent)
         is_ours = present is not None and self._new_above(names) is not None
-        if is_ours or self._is_another(present, names):
-            self._leave_out(names, SAME_NAME)
-            return
-        if present is not None and stat.S_ISDIR(present.st_mode):
-            self._leave_out(names, "is a directory, which a link does not replace")
+        problem = SAME_NAME if is_ours else self._in_the_way(names, present)
+        if problem:
+            self._leave_out(names, problem)
             return
         name = _partial_name()
         os.symlink(link, name, dir_fd=parent)

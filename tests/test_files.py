@@ -242,6 +242,40 @@ def test_a_pipe_in_a_directory_is_not_replaced_and_the_rest_arrives(source, targ
     assert not list((target / "dir").glob(".moltis-*"))
 
 
+def test_a_pipe_is_not_replaced_by_a_link(source, target):
+    (target / "dir" / "d").mkdir()
+    os.mkfifo(target / "dir" / "d" / "link")
+    notes = []
+    write(target, "dir", pieces_of(source, "d"), notes, into=True)
+    assert (target / "dir" / "d" / "link").is_fifo()
+    assert (target / "dir" / "d" / "big").exists()
+    assert "link: is a device, socket or pipe" in notes[0]
+
+
+@pytest.mark.parametrize(("what", "function"), [("mode", "fchmod"), ("time", "utime")])
+@pytest.mark.parametrize("where", ["new", "dir"])
+def test_what_a_file_system_cannot_set_is_said_and_the_files_are_there(
+    source, target, monkeypatch, what, function, where
+):
+    """Windows drives in WSL and the storage of phones refuse modes."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    notes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refuse)
+        pieces = pieces_of(source, "f", "d")
+        write(target, where, pieces, notes, into=True, mkdir=True)
+    assert (target / where / "f").read_bytes() == b"hello\n"
+    expected = (source / "d" / "big").read_bytes()
+    assert (target / where / "d" / "big").read_bytes() == expected
+    assert (target / where / "d" / "empty").is_dir()
+    words = f"its {what} could not be set: Operation not permitted"
+    assert f"{target}/{where}/f: {words}" in notes
+    assert all(note.endswith(words) for note in notes)
+
+
 def test_a_new_directory_has_its_name_once_all_of_it_has_arrived(source, target):
     seen = []
 
@@ -686,6 +720,23 @@ def test_no_name_or_size_behind_a_link_out_of_an_allowed_directory_is_told(
     everything = moltis.FileRead((".", "out"), recursive=True)
     assert moltis.FileSource(everything, places, notes.append).measure() < 10_000
     assert notes == []
+
+
+def test_no_kind_behind_a_link_out_of_an_allowed_directory_is_told(source, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "file").touch()
+    os.mkfifo(outside / "pipe")
+    (inside / "link").symlink_to(outside)
+    for path in ("d", "f"):
+        problems = set()
+        for name in ("file", "pipe", "none"):
+            pieces = pieces_of(source, path)
+            with pytest.raises(RpcError) as caught:
+                write(inside, f"link/{name}", pieces, below=[str(inside)])
+            problems.add(caught.value.message)
+        assert len(problems) == 1, problems
 
 
 def test_patterns_look_behind_links_where_all_may_be_read(source, target):
