@@ -33445,8 +33445,8 @@ const UPLOADS = "uploads"; // their name in `keptByTab`, for after a reload
 const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
   [path, file?.size, file?.lastModified]));
 
-// Return the entries in one order, with each directory before what is in it.  Of two
-// files with one path, from different directories perhaps, the machine names the second.
+// Return the entries in one order, with each directory before what is in it.  Of files
+// with one path, from different directories perhaps, the machine names the second.
 function inTarOrder(entries) {
   const all = [...entries], known = new Set(entries.map(({path}) => path));
   for (const {path} of entries) {

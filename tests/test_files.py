@@ -489,7 +489,7 @@ def test_a_single_file_that_cannot_be_read_is_an_error(source, tmp_path, kind):
         path.unlink()
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(RpcError, match="f: (is neither|became shorter|No such file)"):
+    with pytest.raises(RpcError, match=r"f: (is neither|became shorter|No such file)"):
         list(pieces)
     assert notes == []
 
