@@ -6987,7 +6987,7 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
     """
     waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
     try:
-        while True:
+        while waiting:
             directory, names = waiting[-1]
             if names:
                 pause()
@@ -6999,11 +6999,10 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
                     os.unlink(names.pop(), dir_fd=directory)
                 continue
             os.close(waiting.pop()[0])
-            directory, names = waiting[-1]
-            os.rmdir(names[-1], dir_fd=directory)
-            names.pop()
-            if len(waiting) == 1:
-                return
+            if waiting:
+                directory, names = waiting[-1]
+                os.rmdir(names[-1], dir_fd=directory)
+                names.pop()
     except OSError as error:
         where = "/".join(names[-1] for _, names in waiting[1:] if names)
         problem = f"{where}: {error.strerror}" if where else error.strerror
@@ -7893,6 +7892,21 @@ def _partial_name() -> str:
     return f"{PARTIAL_PREFIX}{new_id()[-12:]}"
 
 
+def open_written(name: str, parent: int) -> int:
+    """Return a descriptor of a file that was written before.  Raises OSError.
+
+    Others may write to the directory: a pipe would hold us up, and the mode and owner
+    of another file, linked here, would change.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(name, flags, dir_fd=parent)
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EPERM, "was replaced while it was copied")
+
+
 def _identity(facts: os.stat_result | None) -> object:
     """Return a value that differs once a file is replaced or changed."""
     if facts is None:
@@ -8529,9 +8543,7 @@ class FileTarget:
         for names, name in list(self._unflushed.items()):
             self._checking.alive(FLUSH_TIMEOUT)
             try:
-                flags = os.O_RDONLY | os.O_NOFOLLOW
-                parent = self._directory(names[:-1])
-                descriptor = os.open(name, flags, dir_fd=parent)
+                descriptor = open_written(name, self._directory(names[:-1]))
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -8586,8 +8598,7 @@ class FileTarget:
             return
         if present is not None and stat.S_ISREG(present.st_mode):
             mode = stat.S_IMODE(present.st_mode) & 0o777
-        flags = os.O_RDONLY | os.O_NOFOLLOW
-        descriptor = os.open(pending.partial, flags, dir_fd=parent)
+        descriptor = open_written(pending.partial, parent)
         try:
             facts = os.fstat(descriptor)
             if present is not None and stat.S_ISREG(present.st_mode):

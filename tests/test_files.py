@@ -252,6 +252,33 @@ def test_a_pipe_is_not_replaced_by_a_link(source, target):
     assert "link: is a device, socket or pipe" in notes[0]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_another_user_puts_in_place_of_a_file_is_left_alone(
+    source, target, kind, several
+):
+    """Its mode would change, and its owner where a file of theirs is replaced."""
+    (target / "dir" / "f").touch(0o666)
+    other = target / "other"
+    other.touch(0o600)
+
+    def meddled():
+        for piece in pieces_of(source, "f", *(["d"] if several else [])):
+            yield piece[:-1]
+            for path in (target / "dir").glob(".moltis-*"):
+                if path.is_file():
+                    path.unlink()
+                    os.mkfifo(path) if kind == "pipe" else os.link(other, path)
+            yield piece[-1:]
+
+    notes = []
+    write(target, "dir", meddled(), notes, into=True)
+    assert notes == [f"{target}/dir/f: was replaced while it was copied"]
+    assert (target / "dir" / "f").read_bytes() == b""
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600
+    assert (target / "dir" / "d").exists() is several
+
+
 @pytest.mark.parametrize(("what", "function"), [("mode", "fchmod"), ("time", "utime")])
 @pytest.mark.parametrize("where", ["new", "dir"])
 def test_what_a_file_system_cannot_set_is_said_and_the_files_are_there(
@@ -2222,6 +2249,19 @@ def test_only_what_was_asked_for_is_deleted(source, target):
     (source / "link").symlink_to(target)
     change(source, "delete", "link", recursive=True)
     assert target.is_dir()
+
+
+def test_a_directory_that_became_a_file_meanwhile_is_deleted(tmp_path):
+    path = tmp_path / "d"
+    path.mkdir()
+
+    def replace():
+        path.rmdir()
+        path.touch()
+
+    spec = moltis.FileChange("delete", "d", recursive=True)
+    moltis.FileChanger(FilePlaces(str(tmp_path)), 0o022, replace).change(spec)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_deep_directory_is_deleted(tmp_path):
