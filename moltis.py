@@ -6558,6 +6558,7 @@ MAX_PAX = 64 * 1024  # bytes of one extended header
 MAX_UNSIZED = 16 * 1024 * 1024  # bytes of a file that says 0 and has more, as in /proc
 MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
 PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
+PARTIAL_NAME = r"\.moltis-[0-9a-f]{12}(-[0-9a-f]{20})?"
 DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
 PAX_OFFSET = "MOLTIS.offset"  # bytes of a file that its reader has, before the content
@@ -7570,6 +7571,10 @@ class FileSource:
                     os.close(directory)
                     continue
                 shown = name if len(waiting) == 1 else f"{path}/{found}"
+                if len(waiting) > 1 and re.fullmatch(PARTIAL_NAME, found):
+                    # Perhaps this very copy's: into the directory that is read.
+                    self._leave_out(shown, "is an incomplete copy; it is left out")
+                    continue
                 try:
                     below = yield from self._member(directory, found, shown, follow)
                     if below is not None:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -501,6 +502,18 @@ def test_a_file_that_says_more_than_it_has_is_read_to_its_end(target, recursive)
     assert len(content) < os.stat(SHORT).st_size
     write(target, "new", pieces_of("/", SHORT, recursive=recursive))
     assert (target / "new").read_bytes() == content
+
+
+def test_a_directory_that_is_copied_into_itself_is_there_once(source):
+    (source / "d" / "e").mkdir()
+    before, notes = tree(source / "d"), []
+    pieces = pieces_of(source, "d", notes=notes)
+    # The writer has its new directory before the reader comes to what it is in.
+    write(source, "d/e/copy", itertools.chain([next(pieces)], pieces), notes)
+    copied = tree(source / "d" / "e" / "copy")
+    assert copied.keys() == before.keys()
+    assert len(notes) == 1
+    assert "is an incomplete copy; it is left out" in notes[0]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "shrinks", "removed"])
