@@ -7554,7 +7554,7 @@ class FileSource:
         """Raises RpcError if no other file is copied."""
         text = file_problem(name, problem)
         if self._alone:
-            raise RpcError("UNAVAILABLE", text)
+            raise RpcError("CONFLICT", text)
         self._note(text)
 
     def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
@@ -8291,8 +8291,7 @@ class FileTarget:
             try:
                 present = self._present(self._name, self._root)
             except OSError as error:
-                problem = file_problem(path, error)
-                raise RpcError("INVALID_REQUEST", problem) from error
+                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
             if present is not None and is_directory:
                 problem = file_problem(path, IS_A_FILE)
                 raise RpcError("INVALID_REQUEST", problem)
