@@ -6580,6 +6580,7 @@ MAX_PAX = 64 * 1024  # bytes of one extended header
 MAX_UNSIZED = 16 * 1024 * 1024  # bytes of a file that says 0 and has more, as in /proc
 MAX_FLUSHED = 64  # files that are flushed one by one; more of them all at once
 PARTIAL_PREFIX = ".moltis-"  # of files that are not complete
+PARTIAL_NAME = r"\.moltis-[0-9a-f]{12}(-[0-9a-f]{20})?"
 DIGEST_SIZE = 32  # bytes; SHA-256
 PAX_FAILED = "MOLTIS.failed"  # of a member without content: the one before is not whole
 PAX_OFFSET = "MOLTIS.offset"  # bytes of a file that its reader has, before the content
@@ -6612,6 +6613,7 @@ APPEARED = "something with this name appeared meanwhile; it stays as it is"
 DATABASE_IN_USE = (
     "belongs to the database of a running gateway, which `moltis gateway backup` copies"
 )
+IS_A_FILE = "is a file, which a directory does not replace"
 NO_FILE_THERE = "is a device, socket or pipe, which a file does not replace"
 
 
@@ -6885,7 +6887,8 @@ def make_directory(parent: int, name: str, umask: int) -> None:
     os.mkdir(name, 0o700, dir_fd=parent)
     made = descend(os.dup(parent), [name])
     try:
-        os.fchmod(made, 0o777 & ~umask)
+        with contextlib.suppress(PermissionError):  # no modes: see FileTarget._set()
+            os.fchmod(made, 0o777 & ~umask)
     finally:
         os.close(made)
 
@@ -7047,7 +7050,7 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
     """
     waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
     try:
-        while True:
+        while waiting:
             directory, names = waiting[-1]
             if names:
                 pause()
@@ -7059,11 +7062,10 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
                     os.unlink(names.pop(), dir_fd=directory)
                 continue
             os.close(waiting.pop()[0])
-            directory, names = waiting[-1]
-            os.rmdir(names[-1], dir_fd=directory)
-            names.pop()
-            if len(waiting) == 1:
-                return
+            if waiting:
+                directory, names = waiting[-1]
+                os.rmdir(names[-1], dir_fd=directory)
+                names.pop()
     except OSError as error:
         where = "/".join(names[-1] for _, names in waiting[1:] if names)
         problem = f"{where}: {error.strerror}" if where else error.strerror
@@ -7467,6 +7469,7 @@ class FileSource:
         self.sha256 = ""  # in hex, at the end
         self._file_digest: hashlib._Hash | None = None  # of the only file
         self._paths = self._readable(spec)
+        self._alone = len(self._paths) == 1 and not spec.recursive  # one file
 
     @property
     def result(self) -> JsonObject:
@@ -7604,9 +7607,16 @@ class FileSource:
             try:
                 parent, entry = self._places.open_parent(path)
             except OSError as error:
-                self._note(file_problem(path, error))
+                self._leave_out(path, error)
                 continue
             yield from self._tree(parent, entry, name)
+
+    def _leave_out(self, name: str, problem: OSError | str) -> None:
+        """Raises RpcError if no other file is copied."""
+        text = file_problem(name, problem)
+        if self._alone:
+            raise RpcError("CONFLICT", text)
+        self._note(text)
 
     def _tree(self, parent: int, entry: str, name: str) -> Iterator[bytes]:
         """Yield one file or directory, with all below it; `parent` is closed."""
@@ -7622,12 +7632,16 @@ class FileSource:
                     os.close(directory)
                     continue
                 shown = name if len(waiting) == 1 else f"{path}/{found}"
+                if len(waiting) > 1 and re.fullmatch(PARTIAL_NAME, found):
+                    # Perhaps this very copy's: into the directory that is read.
+                    self._leave_out(shown, "is an incomplete copy; it is left out")
+                    continue
                 try:
                     below = yield from self._member(directory, found, shown, follow)
                     if below is not None:
                         waiting.append((below, iter(sorted(os.listdir(below))), shown))
                 except OSError as error:
-                    self._note(file_problem(shown, error))
+                    self._leave_out(shown, error)
                 follow = False
         finally:
             for directory, _, _ in waiting:
@@ -7653,7 +7667,7 @@ class FileSource:
             finally:
                 os.close(descriptor)
         else:
-            self._note(file_problem(name, "is neither a file nor a directory"))
+            self._leave_out(name, "is neither a file nor a directory")
         return None
 
     def _file(self, descriptor: int, name: str) -> Iterator[bytes]:
@@ -7661,13 +7675,12 @@ class FileSource:
         if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
             raise OSError(errno.EINVAL, "was replaced while it was opened")
         size, ready = facts.st_size, []
-        if size == 0:
-            ready = self._unsized(descriptor)
+        if size <= FILE_PIECE:  # /proc says 0, /sys a page
+            ready = self._to_end(descriptor, size)
             size = sum(map(len, ready))
         offset, digest = self._skip_known(descriptor, facts)
         is_only = len(self._paths) == 1 and "/" not in name
-        alone = is_only and not self._recursive
-        identity = file_identity(self._paths[0], facts) if alone else ""
+        identity = file_identity(self._paths[0], facts) if self._alone else ""
         yield tar_header(
             name, facts, b"0", size=size - offset, offset=offset, identity=identity
         )
@@ -7690,13 +7703,14 @@ class FileSource:
                 digest.update(data)
             self._progress(name, len(data))
             yield data
+        if problem:
+            self._leave_out(name, f"{problem}; it is left out")
         while left:
             piece = bytes(min(left, FILE_PIECE))
             left -= len(piece)
             yield piece
         yield bytes(-(size - offset) % TAR_BLOCK)
         if problem:
-            self._note(file_problem(name, f"{problem}; it is left out"))
             yield tar_header(name, facts, b"0", failed=True)
             return
         self.files += 1
@@ -7726,18 +7740,24 @@ class FileSource:
         self._hooks.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
 
-    def _unsized(self, descriptor: int) -> list[bytes]:
-        """Return the pieces of a file that says it has none.  Raises OSError."""
+    def _to_end(self, descriptor: int, size: int) -> list[bytes]:
+        """Return the pieces of a file of `size` bytes or less; 0: it does not say.
+
+        Raises OSError.
+        """
         pieces: list[bytes] = []
-        size = 0
-        while size <= MAX_UNSIZED:
-            piece = os.read(descriptor, FILE_PIECE)
+        left = size or MAX_UNSIZED + 1
+        while left:
+            piece = os.read(descriptor, min(left, FILE_PIECE))
             if not piece:
                 return pieces
             pieces.append(piece)
-            size += len(piece)
-        limit = format_bytes(MAX_UNSIZED)
-        raise OSError(errno.EFBIG, f"does not say its size, and has more than {limit}")
+            left -= len(piece)
+        if not size:
+            limit = format_bytes(MAX_UNSIZED)
+            problem = f"does not say its size, and has more than {limit}"
+            raise OSError(errno.EFBIG, problem)
+        return pieces
 
 
 # -- writing -------------------------------------------------------------------
@@ -7938,6 +7958,21 @@ def _partial_name() -> str:
     return f"{PARTIAL_PREFIX}{new_id()[-12:]}"
 
 
+def open_written(name: str, parent: int) -> int:
+    """Return a descriptor of a file that was written before.  Raises OSError.
+
+    Others may write to the directory: a pipe would hold us up, and the mode and owner
+    of another file, linked here, would change.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(name, flags, dir_fd=parent)
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EPERM, "was replaced while it was copied")
+
+
 def _identity(facts: os.stat_result | None) -> object:
     """Return a value that differs once a file is replaced or changed."""
     if facts is None:
@@ -8101,7 +8136,8 @@ class FileTarget:
         # its own name.
         self._written: dict[tuple[int, int], tuple[str, ...]] = {}
         self._complete = False
-        self._left_out = ""  # the last note on a file that was left out
+        # One file is copied: what leaves it out is an error.
+        self._alone = spec.bare or spec.splices is not None
         self._hooks = hooks
         self._part: PartialFile | None = None
         self._part_digest = hashlib.sha256()  # of what it has
@@ -8172,8 +8208,6 @@ class FileTarget:
             finally:
                 if present is not None:
                     os.close(present)
-            if not self._pending:
-                raise RpcError("FORBIDDEN", self._left_out)
             found = "" if present is None else digest.hexdigest()
             now = self._present(self._name, self._root)
             if found != self._spec.expects or _identity(facts) != _identity(now):
@@ -8183,8 +8217,6 @@ class FileTarget:
             self._commit()
         finally:
             self._discard()
-        if not self.files:
-            raise RpcError("FORBIDDEN", self._left_out)
         path = os.path.join(self._parent, self._name)
         return {
             "files": self.files,
@@ -8313,20 +8345,17 @@ class FileTarget:
             self._open(path, make=spec.mkdir)
         else:
             path = places.target(path)
-            if is_directory and os.path.lexists(path):
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    file_problem(path, "is a file, which a directory does not replace"),
-                )
-            try:
-                if file_kind(os.lstat(path).st_mode) == "other":
-                    raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
-            except OSError as error:
-                if error.errno == errno.ENAMETOOLONG:
-                    problem = file_problem(path, error)
-                    raise RpcError("INVALID_REQUEST", problem) from error
             self._open(os.path.dirname(path), make=spec.mkdir)
             self._name = os.path.basename(path)
+            try:
+                present = self._present(self._name, self._root)
+            except OSError as error:
+                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+            if present is not None and is_directory:
+                problem = file_problem(path, IS_A_FILE)
+                raise RpcError("INVALID_REQUEST", problem)
+            if present is not None and file_kind(present.st_mode) == "other":
+                raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
 
     def _open(self, path: str, *, make: bool = False) -> None:
         """Raises RpcError for a directory that is not there."""
@@ -8392,12 +8421,15 @@ class FileTarget:
         return os.path.join(self._parent, *names)
 
     def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
+        """Raises RpcError if no other file is copied."""
         # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
         links = (errno.ELOOP, errno.ENOTDIR)
         if isinstance(problem, OSError) and problem.errno in links:
             problem = IN_THE_WAY
-        self._left_out = file_problem(self._shown(names), problem)
-        self._note(self._left_out)
+        text = file_problem(self._shown(names), problem)
+        if self._alone:
+            raise RpcError("FORBIDDEN", text)
+        self._note(text)
 
     # -- what arrives ----------------------------------------------------------------
 
@@ -8405,7 +8437,8 @@ class FileTarget:
         if self._root < 0:
             self._first = _components(member.name)[0]
             self._begin(is_directory=member.kind == b"5")
-            if member.identity:
+            self._alone = bool(member.identity)
+            if self._alone:
                 # Optional: another copy may be writing the part, the file system may
                 # have no locks, or the directory may not be readable.
                 with contextlib.suppress(OSError):
@@ -8523,12 +8556,13 @@ class FileTarget:
                 self._count(names)
             try:
                 self._fill(descriptor, content)
-                os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+                times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
+                self._set(names, "time", times)
                 if is_flushed:
                     self._hooks.alive(FLUSH_TIMEOUT)
                     os.fsync(descriptor)
                 if new is not None:
-                    os.fchmod(descriptor, mode)
+                    self._set(names, "mode", partial(os.fchmod, descriptor, mode))
             finally:
                 os.close(descriptor)
         except FileExistsError:  # only where its directory is new
@@ -8570,9 +8604,7 @@ class FileTarget:
         for names, name in list(self._unflushed.items()):
             self._hooks.alive(FLUSH_TIMEOUT)
             try:
-                flags = os.O_RDONLY | os.O_NOFOLLOW
-                parent = self._directory(names[:-1])
-                descriptor = os.open(name, flags, dir_fd=parent)
+                descriptor = open_written(name, self._directory(names[:-1]))
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -8608,10 +8640,12 @@ class FileTarget:
                 continue  # it is left out
             try:
                 descriptor = self._directory(names)
-                os.fchmod(descriptor, member.mode)
-                os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
             except OSError as error:
                 self._leave_out(names, error)
+                continue
+            self._set(names, "mode", partial(os.fchmod, descriptor, member.mode))
+            times = (member.mtime_ns, member.mtime_ns)
+            self._set(names, "time", partial(os.utime, descriptor, ns=times))
 
     def _name_file(
         self, names: tuple[str, ...], pending: _Pending, parent: int
@@ -8619,22 +8653,13 @@ class FileTarget:
         """Raises OSError."""
         name, mode = names[-1], pending.mode
         present = self._present(name, parent)
-        if present is not None and stat.S_ISDIR(present.st_mode):
-            self._leave_out(names, "is a directory, which a file does not replace")
-            return
-        if present is not None and file_kind(present.st_mode) == "other":
-            self._leave_out(names, NO_FILE_THERE)
-            return
-        if present is not None and self._spec.keep:
-            self._leave_out(names, "is there already, and stays as it is")
-            return
-        if self._is_another(present, names):
-            self._leave_out(names, SAME_NAME)
+        problem = self._in_the_way(names, present)
+        if problem:
+            self._leave_out(names, problem)
             return
         if present is not None and stat.S_ISREG(present.st_mode):
             mode = stat.S_IMODE(present.st_mode) & 0o777
-        flags = os.O_RDONLY | os.O_NOFOLLOW
-        descriptor = os.open(pending.partial, flags, dir_fd=parent)
+        descriptor = open_written(pending.partial, parent)
         try:
             facts = os.fstat(descriptor)
             if present is not None and stat.S_ISREG(present.st_mode):
@@ -8642,13 +8667,40 @@ class FileTarget:
                 if owner != (facts.st_uid, facts.st_gid):
                     with contextlib.suppress(PermissionError):
                         os.fchown(descriptor, *owner)
-            os.fchmod(descriptor, mode)
+            self._set(names, "mode", partial(os.fchmod, descriptor, mode))
         finally:
             os.close(descriptor)
         os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
         self._record(facts)
         del self._pending[names]
         self.files += 1
+
+    def _in_the_way(
+        self, names: tuple[str, ...], present: os.stat_result | None
+    ) -> str:
+        """Return why what is there keeps its name; "": it is replaced."""
+        if present is None:
+            return ""
+        if stat.S_ISDIR(present.st_mode):
+            return "is a directory, which a file does not replace"
+        if file_kind(present.st_mode) == "other":
+            return NO_FILE_THERE
+        if self._spec.keep:
+            return "is there already, and stays as it is"
+        return SAME_NAME if self._is_another(present, names) else ""
+
+    def _set(
+        self, names: tuple[str, ...], what: str, change: Callable[[], None]
+    ) -> None:
+        """Change what is no content; note that a file system refuses it.
+
+        Windows drives in WSL and the storage of phones have no modes.
+        """
+        try:
+            change()
+        except OSError as error:
+            problem = f"its {what} could not be set: {error.strerror}"
+            self._note(file_problem(self._shown(names), problem))
 
     def _name_directory(self, names: tuple[str, ...], name: str) -> None:
         """Give a new directory its own name.  Raises OSError."""
@@ -8670,11 +8722,9 @@ class FileTarget:
         parent = self._directory(names[:-1])
         present = self._present(names[-1], parent)
         is_ours = present is not None and self._new_above(names) is not None
-        if is_ours or self._is_another(present, names):
-            self._leave_out(names, SAME_NAME)
-            return
-        if present is not None and stat.S_ISDIR(present.st_mode):
-            self._leave_out(names, "is a directory, which a link does not replace")
+        problem = SAME_NAME if is_ours else self._in_the_way(names, present)
+        if problem:
+            self._leave_out(names, problem)
             return
         name = _partial_name()
         os.symlink(link, name, dir_fd=parent)
@@ -33574,20 +33624,22 @@ const UPLOADS = "uploads"; // their name in `keptByTab`, for after a reload
 const markOf = entries => JSON.stringify(entries.map(({path, file}) =>
   [path, file?.size, file?.lastModified]));
 
-// Return the entries in one order, with each directory before what is in it.
+// Return the entries in one order, with each directory before what is in it.  Of files
+// with one path, from different directories perhaps, the machine names the second.
 function inTarOrder(entries) {
-  const known = new Map(entries.map(entry => [entry.path, entry]));
+  const all = [...entries], known = new Set(entries.map(({path}) => path));
   for (const {path} of entries) {
     for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) {
       const directory = path.slice(0, at);
-      if (!known.has(directory)) known.set(directory, {path: directory});
+      if (!known.has(directory)) all.push({path: directory});
+      known.add(directory);
     }
   }
   const newest = entries.reduce((time, {file}) =>
     Math.max(time, file?.lastModified ?? 0), 0);
-  for (const entry of known.values())
+  for (const entry of all)
     entry.changedAt = entry.file?.lastModified ?? (newest || now());
-  return [...known.values()].sort((a, b) => (a.path < b.path ? -1 : 1));
+  return all.sort((a, b) => (a.path < b.path ? -1 : a.path > b.path ? 1 : 0));
 }
 
 // Files on their way to a machine: the input of a job, which takes it byte by byte, at
@@ -33747,8 +33799,10 @@ async function takeUpUploads() {
   for (const one of state.uploads.values()) if (one.state === "sends") one.hold();
   for (const facts of known) {
     if (state.uploads.has(facts.id)) continue;
-    const job = await link.call("job.wait", {id: facts.id, wait: 0}).catch(() => null);
-    if (job && isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
+    const asked = link.call("job.wait", {id: facts.id, wait: 0});
+    const job = await asked.catch(error => error);
+    if (job.isLost) return; // the next connection takes them up
+    if (isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
   }
   keepUploads();
   touch("uploads");

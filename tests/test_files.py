@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -244,6 +245,67 @@ def test_a_pipe_in_a_directory_is_not_replaced_and_the_rest_arrives(source, targ
     assert not list((target / "dir").glob(".moltis-*"))
 
 
+def test_a_pipe_is_not_replaced_by_a_link(source, target):
+    (target / "dir" / "d").mkdir()
+    os.mkfifo(target / "dir" / "d" / "link")
+    notes = []
+    write(target, "dir", pieces_of(source, "d"), notes, into=True)
+    assert (target / "dir" / "d" / "link").is_fifo()
+    assert (target / "dir" / "d" / "big").exists()
+    assert "link: is a device, socket or pipe" in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_another_user_puts_in_place_of_a_file_is_left_alone(
+    source, target, kind, several
+):
+    """Its mode would change, and its owner where a file of theirs is replaced."""
+    (target / "dir" / "f").touch(0o666)
+    other = target / "other"
+    other.touch(0o600)
+
+    def meddled():
+        for piece in pieces_of(source, "f", *(["d"] if several else [])):
+            yield piece[:-1]
+            for path in (target / "dir").glob(".moltis-*"):
+                if path.is_file():
+                    path.unlink()
+                    os.mkfifo(path) if kind == "pipe" else os.link(other, path)
+            yield piece[-1:]
+
+    notes = []
+    write(target, "dir", meddled(), notes, into=True)
+    assert notes == [f"{target}/dir/f: was replaced while it was copied"]
+    assert (target / "dir" / "f").read_bytes() == b""
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600
+    assert (target / "dir" / "d").exists() is several
+
+
+@pytest.mark.parametrize(("what", "function"), [("mode", "fchmod"), ("time", "utime")])
+@pytest.mark.parametrize("where", ["new", "dir"])
+def test_what_a_file_system_cannot_set_is_said_and_the_files_are_there(
+    source, target, monkeypatch, what, function, where
+):
+    """Windows drives in WSL and the storage of phones refuse modes."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    notes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refuse)
+        pieces = pieces_of(source, "f", "d")
+        write(target, where, pieces, notes, into=True, mkdir=True)
+    assert (target / where / "f").read_bytes() == b"hello\n"
+    expected = (source / "d" / "big").read_bytes()
+    assert (target / where / "d" / "big").read_bytes() == expected
+    assert (target / where / "d" / "empty").is_dir()
+    words = f"its {what} could not be set: Operation not permitted"
+    assert f"{target}/{where}/f: {words}" in notes
+    assert all(note.endswith(words) for note in notes)
+
+
 def test_a_new_directory_has_its_name_once_all_of_it_has_arrived(source, target):
     seen = []
 
@@ -429,6 +491,72 @@ def test_a_file_that_shrinks_is_left_out_and_one_that_grows_is_said(source, targ
 def test_a_file_that_says_it_is_empty_is_read_to_its_end(target):
     write(target, "new", pieces_of("/proc/self", "status"))
     assert b"VmRSS" in (target / "new").read_bytes()
+
+
+SHORT = "/sys/kernel/mm/transparent_hugepage/enabled"  # says that it fills a page
+
+
+@pytest.mark.skipif(not os.path.exists(SHORT), reason="no such /sys here")
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_file_that_says_more_than_it_has_is_read_to_its_end(target, recursive):
+    with open(SHORT, "rb") as file:
+        content = file.read()
+    assert len(content) < os.stat(SHORT).st_size
+    write(target, "new", pieces_of("/", SHORT, recursive=recursive))
+    assert (target / "new").read_bytes() == content
+
+
+def test_a_directory_that_is_copied_into_itself_is_there_once(source):
+    (source / "d" / "e").mkdir()
+    before, notes = tree(source / "d"), []
+    pieces = pieces_of(source, "d", notes=notes)
+    # The writer has its new directory before the reader comes to what it is in.
+    write(source, "d/e/copy", itertools.chain([next(pieces)], pieces), notes)
+    copied = tree(source / "d" / "e" / "copy")
+    assert copied.keys() == before.keys()
+    assert len(notes) == 1
+    assert "is an incomplete copy; it is left out" in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "shrinks", "removed"])
+def test_a_single_file_that_cannot_be_read_is_an_error(source, tmp_path, kind):
+    path = source / "f"
+    path.write_bytes(b"x" * 300_000)
+    notes = []
+    pieces = pieces_of(source, "f", recursive=False, notes=notes)
+    if kind == "shrinks":
+        next(pieces)
+        os.truncate(path, 1000)
+    else:
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(RpcError, match=r"f: (is neither|became shorter|No such file)"):
+        list(pieces)
+    assert notes == []
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_single_file_that_cannot_be_written_ends_the_copy_at_once(
+    source, target, monkeypatch, bare
+):
+    """What cannot be kept is not sent either: it may be a day's worth."""
+
+    def write_some(_descriptor, _data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (source / "f").open("wb") as file:
+        file.truncate(50_000_000)
+    pieces = pieces_of(source, "f", recursive=False)
+    if bare:
+        pieces = moltis.with_digest(iter([bytes(65536)] * 700))
+    before, notes = tree(target), []
+    with monkeypatch.context() as patch, pytest.raises(RpcError, match="No space"):
+        patch.setattr(os, "write", write_some)
+        write(target, "new", pieces, notes, bare=bare)
+    assert notes == []
+    assert sum(map(len, pieces)) > 40_000_000
+    assert tree(target) == before
 
 
 @pytest.mark.parametrize(
@@ -634,6 +762,23 @@ def test_no_name_or_size_behind_a_link_out_of_an_allowed_directory_is_told(
     everything = moltis.FileRead((".", "out"), recursive=True)
     assert moltis.FileSource(everything, places, notes.append).measure() < 10_000
     assert notes == []
+
+
+def test_no_kind_behind_a_link_out_of_an_allowed_directory_is_told(source, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "file").touch()
+    os.mkfifo(outside / "pipe")
+    (inside / "link").symlink_to(outside)
+    for path in ("d", "f"):
+        problems = set()
+        for name in ("file", "pipe", "none"):
+            pieces = pieces_of(source, path)
+            with pytest.raises(RpcError) as caught:
+                write(inside, f"link/{name}", pieces, below=[str(inside)])
+            problems.add(caught.value.message)
+        assert len(problems) == 1, problems
 
 
 def test_patterns_look_behind_links_where_all_may_be_read(source, target):
@@ -1094,6 +1239,9 @@ def test_json_says_what_was_copied_to_each_node(world):
         (["{}/f", "nobody:x"], 1, "there is no node 'nobody'"),
         (["{}/f", "far:{}/none/"], 1, "No such file or directory; --mkdir makes it"),
         (["far:{}/none", "."], 1, "none: No such file or directory"),
+        (["far:/dev/null", "."], 1, "null: is neither a file nor a directory"),
+        (["/dev/null", "far:{}/x"], 1, "null: is neither a file nor a directory"),
+        (["{}/f", "far:{}/" + "x" * 256], 1, "File name too long"),
         (["{}", "far:"], 1, "is a directory; -r copies directories"),
         (["{}/f", "{}/g"], 2, "one side has to be on a node"),
         (["{}/f"], 2, "name what to copy and where to"),
@@ -1311,7 +1459,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
         before = os.listdir(world.node_data)
         call = cp(world, tmp_path / "big", f"far:{world.node_data}/big")
         assert call.status == 1
-        assert "big: No space left on device" in call.complaints
+        assert call.complaints.count("big: No space left on device") == 1
+        row = world.rpc("job.list", limit=1)[0]
+        assert row["state"] == "failed"
+        assert row["reason"] == f"{world.node_data}/big: No space left on device"
         assert sorted(os.listdir(world.node_data)) == sorted(before)
 
 
@@ -2232,6 +2383,19 @@ def test_only_what_was_asked_for_is_deleted(source, target):
     (source / "link").symlink_to(target)
     change(source, "delete", "link", recursive=True)
     assert target.is_dir()
+
+
+def test_a_directory_that_became_a_file_meanwhile_is_deleted(tmp_path):
+    path = tmp_path / "d"
+    path.mkdir()
+
+    def replace():
+        path.rmdir()
+        path.touch()
+
+    spec = moltis.FileChange("delete", "d", recursive=True)
+    moltis.FileChanger(FilePlaces(str(tmp_path)), 0o022, replace).change(spec)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_deep_directory_is_deleted(tmp_path):

@@ -425,6 +425,16 @@ def test_a_file_is_uploaded_by_a_button(page, world, chosen):
     assert job["callerName"] == "owner"
 
 
+def test_the_second_of_two_files_of_one_name_is_said(page, world, chosen):
+    """A phone lets one choose from several albums at once."""
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    (chosen / "site" / "f").write_text("another")
+    choose(page, "#files-chosen", chosen / "f", chosen / "site" / "f")
+    uploaded(page, "f: two files of this name are copied; only the first is there")
+    assert contents(world.scratch) == {"f": (chosen / "f").read_bytes()}
+
+
 def test_a_directory_is_uploaded_by_a_button_of_a_phone(page, world, chosen):
     page.set_viewport(390, 844)
     show(page, world)
@@ -507,6 +517,35 @@ def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen)
     assert os.listdir(world.scratch) == ["large"]
     (job,) = world.rpc("job.list", limit=1)
     assert (job["result"]["files"], job["result"]["bytes"]) == (1, 60_000_000)
+
+
+# The connection breaks as soon as the page asks about its upload.
+BROKEN_ONCE = """(() => {
+  const {send} = WebSocket.prototype;
+  WebSocket.prototype.send = function(data) {
+    if (this.readyState !== WebSocket.OPEN) return;
+    if (!String(data).includes('"job.wait"') || sessionStorage.broken)
+      return send.call(this, data);
+    sessionStorage.broken = "yes";
+    this.close();
+  };
+})()"""
+
+
+def test_an_upload_is_kept_if_the_connection_breaks_after_a_reload(page, world, chosen):
+    show(page, world)
+    page.wait_for_text("This directory is empty.")
+    large = sparse(chosen / "large", 60_000_000)
+    choose(page, "#files-chosen", large)
+    wait_for_progress(page)
+    script = page.call("Page.addScriptToEvaluateOnNewDocument", source=BROKEN_ONCE)
+    page.reload()
+    page.wait_for("sessionStorage.broken")
+    page.call("Page.removeScriptToEvaluateOnNewDocument", **script)
+    page.wait_for_text("Stopped by a reload: choose it again to go on.")
+    choose(page, "#uploads input", large)
+    uploaded(page, "1 file uploaded")
+    assert (world.scratch / "large").stat().st_size == 60_000_000
 
 
 def test_what_cannot_be_written_is_said(page, world, chosen):
