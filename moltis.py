@@ -25544,9 +25544,16 @@ class TcpPeer(Value):
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
     # Importing http.server takes a Pi Zero a quarter of a second, which no other
     # subcommand should wait for.
+    from http.client import HTTPMessage
     from http.server import BaseHTTPRequestHandler
 
+    class Fields(HTTPMessage):
+        def get_content_type(self) -> str:
+            # For "multipart/…" the parser looks for a boundary, in quadratic time.
+            return "text/plain"
+
     class Handler(BaseHTTPRequestHandler):
+        MessageClass = Fields
         protocol_version = "HTTP/1.1"
         default_request_version = "HTTP/1.0"  # 0.9 would be answered without a head
         server_version, sys_version = "moltis", ""

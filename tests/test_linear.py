@@ -703,6 +703,7 @@ LINES = {
     "origin": ("GET /ws HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nOrigin: ", ":"),
     "white space": ("GET / HTTP/1.1\r\nHost: h\r\nA: ", " \t"),
     "continuation": ("GET / HTTP/1.1\r\nHost: h\r\nA: a\r\n", " \r\n"),
+    "parameters": ('GET / HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/a;"', ";"),
     "no colon": ("GET / HTTP/1.1\r\nHost: h\r\n", "a"),
 }
 
