@@ -4417,10 +4417,11 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, memoryview]:
             f"not {len(message)}",
         )
     kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
-    if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
+    # The end is an offset too: of a log, a column of its row.
+    if kind not in (LOG_DATA, INPUT_DATA) or offset + len(message) > MAX_OFFSET:
         raise RpcError(
             "PROTOCOL_ERROR",
-            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and an offset below "
+            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and ends before "
             f"2^63, not kind {kind} and offset {offset}",
         )
     if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
