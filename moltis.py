@@ -10840,7 +10840,9 @@ class ProcProbe:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._proc = root / "proc"
-        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        zones: list[Path] = []
+        with contextlib.suppress(OSError):  # hardened systems hide /sys from users
+            zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
         kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
         self._thermometers = [
@@ -11057,7 +11059,8 @@ def _system_name(root: Path) -> str:
 
 
 def _virtual(root: Path) -> str:
-    if any((root / mark).exists() for mark in CONTAINER_MARKS):
+    # Not Path.exists(), which raises PermissionError.
+    if any(os.path.exists(root / mark) for mark in CONTAINER_MARKS):
         return "container"
     if "microsoft" in _read_text(root / "proc/version").lower():
         return "WSL"
@@ -11065,10 +11068,10 @@ def _virtual(root: Path) -> str:
     cpu = re.search(
         r"(?m)^flags\s*:.*\bhypervisor\b", _read_text(root / "proc/cpuinfo")
     )
-    if cpu or (root / "proc/device-tree/hypervisor").exists():
+    if cpu or os.path.exists(root / "proc/device-tree/hypervisor"):
         maker = _read_text(root / "sys/class/dmi/id/sys_vendor").strip()
         return maker or "virtual machine"
-    return "no" if (root / "proc/cpuinfo").exists() else ""
+    return "no" if os.path.exists(root / "proc/cpuinfo") else ""
 
 
 def read_host(root: Path = Path("/")) -> Host:
@@ -25958,17 +25961,20 @@ class HttpDoor:
         shared = is_loopback(address) or self._proxies.include(address)
         admission = self._limits.admit(address, sock, shared=shared)
         if admission is None:
-            if time.monotonic() > self._last_refusal + 60:
-                self._last_refusal = time.monotonic()
-                log.warning("too many connections: refused one of address=%s", address)
-            self._server.shutdown_request(sock)
+            self._refuse(sock, address, "too many connections")
             return
         serve = partial(self._serve, sock, address, admission)
         try:
             self._threads.start(serve, sock, f"moltis-read-{address}")
-        except BaseException:  # RuntimeError: the system has no thread left
+        except RuntimeError as error:  # the system has no thread left
             self._limits.forget(admission)
-            raise
+            self._refuse(sock, address, str(error))
+
+    def _refuse(self, sock: socket.socket, address: str, problem: str) -> None:
+        if time.monotonic() > self._last_refusal + 60:
+            self._last_refusal = time.monotonic()
+            log.warning("%s: refused one of address=%s", problem, address)
+        self._server.shutdown_request(sock)
 
     def _serve(self, sock: socket.socket, address: str, admission: Admission) -> None:
         """Serve a connection to its end, and close it."""
@@ -42405,6 +42411,11 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         for stream in (sys.stdout, sys.stderr):  # whose readers may stand still
             discard(stream)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        output.complain(f"cannot use {error.filename}: {error.strerror}")
+        return EXIT_CONFIGURATION
     except (BrokenPipeError, ConnectionResetError):  # a socket may stand for the pipe
         discard(sys.stdout)
         return BROKEN_PIPE
