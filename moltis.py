@@ -13428,6 +13428,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
+MAX_KEY_LOGINS = 100  # sign-ins of one key; those used longest ago are deleted
 SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction, at most
 DELETE_TIME = 0.005  # s of it; a row of 1 MiB takes 1 ms on a slow disk
@@ -14860,7 +14861,13 @@ class LoginsTable(Table):
     name = "logins"
 
     def add(self, login: Login, cookie_hash: str) -> None:
+        """Record a sign-in; each key has room for MAX_KEY_LOGINS."""
         self._db.insert(self.name, login, cookie_hash=cookie_hash)
+        self._delete(
+            "key_id = :key AND id NOT IN (SELECT id FROM logins WHERE key_id = :key"
+            " ORDER BY last_used_at DESC, rowid DESC LIMIT :kept)",
+            {"key": login.key_id, "kept": MAX_KEY_LOGINS},
+        )
 
     def by_cookie_hash(
         self, cookie_hash: str, now: int
