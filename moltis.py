@@ -19399,7 +19399,7 @@ class RemoteModel:
         Raises ModelError, Cancelled.
         """
         name, job = self._node[1], work.job
-        pending, length, away = b"", 0, False
+        pending, length, away = bytearray(), 0, False
         while True:
             work.news.clear()
             cancel.pause(0)  # after clear(): a cancel may have set it before
@@ -19409,10 +19409,12 @@ class RemoteModel:
             if data:
                 length += len(data)
                 check_answer_length(length)
-                *lines, pending = (pending + data).split(b"\n")
+                pending += data
+                if b"\n" in data:
+                    *lines, pending = pending.split(b"\n")
+                    yield from (self._event(bytes(line)) for line in lines)
                 if len(pending) > MAX_MODEL_LINE:
                     raise ModelError(f"{name} sent a line that is too long")
-                yield from map(self._event, lines)
                 continue
             if job.away_ms is not None and not away:
                 yield Delta("notice", f"waiting for {name} to come back")
