@@ -42383,6 +42383,21 @@ def run_subcommand(
     return status
 
 
+def status_of(error: OSError, output: Output) -> int:
+    """Return the exit status for an error of a file or of the output, and say it.
+
+    Raises any other.
+    """
+    if isinstance(error, PermissionError) and error.filename is not None:
+        output.complain(f"cannot use {error.filename}: {error.strerror}")
+        return EXIT_CONFIGURATION
+    if error.errno not in OUTPUT_ERRORS:
+        raise error
+    discard(sys.stdout)
+    output.complain(f"the output is not whole: {error.strerror}")
+    return EXIT_FAILURE
+
+
 def run_command_line(argv: Sequence[str] | None) -> int:
     """Return the exit status; `argv` None: of this process's own arguments."""
     prepare_streams()
@@ -42420,20 +42435,11 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         for stream in (sys.stdout, sys.stderr):  # whose readers may stand still
             discard(stream)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
-    except PermissionError as error:
-        if error.filename is None:
-            raise
-        output.complain(f"cannot use {error.filename}: {error.strerror}")
-        return EXIT_CONFIGURATION
     except (BrokenPipeError, ConnectionResetError):  # a socket may stand for the pipe
         discard(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in OUTPUT_ERRORS:
-            raise
-        discard(sys.stdout)
-        output.complain(f"the output is not whole: {error.strerror}")
-        return EXIT_FAILURE
+        return status_of(error, output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
