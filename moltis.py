@@ -24186,6 +24186,7 @@ MAX_BODY = 1024 * 1024  # bytes of a request
 MAX_SKIPPED_BODY = 8 * MAX_BODY  # of a refused request; beyond it the client is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
+MAX_COOKIES = 200  # with our name in one request; Chromium keeps 180 of a host
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
@@ -24307,15 +24308,17 @@ class HttpRequest(Value):
     query: str
 
     @property
-    def cookie(self) -> str:
-        """The value of our cookie, "" if there is none."""
-        # Other programs on this host set cookies too, in forms that parsers refuse.
+    def cookies(self) -> list[str]:
+        """The values of cookies with our name, MAX_COOKIES at most."""
+        # Other programs on this host set cookies too, in forms that parsers refuse, and
+        # perhaps with our name and a longer path: then theirs come first.
+        values = []
         for header in self.headers.get_all("Cookie", []):
             for cookie in header.split(";"):
                 name, _, value = cookie.strip().partition("=")
-                if name == self.public.cookie_name:
-                    return value
-        return ""
+                if name == self.public.cookie_name and value:
+                    values.append(value)
+        return values[:MAX_COOKIES]
 
 
 # Gets a function that sends a piece at once, and raises OSError.
@@ -25023,10 +25026,12 @@ class HttpApp:
     def _login(self, request: HttpRequest, page_secret: str) -> Caller | None:
         """Return the operator of a sign-in: of the cookie and the page's secret."""
         # Browsers send the cookie to each port of this host; the secret is the page's.
-        if not request.cookie or not page_secret:
-            return None
-        secret = request.cookie + page_secret
-        return self._access.sign_ins.caller_by_cookie(secret, request.public.client)
+        for cookie in request.cookies if page_secret else ():
+            secret, address = cookie + page_secret, request.public.client
+            caller = self._access.sign_ins.caller_by_cookie(secret, address)
+            if caller is not None:
+                return caller
+        return None
 
     def _not_found(self, request: HttpRequest) -> Reply:
         if OAUTH_PATH.fullmatch(request.path):
