@@ -4435,10 +4435,11 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, memoryview]:
             f"not {len(message)}",
         )
     kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
-    if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
+    # The end is an offset too: of a log, a column of its row.
+    if kind not in (LOG_DATA, INPUT_DATA) or offset + len(message) > MAX_OFFSET:
         raise RpcError(
             "PROTOCOL_ERROR",
-            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and an offset below "
+            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and ends before "
             f"2^63, not kind {kind} and offset {offset}",
         )
     if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
@@ -10947,7 +10948,7 @@ class ProcProbe:
         self._root = root
         self._proc = root / "proc"
         zones: list[Path] = []
-        with contextlib.suppress(PermissionError):  # where /sys is for root alone
+        with contextlib.suppress(OSError):  # hardened systems hide /sys from users
             zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
         kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
@@ -11165,7 +11166,8 @@ def _system_name(root: Path) -> str:
 
 
 def _virtual(root: Path) -> str:
-    if any((root / mark).exists() for mark in CONTAINER_MARKS):
+    # Not Path.exists(), which raises PermissionError.
+    if any(os.path.exists(root / mark) for mark in CONTAINER_MARKS):
         return "container"
     if "microsoft" in _read_text(root / "proc/version").lower():
         return "WSL"
@@ -11173,10 +11175,10 @@ def _virtual(root: Path) -> str:
     cpu = re.search(
         r"(?m)^flags\s*:.*\bhypervisor\b", _read_text(root / "proc/cpuinfo")
     )
-    if cpu or (root / "proc/device-tree/hypervisor").exists():
+    if cpu or os.path.exists(root / "proc/device-tree/hypervisor"):
         maker = _read_text(root / "sys/class/dmi/id/sys_vendor").strip()
         return maker or "virtual machine"
-    return "no" if (root / "proc/cpuinfo").exists() else ""
+    return "no" if os.path.exists(root / "proc/cpuinfo") else ""
 
 
 def read_host(root: Path = Path("/")) -> Host:
@@ -13547,6 +13549,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
+MAX_KEY_LOGINS = 100  # sign-ins of one key; those used longest ago are deleted
 SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction, at most
 DELETE_TIME = 0.005  # s of it; a row of 1 MiB takes 1 ms on a slow disk
@@ -14747,9 +14750,7 @@ class JobsTable(Table):
             "node_id = ?": node_id,
             "state = ?": "" if state in self.STATES else state,
             "session_key = ?": session_key,
-            "command LIKE ? ESCAPE '!'": (
-                query and "%" + re.sub(r"([%_!])", r"!\1", query) + "%"
-            ),
+            "instr(lower(command), lower(?))": query,  # LIKE takes no more than 50 KB
             "seq < ?": before,
         }
         # Only the filters that are set: SQLite uses no index for `? = '' OR …`.
@@ -14982,7 +14983,13 @@ class LoginsTable(Table):
     name = "logins"
 
     def add(self, login: Login, cookie_hash: str) -> None:
+        """Record a sign-in; each key has room for MAX_KEY_LOGINS."""
         self._db.insert(self.name, login, cookie_hash=cookie_hash)
+        self._delete(
+            "key_id = :key AND id NOT IN (SELECT id FROM logins WHERE key_id = :key"
+            " ORDER BY last_used_at DESC, rowid DESC LIMIT :kept)",
+            {"key": login.key_id, "kept": MAX_KEY_LOGINS},
+        )
 
     def by_cookie_hash(
         self, cookie_hash: str, now: int
@@ -19528,7 +19535,7 @@ class RemoteModel:
         Raises ModelError, Cancelled.
         """
         name, job = self._node[1], work.job
-        pending, length, away = b"", 0, False
+        pending, length, away = bytearray(), 0, False
         while True:
             work.news.clear()
             cancel.pause(0)  # after clear(): a cancel may have set it before
@@ -19538,10 +19545,12 @@ class RemoteModel:
             if data:
                 length += len(data)
                 check_answer_length(length)
-                *lines, pending = (pending + data).split(b"\n")
+                pending += data
+                if b"\n" in data:
+                    *lines, pending = pending.split(b"\n")
+                    yield from (self._event(bytes(line)) for line in lines)
                 if len(pending) > MAX_MODEL_LINE:
                     raise ModelError(f"{name} sent a line that is too long")
-                yield from map(self._event, lines)
                 continue
             if job.away_ms is not None and not away:
                 yield Delta("notice", f"waiting for {name} to come back")
@@ -24313,6 +24322,7 @@ MAX_BODY = 1024 * 1024  # bytes of a request
 MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes of a refused request; then it is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
+MAX_COOKIES = 200  # with our name in one request; Chromium keeps 180 of a host
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
@@ -24434,15 +24444,17 @@ class HttpRequest(Value):
     query: str
 
     @property
-    def cookie(self) -> str:
-        """The value of our cookie, "" if there is none."""
-        # Other programs on this host set cookies too, in forms that parsers refuse.
+    def cookies(self) -> list[str]:
+        """The values of cookies with our name, MAX_COOKIES at most."""
+        # Other programs on this host set cookies too, in forms that parsers refuse, and
+        # perhaps with our name and a longer path: then theirs come first.
+        values = []
         for header in self.headers.get_all("Cookie", []):
             for cookie in header.split(";"):
                 name, _, value = cookie.strip().partition("=")
-                if name == self.public.cookie_name:
-                    return value
-        return ""
+                if name == self.public.cookie_name and value:
+                    values.append(value)
+        return values[:MAX_COOKIES]
 
 
 # Gets a function that sends a piece at once, and raises OSError.
@@ -25150,10 +25162,12 @@ class HttpApp:
     def _login(self, request: HttpRequest, page_secret: str) -> Caller | None:
         """Return the operator of a sign-in: of the cookie and the page's secret."""
         # Browsers send the cookie to each port of this host; the secret is the page's.
-        if not request.cookie or not page_secret:
-            return None
-        secret = request.cookie + page_secret
-        return self._access.sign_ins.caller_by_cookie(secret, request.public.client)
+        for cookie in request.cookies if page_secret else ():
+            secret, address = cookie + page_secret, request.public.client
+            caller = self._access.sign_ins.caller_by_cookie(secret, address)
+            if caller is not None:
+                return caller
+        return None
 
     def _not_found(self, request: HttpRequest) -> Reply:
         if OAUTH_PATH.fullmatch(request.path):
@@ -25684,9 +25698,16 @@ class TcpPeer(Value):
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
     # Importing http.server takes a Pi Zero a quarter of a second, which no other
     # subcommand should wait for.
+    from http.client import HTTPMessage
     from http.server import BaseHTTPRequestHandler
 
+    class Fields(HTTPMessage):
+        def get_content_type(self) -> str:
+            # For "multipart/…" the parser looks for a boundary, in quadratic time.
+            return "text/plain"
+
     class Handler(BaseHTTPRequestHandler):
+        MessageClass = Fields
         protocol_version = "HTTP/1.1"
         default_request_version = "HTTP/1.0"  # 0.9 would be answered without a head
         server_version, sys_version = "moltis", ""
@@ -26090,17 +26111,20 @@ class HttpDoor:
         shared = is_loopback(address) or self._proxies.include(address)
         admission = self._limits.admit(address, sock, shared=shared)
         if admission is None:
-            if time.monotonic() > self._last_refusal + 60:
-                self._last_refusal = time.monotonic()
-                log.warning("too many connections: refused one of address=%s", address)
-            self._server.shutdown_request(sock)
+            self._refuse(sock, address, "too many connections")
             return
         serve = partial(self._serve, sock, address, admission)
         try:
             self._threads.start(serve, sock, f"moltis-read-{address}")
-        except BaseException:  # RuntimeError: the system has no thread left
+        except RuntimeError as error:  # the system has no thread left
             self._limits.forget(admission)
-            raise
+            self._refuse(sock, address, str(error))
+
+    def _refuse(self, sock: socket.socket, address: str, problem: str) -> None:
+        if time.monotonic() > self._last_refusal + 60:
+            self._last_refusal = time.monotonic()
+            log.warning("%s: refused one of address=%s", problem, address)
+        self._server.shutdown_request(sock)
 
     def _serve(self, sock: socket.socket, address: str, admission: Admission) -> None:
         """Serve a connection to its end, and close it."""
@@ -42672,6 +42696,21 @@ def run_subcommand(
     return status
 
 
+def status_of(error: OSError, output: Output) -> int:
+    """Return the exit status for an error of a file or of the output, and say it.
+
+    Raises any other.
+    """
+    if isinstance(error, PermissionError) and error.filename is not None:
+        output.complain(f"cannot use {error.filename}: {error.strerror}")
+        return EXIT_CONFIGURATION
+    if error.errno not in OUTPUT_ERRORS:
+        raise error
+    discard(sys.stdout)
+    output.complain(f"the output is not whole: {error.strerror}")
+    return EXIT_FAILURE
+
+
 def run_command_line(argv: Sequence[str] | None) -> int:
     """Return the exit status; `argv` None: of this process's own arguments."""
     prepare_streams()
@@ -42714,11 +42753,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         discard(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in OUTPUT_ERRORS:
-            raise
-        discard(sys.stdout)
-        output.complain(f"the output is not whole: {error.strerror}")
-        return EXIT_FAILURE
+        return status_of(error, output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -480,6 +480,20 @@ def test_a_sign_in_ends_thirty_days_after_its_last_use(access, clock):
     access.purge()
 
 
+def test_a_key_keeps_its_newest_sign_ins(access, clock, monkeypatch):
+    """A key that may only read would fill the disk, and the list of all sign-ins."""
+    monkeypatch.setattr(moltis, "MAX_KEY_LOGINS", 3)
+    sign_ins, key = access.sign_ins, access.operators.ensure_operator_key(None)
+    other = access.operators.create_key("other", [Scope.READ])[1]
+    cookie = sign_ins.sign_in(other, THERE, "of another key")
+    first, second = (sign_ins.sign_in(key, THERE, "Firefox") for _ in range(2))
+    clock.sleep(2 * MINUTE)
+    assert sign_ins.caller_by_cookie(first)  # used later than the second
+    newest = [sign_ins.sign_in(key, THERE, "a script") for _ in range(2)]
+    assert sign_ins.caller_by_cookie(second) is None
+    assert all(map(sign_ins.caller_by_cookie, [first, *newest, cookie]))
+
+
 def test_an_endless_user_agent_is_cut(access):
     access.sign_ins.sign_in(
         access.operators.ensure_operator_key(None), THERE, "x" * 10_000

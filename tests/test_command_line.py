@@ -2404,6 +2404,30 @@ def test_a_doctor_names_a_module_that_python_lacks(home, tmp_path, module):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("words", [["node", "remove"], ["gateway", "backup", "x"]])
+def test_a_file_that_its_user_may_not_look_at_is_named(words):
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o755)
+        data = Path(scratch) / "closed" / "data"
+        data.parent.mkdir(0o700)
+        program = Path(scratch) / "moltis.py"
+        shutil.copy(PROGRAM, program)
+        done = subprocess.run(
+            ["/usr/bin/python3", str(program), *words],
+            env=clean_environment("/nonexistent", MOLTIS_DATA_DIR=str(data)),
+            preexec_fn=partial(os.setuid, 65534),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.stderr.startswith(f"moltis: cannot use {data}/")
+    assert done.stderr.endswith(": Permission denied\n")
+    assert done.returncode == moltis.EXIT_CONFIGURATION
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("mode", [0o700, 0o755])
 def test_a_doctor_says_that_a_data_directory_is_of_root(mode):
     with tempfile.TemporaryDirectory() as scratch:

@@ -312,6 +312,26 @@ def test_strangers_leave_room_for_those_who_are_there(tmp_path, monkeypatch):
         wait_for(lambda: tries_to_connect(gateway), what="room for others again")
 
 
+def test_a_system_without_a_free_thread_refuses_connections(
+    gateway, monkeypatch, capfd, caplog
+):
+    """As in a container with `pids.max`: socketserver would print each traceback."""
+    start = moltis.ConnectionThreads.start
+
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(moltis.ConnectionThreads, "start", fail)
+    for _ in range(3):
+        assert exchange(gateway, b"") == b""
+    assert [r.getMessage() for r in caplog.records] == [
+        "can't start new thread: refused one of address=127.0.0.1"
+    ]
+    monkeypatch.setattr(moltis.ConnectionThreads, "start", start)
+    assert gateway.call("node.list")
+    assert capfd.readouterr().err == ""
+
+
 def tries_to_connect(gateway):
     with contextlib.suppress(moltis.Unreachable):
         return gateway.call("node.list")

@@ -1415,6 +1415,18 @@ def test_a_log_that_makes_no_sense_ends_the_connection(client, ours, frames):
     assert ours.close_code() == 1008
 
 
+def test_a_log_ends_where_its_row_can_say_so(gateway, client, ours):
+    """SQLite's integers have 64 bits: the row would say "running" for ever."""
+    job_id = client.start("ours", "x", keep=True)
+    ours.ws.abort()
+    last = 2**63 - 1
+    with gateway.peer() as again:
+        again.request("connect", jobs_connect(ours.token, jobs={job_id: last}))
+        again.send(log_message(job_id, last, DONE))
+        assert again.close_code() == 1008
+    assert client.call("job.read", id=job_id)["job"]["state"] == "running"
+
+
 def test_a_node_writes_into_its_own_logs_only(gateway, client, ours):
     job_id = client.start("ours", "x", keep=True)
     with gateway.peer() as thief:

@@ -270,12 +270,14 @@ def test_the_cookie_alone_opens_nothing(gateway):
         'x="a; b; {cookie}; z=[1,2]',
         "=; ;;{cookie}",
         "a=" + "b;" * 20_000 + "{cookie}",
+        "{name}=; {name}=of_another_port_with_a_longer_path; {cookie}",
     ],
 )
 def test_our_cookie_is_found_among_those_of_others(gateway, others):
     body = json.dumps({"key": gateway.api_key}).encode()
     answer = ask(gateway, "POST", "/api/sign-in", body)
-    cookie = others.format(cookie=answer.headers["Set-Cookie"].partition(";")[0])
+    ours = answer.headers["Set-Cookie"].partition(";")[0]
+    cookie = others.format(cookie=ours, name=ours.partition("=")[0])
     headers = {"Cookie": cookie, "X_Moltis_Page": answer.json["pageSecret"]}
     listed = rpc(gateway, {"method": "node.list"}, Authorization="", **headers)
     assert listed.status == 200

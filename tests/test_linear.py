@@ -13,6 +13,7 @@ import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from peers import InProcessGateway
@@ -507,6 +508,30 @@ def test_a_stream_of_a_model_is_split_in_time(body, unit):
     check_growth(read)
 
 
+class Lent:
+    """The answer of a lent model, which comes in small pieces."""
+
+    def __init__(self, data):
+        self._pieces = Dripping(data)
+        self.job = SimpleNamespace(away_ms=None)
+        self.news = threading.Event()
+
+    def read(self):
+        return self._pieces.read1(0) or None
+
+
+@pytest.mark.parametrize("unit", ["a", '{"kind":"text","text":"a"}\n'])
+def test_an_answer_of_a_lent_model_is_split_in_time(unit):
+    model = moltis.RemoteModel(None, ("id", "name"), "ollama/m")
+
+    def read(size):
+        work = Lent(filled(unit, size).encode())
+        for _ in model._events(work, moltis.Cancellation()):
+            pass
+
+    check_growth(read, 800_000)
+
+
 def openai(**delta):
     return {"choices": [{"delta": delta}]}
 
@@ -703,6 +728,7 @@ LINES = {
     "origin": ("GET /ws HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nOrigin: ", ":"),
     "white space": ("GET / HTTP/1.1\r\nHost: h\r\nA: ", " \t"),
     "continuation": ("GET / HTTP/1.1\r\nHost: h\r\nA: a\r\n", " \r\n"),
+    "parameters": ('GET / HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/a;"', ";"),
     "no colon": ("GET / HTTP/1.1\r\nHost: h\r\n", "a"),
 }
 

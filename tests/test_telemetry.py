@@ -439,6 +439,13 @@ def test_a_machine_tells_its_system_and_whether_it_is_virtual(tmp_path, machine)
     assert host.user
 
 
+def test_what_cannot_be_looked_at_is_missing(tmp_path):
+    """As /sys of a hardened system; a name that is too long is refused to root, too."""
+    root = tmp_path / ("a" * 300)
+    assert moltis.ProcProbe(root).read() == moltis.Vitals()
+    assert moltis.read_host(root).virtual == ""
+
+
 def test_a_quota_of_cores_counts_up_and_never_beyond_those_of_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     counts = [moltis.usable_cpus(limit) for limit in (None, 0.2, 1.5, 64.0)]
