@@ -597,8 +597,19 @@ def _depth_exceeds(value: object, limit: int) -> bool:
     return any(isinstance(v, (dict, list)) for v in level)
 
 
-def from_json(text: str | bytes) -> Any:
-    """Return the JSON value in `text`.  Raises ValueError only."""
+def whole_characters(text: str) -> str:
+    """Return `text` with halves of surrogate pairs joined, U+FFFD for one alone.
+
+    No UTF-8 can carry a half.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def from_json(text: str | bytes, *, halves: bool = False) -> Any:
+    """Return the JSON value in `text`, with half characters only if they are allowed.
+
+    Raises ValueError only.
+    """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
@@ -609,7 +620,7 @@ def from_json(text: str | bytes) -> Any:
     opened = text.count("{") + text.count("[")
     if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
         raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
-    if "\\ud" in text or "\\uD" in text:
+    if not halves and ("\\ud" in text or "\\uD" in text):
         # Half a character: it cannot be encoded for the wire or the store.
         try:
             to_json(value).encode("utf-8")
@@ -8725,7 +8736,14 @@ OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a mo
     r"|too many tokens|input token count|(token|model) limit|maximum prompt length"
     r"|reduce the length|token count of \d+ exceeds|range of input length"
     r"|exceeds max(imum)? length|max_prompt_tokens|max_new_tokens"
-    r"|message size \d+ exceeds"
+    r"|message size \d+ exceeds|maximum model length|max_(model|seq)_len"
+)
+EXCESSIVE_PATTERN = r"(?i)request too large"  # for a minute: waiting does not help
+# How servers refuse reasoning that was sent back: it is bound to a key, and to all that
+# was said before it.
+REASONING_PATTERN = (
+    r"(?i)signature|encrypted.content.{0,400} could not be|items are not persisted"
+    r"|without its required|blocks.{0,80} cannot be modified"
 )
 CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
 OPENAI_OTHERS = (  # in OpenAI's list, which does not mark its chat models
@@ -8840,6 +8858,11 @@ class ChatRequest(SnakeValue):
         request = super().from_json(value)
         # A later gateway may know other words.
         return request if request.effort in EFFORTS else request.replace(effort="")
+
+    def without_data(self) -> Self:
+        """Return the request without what only the models that wrote it can read."""
+        plain = (message.replace(provider_data=NOTHING) for message in self.messages)
+        return self.replace(messages=tuple(plain))
 
 
 class Delta(SnakeValue):
@@ -9042,10 +9065,11 @@ def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
     for line in lines:
         if line.startswith(b"data:"):
             data.append(line[5:].lstrip(b" "))
-        elif not line and data:
-            yield b"\n".join(data)
+        elif not line:
+            if any(data):  # empty ones are no events, but keep connections alive
+                yield b"\n".join(data)
             data = []
-    if data:  # the standard drops it, but servers forget the last empty line
+    if any(data):  # the standard drops it, but servers forget the last empty line
         yield b"\n".join(data)
 
 
@@ -9121,19 +9145,20 @@ class AnswerReader:
         self._text: list[str] = []
         self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
         self._call_ids: set[str] = set()
-        self._surrogate = ""  # the first half of a pair that was cut in two
+        self._halves: dict[str, str] = {}  # first ones of cut characters, by kind
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         raise NotImplementedError
 
+    def _whole_piece(self, kind: str, text: str) -> str:
+        """Return whole characters; the first half of one waits for the second."""
+        text = self._halves.pop(kind, "") + text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._halves[kind] = text[:-1], text[-1]
+        return whole_characters(text)
+
     def say(self, text: str) -> Iterator[ModelEvent]:
-        if not text:
-            return
-        text, self._surrogate = self._surrogate + text, ""
-        if "\ud800" <= text[-1] <= "\udbff":
-            text, self._surrogate = text[:-1], text[-1]
-        # Joins the halves of a pair; U+FFFD for one alone, which no UTF-8 can carry.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = self._whole_piece("text", text)
         if text:
             self._text.append(text)
             yield Delta("text", text)
@@ -9145,6 +9170,7 @@ class AnswerReader:
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
+        text = self._whole_piece("thinking", text)
         if text:
             if keep_as:
                 self._thoughts.setdefault(keep_as, []).append(text)
@@ -9172,7 +9198,10 @@ class AnswerReader:
         """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
-        calls = [] if self.reason in CUT_SHORT else self.calls
+        calls = self.calls
+        if self.reason in CUT_SHORT:  # the data refer to the calls
+            calls, data = [], {}
+        data = data if is_json(data) else {}
         if self.reason == "error":
             raise ModelError(
                 "the server ended the answer because of an error of its own"
@@ -9183,8 +9212,13 @@ class AnswerReader:
             role="assistant",
             text="".join(self._text),
             tool_calls=tuple(call.finished() for call in calls),
-            provider_data={"by": self._model_id, **data} if data else {},
+            provider_data=data and {"by": self._model_id, **data},
         )
+        try:  # arguments and data may have been cut within a character, too
+            whole = from_json(whole_characters(to_json(message)))
+        except ValueError as error:
+            raise ModelError(f"the answer cannot be stored: {error}") from error
+        message = ChatMessage.from_json(whole)
         return Finished(message, self.reason, self.input_tokens, self.output_tokens)
 
 
@@ -9439,7 +9473,8 @@ def ollama_url(host: str) -> str:
         port = default
     if ":" in name:
         name = f"[{name}]"
-    return f"{scheme or 'http'}://{name}:{port}"
+    path = re.sub("(/v1|/api(/chat)?)?/*$", "", parts.path)  # requests add their own
+    return f"{scheme or 'http'}://{name}:{port}{path}"
 
 
 class ProviderSpec(Value):
@@ -9521,10 +9556,7 @@ class ModelProvider:
         self, request: ChatRequest, cancel: Cancellation
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream."""
-        body = self._body(request)
-        for model, refusal in self._refusals:
-            if model == request.model:
-                self._amend(body, refusal)
+        body = self._amended_body(request)
         backoff = Backoff(self._first_pause, 20 * self._first_pause)
         tries = 1
         while True:
@@ -9546,6 +9578,11 @@ class ModelProvider:
                 )
             except ModelError as error:
                 delay = 0
+                plain = request.without_data()
+                unread = re.search(REASONING_PATTERN, error.detail)
+                if silent and unread and plain != request:
+                    request, body = plain, self._amended_body(plain)
+                    continue
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
@@ -9555,6 +9592,14 @@ class ModelProvider:
             if notice:
                 yield Delta("notice", notice)
             cancel.pause(delay)
+
+    def _amended_body(self, request: ChatRequest) -> JsonObject:
+        """Return a request with the amendments that its model needed so far."""
+        body = self._body(request)
+        for model, refusal in self._refusals:
+            if model == request.model:
+                self._amend(body, refusal)
+        return body
 
     def listed(self, cancel: Cancellation) -> list[JsonObject]:
         """Return the provider's list of models as it is.
@@ -9599,6 +9644,12 @@ class ModelProvider:
                 f"{self.spec.url_variable}"
             ) from error
 
+    def _url(self, path: str) -> str:
+        """Return the address of a request; a query of the server's goes to its end."""
+        base, _, query = self.base_url.partition("?")
+        mark = "&" if "?" in path else "?"
+        return f"{base}{path}{mark}{query}" if query else base + path
+
     def _body(self, request: ChatRequest) -> JsonObject:
         raise NotImplementedError
 
@@ -9623,7 +9674,7 @@ class ModelProvider:
         for secret in (self._api_key, to_json(self._api_key)[1:-1]):
             if len(secret) >= MIN_SECRET:  # some servers quote it
                 text = text.replace(secret, "…")
-        return redact(text)
+        return redact(whole_characters(text))
 
     @contextlib.contextmanager
     def _exchange(
@@ -9645,7 +9696,7 @@ class ModelProvider:
         try:
             with http_exchange(
                 method,
-                self.base_url + path,
+                self._url(path),
                 self._headers(),
                 content,
                 timeout=timeout,
@@ -9725,7 +9776,7 @@ class ModelProvider:
     def _document(self, data: bytes) -> JsonObject:
         """Return one document of the answer.  Raises ModelError if it is none."""
         try:
-            document = from_json(data)
+            document = from_json(data, halves=True)  # pieces end anywhere
         except ValueError as error:
             raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
         if not isinstance(document, dict):
@@ -9753,8 +9804,8 @@ class ModelProvider:
         text = self._without_secrets(clip(_error_text(document), 1000))
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
         # With 429, "too many tokens" are those of the last minute.
-        overlong = re.search(OVERLONG_PATTERN, f"{text} {kind}")
-        if status != 429 and (overlong or status == 413):
+        pattern = EXCESSIVE_PATTERN if status == 429 else OVERLONG_PATTERN
+        if status == 413 or re.search(pattern, f"{text} {kind}"):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
@@ -10297,10 +10348,13 @@ def _tidy_url(protocol: str, base_url: str) -> str:
 
     People copy the address of a request, or leave out the `/v1` of their LM Studio.
     """
-    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base_url)
+    base, mark, query = base_url.partition("?")
+    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base)
     if protocol == "anthropic":
-        return re.sub("/v1$", "", url)
-    return url if "/" in url.partition("://")[2] else url + "/v1"
+        url = re.sub("/v1$", "", url)
+    elif "/" not in url.partition("://")[2]:
+        url += "/v1"
+    return url + mark + query
 
 
 def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
@@ -10326,7 +10380,7 @@ def make_providers(
         protocol = spec.protocol
         if protocol == "responses" and base_url and "api.openai.com" not in base_url:
             protocol = "openai"  # an imitation
-        if protocol in OWN_SERVERS and base_url:
+        if protocol != "ollama" and base_url:
             base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
             if variable in BEARER_VARIABLES.values():

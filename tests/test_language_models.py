@@ -58,7 +58,7 @@ class Ollama:
             return {"model": "m", "message": message, "done": False}
 
         return ndjson(
-            *[chunk(thinking=thinking)] * bool(thinking),
+            *[chunk(thinking=piece) for piece in pieces(thinking)],
             *[chunk(content=piece) for piece in pieces(text)],
             *[
                 chunk(tool_calls=[{"function": {"name": name, "arguments": arguments}}])
@@ -114,7 +114,7 @@ class OpenAi:
             return {"id": "c", "choices": [choice], "usage": None}
 
         deltas = [{"role": "assistant", "content": ""}]
-        deltas += [{"reasoning_content": thinking}] * bool(thinking)
+        deltas += [{"reasoning_content": piece} for piece in pieces(thinking)]
         deltas += [{"content": piece} for piece in pieces(text)]
         for index, (call_id, name, arguments) in enumerate(calls):
             head = {"name": name, "arguments": ""}
@@ -188,7 +188,10 @@ class Responses:
         events = [{"type": "response.created", "response": {"id": "r"}}]
         items = []
         if thinking:
-            events.append({"type": summary, "item_id": "rs_1", "delta": thinking})
+            events += [
+                {"type": summary, "item_id": "rs_1", "delta": piece}
+                for piece in pieces(thinking)
+            ]
             items.append({"type": "reasoning", "id": "rs_1", "encrypted_content": "ZQ"})
         events += [
             {"type": "response.output_text.delta", "item_id": "msg_1", "delta": piece}
@@ -281,7 +284,10 @@ class Anthropic:
         documents = [start, {"type": "ping"}]
         blocks = []
         if thinking:
-            deltas = [{"type": "thinking_delta", "thinking": thinking}]
+            deltas = [
+                {"type": "thinking_delta", "thinking": piece}
+                for piece in pieces(thinking)
+            ]
             deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
             head = {"type": "thinking", "thinking": "", "signature": ""}
             blocks.append((head, deltas))
@@ -600,7 +606,8 @@ def test_tool_calls_arrive_whole_and_in_order(script, vendor):
 def test_thinking_is_told_apart_from_the_answer(script, vendor):
     script.stream(vendor.answer("42", thinking="six times seven"))
     events = list(script.ask())
-    assert events[0] == Delta("thinking", "six times seven")
+    thoughts = [event.text for event in events[:-2] if event.kind == "thinking"]
+    assert "".join(thoughts) == "six times seven"
     assert text_of(events) == "42"
     assert events[-1].message.text == "42"
 
@@ -633,6 +640,16 @@ def test_calls_of_an_answer_that_was_cut_or_refused_are_not_run(
     assert finished.message.tool_calls == ()
 
 
+@pytest.mark.parametrize("word", ["max_tokens", "refusal"])
+def test_after_an_answer_that_was_cut_or_refused_no_call_is_open(script, vendor, word):
+    """Its reasoning came with calls that were not run: fixture `script` checks them."""
+    calls = [("a", "exec", {"command": "ls"})]
+    script.stream(vendor.answer("and", calls, thinking="hm", reason=word))
+    script.stream(vendor.answer("fine"))
+    said = list(script.ask())[-1].message
+    assert text_of(script.ask((*HELLO, said, ChatMessage("user", "go on")))) == "fine"
+
+
 @pytest.mark.parametrize(
     "reason",
     [
@@ -660,13 +677,33 @@ def test_lines_may_end_with_carriage_return_after_a_byte_order_mark(script, vend
     assert text_of(script.ask()) == "fine"
 
 
-def test_halves_of_a_surrogate_pair_are_joined(vendor):
+def test_each_piece_may_end_within_a_character(script, vendor, monkeypatch):
+    """Row 15"""
+
+    def units(text):
+        return [
+            bytes(pair).decode("utf-16-le", "surrogatepass")
+            for pair in zip(*[iter(text.encode("utf-16-le"))] * 2)
+        ]
+
+    monkeypatch.setitem(globals(), "pieces", units)
+    calls = [("a", "exec", {"command": "echo \U0001f600"})]
+    script.stream(vendor.answer("a\U0001f642b", calls, thinking="\U0001f914"))
+    *deltas, finished = script.ask()
+    said = {"text": "", "thinking": ""}
+    for delta in deltas:
+        assert delta.text.encode()
+        said[delta.kind] += delta.text
+    assert said == {"text": "a\U0001f642b", "thinking": "\U0001f914"}
+    assert finished.message.tool_calls[0].arguments == calls[0][2]
+    assert moltis.to_json(finished).encode()
+
+
+def test_half_a_character_alone_is_replaced(vendor):
     reader = vendor.make(vendor.spec, "http://nobody", "").answer("m")
-    pieces = ["a\ud83d", "\ude00b", "\udc00c"]
+    pieces = ["a\ud83d", "b", "\udc00c"]
     said = [event.text for piece in pieces for event in reader.say(piece)]
-    assert said == ["a", "\U0001f600b", "\ufffdc"]
-    said[0].encode()
-    assert "".join(said).encode()
+    assert said == ["a", "\ufffdb", "\ufffdc"]
 
 
 @pytest.mark.parametrize(
@@ -897,6 +934,37 @@ def test_nobody_waits_for_an_hour(script, vendor, later):
     assert caught.value.retry_after > 3000
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The encrypted content gAAA...wXBV could not be verified.",
+        "messages.1.content.0: Invalid `signature` in `thinking` block",
+        "Item 'rs_1' was provided without its required following item.",
+        "Thought signature is not valid",
+    ],
+)
+def test_reasoning_that_its_server_refuses_is_left_out(script, vendor, message):
+    """It is bound to a key, and to what was said before it, which may be shortened."""
+    script.stream(vendor.answer("and", thinking="hm"))
+    answer = list(script.ask())[-1].message.replace(text="hello again")
+    for _ in range(2):
+        script.refuse(400, message)
+        script.stream(vendor.answer("fine"))
+        again = (*HELLO, answer, ChatMessage("user", "go on"))
+        assert text_of(script.ask(again)) == "fine"
+    script.stream(vendor.answer("", [("a", "exec", {})], thinking="hm"))
+    *_, finished = script.ask()
+    first, *_, last = script.bodies
+    assert last == first
+    assert finished.message.tool_calls
+
+
+def test_a_request_without_reasoning_is_not_repeated(script, vendor):
+    script.refuse(400, "Invalid `signature` in `thinking` block")
+    with pytest.raises(ModelError, match="Invalid `signature`"):
+        list(script.ask())
+
+
 def test_a_request_that_is_refused_is_not_repeated(script, vendor):
     script.refuse(400, "no such thing")
     with pytest.raises(ModelError, match="no such thing") as caught:
@@ -927,10 +995,21 @@ def test_a_wrong_key_is_said_without_the_key(script, vendor):
         "Prompt exceeds max length",
         "total message size 10176584 exceeds limit 2097152",
         "`inputs` tokens + `max_new_tokens` must be <= 4097",
+        "The decoder prompt (length 9000) is longer than the maximum model length",
     ],
 )
 def test_a_conversation_that_is_too_long_has_an_error_of_its_own(script, message):
     script.refuse(400, message)
+    with pytest.raises(ContextTooLong):
+        list(script.ask())
+
+
+def test_a_request_that_no_minute_has_room_for_is_too_long(script):
+    script.refuse(
+        429,
+        "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested "
+        "30601. The input or output tokens must be reduced in order to run.",
+    )
     with pytest.raises(ContextTooLong):
         list(script.ask())
 
@@ -1270,6 +1349,13 @@ def test_a_server_that_does_not_stream_is_understood(script):
     whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
     script.stream(json.dumps(whole).encode(), **{"Content-Type": "application/json"})
     assert text_of(script.ask()) == "whole"
+
+
+@only_openai
+def test_an_event_without_data_is_none(script, vendor):
+    """HTML Living Standard §9.2.6"""
+    script.stream(b"data:\n\nevent: ping\ndata: \n\n" + vendor.answer("fine"))
+    assert text_of(script.ask()) == "fine"
 
 
 @only_openai
@@ -1745,6 +1831,10 @@ def test_ollama_host_may_be_written_as_ollama_reads_it():
         ":99": "http://127.0.0.1:99",
         "https://box": "https://box:443",
         "http://box/": "http://box:80",
+        "https://box:3000/ollama/": "https://box:3000/ollama",
+        "box/llm": "http://box:11434/llm",
+        "http://box:11434/v1": "http://box:11434",
+        "http://box:11434/api/": "http://box:11434",
         "[::1]:5": "http://[::1]:5",
         "box:what": "http://box:11434",
     }
@@ -1786,6 +1876,25 @@ def test_a_server_without_key_needs_an_address_only():
 def test_an_address_may_be_that_of_a_request(protocol, entered, asked):
     entry = moltis.ProviderSettings(base_url=entered, protocol=protocol)
     assert moltis.make_providers({}, {"lab": entry})[-1].base_url == asked
+
+
+def test_a_query_of_an_address_stays_at_the_end():
+    environ = {"OPENAI_BASE_URL": "https://box/v1/?api-version=1"}
+    environ["ANTHROPIC_BASE_URL"] = "https://box?api-version=1"
+    _, claude, openai = moltis.make_providers(environ, {})
+    url = "https://box/v1/chat/completions?api-version=1"
+    assert openai._url(openai.chat_path) == url
+    url = "https://box/v1/models?limit=1000&api-version=1"
+    assert claude._url(claude.list_path) == url
+
+
+@pytest.mark.parametrize("path", ["", "/v1/", "/v1/responses", "/v1/chat/completions"])
+def test_the_address_of_openai_itself_may_be_that_of_a_request(path):
+    environ = {"OPENAI_BASE_URL": f"https://eu.api.openai.com{path}"}
+    provider = moltis.make_providers(environ, {})[-1]
+    assert provider.base_url + provider.chat_path == (
+        "https://eu.api.openai.com/v1/responses"
+    )
 
 
 def test_a_token_for_anthropic_is_sent_as_a_bearer_and_comes_first(monkeypatch):
