@@ -8746,9 +8746,9 @@ REASONING_PATTERN = (
     r"|without its required|blocks.{0,80} cannot be modified"
 )
 CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
-OPENAI_OTHERS = (  # in OpenAI's list, which does not mark its chat models
-    "embed|whisper|tts|dall-e|moderat|image|audio|realtime|transcribe|sora|davinci"
-    "|babbage"
+OTHER_MODELS = (  # in the lists of vendors that do not mark their chat models
+    "embed|whisper|tts|dall-e|moderat|image|imagine|audio|realtime|transcribe|sora"
+    "|davinci|babbage|turbo-instruct|veo-"
 )
 OPENAI_PLAIN = "gpt-3|gpt-4|chatgpt"  # OpenAI's models that do not reason
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
@@ -9206,11 +9206,12 @@ class AnswerReader:
             raise ModelError(
                 "the server ended the answer because of an error of its own"
             )
-        if not (self._text or calls or self.reason in CUT_SHORT):
+        text = "".join(self._text)
+        if not (text.strip() or calls or self.reason in CUT_SHORT):
             raise ModelError("the model answered nothing; ask again")
         message = ChatMessage(
             role="assistant",
-            text="".join(self._text),
+            text=text,
             tool_calls=tuple(call.finished() for call in calls),
             provider_data=data and {"by": self._model_id, **data},
         )
@@ -9733,7 +9734,7 @@ class ModelProvider:
         ) as response:
             length = 0
             for data in self._documents(response):
-                if data == b"[DONE]":
+                if data.rstrip() == b"[DONE]":
                     reader.complete = True
                     break
                 length += len(data)
@@ -9821,6 +9822,17 @@ class ModelProvider:
         if re.fullmatch(self.spec.call_id, call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _with_call_ids(
+        self, parts: Sequence[JsonObject], kind: str, field: str
+    ) -> list[JsonObject]:
+        """Return parts of an answer, its calls with the ids that the results have."""
+        return [
+            {**part, field: self._call_id(pick(part, field, str))}
+            if part.get("type") == kind
+            else part
+            for part in parts
+        ]
 
     def _own_data(
         self, request: ChatRequest, message: ChatMessage
@@ -10072,12 +10084,14 @@ class OpenAiProvider(ModelProvider):
         mistral = pick(listed, "capabilities", dict)
         openrouter = listed.get("supported_parameters", ["tools", "reasoning"])
         outputs = pick(pick(listed, "architecture", dict), "output_modalities", list)
+        kind = pick(listed, "type", str)
+        is_marked = self.spec.own or mistral or outputs or kind
         if (
             not name
-            or (self.spec.id == "openai" and re.search(OPENAI_OTHERS, name))
+            or (not is_marked and re.search(OTHER_MODELS, name))
             or mistral.get("completion_chat") is False
             or (outputs and "text" not in outputs)
-            or pick(listed, "type", str) in OTHER_MODEL_TYPES
+            or kind in OTHER_MODEL_TYPES
         ):
             return None
         can = openrouter if isinstance(openrouter, list) else []
@@ -10129,7 +10143,7 @@ class ResponsesProvider(OpenAiProvider):
             return [{**output, "output": message.text}]
         kept = pick_objects(self._own_data(request, message), "items")
         if kept:
-            return kept
+            return self._with_call_ids(kept, "function_call", "call_id")
         text = {"role": message.role, "content": message.text}
         return [text] * bool(message.text) + [
             {
@@ -10227,7 +10241,7 @@ class AnthropicProvider(ModelProvider):
     def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
         kept = pick_objects(self._own_data(request, message), "blocks")
         if kept:
-            return kept
+            return self._with_call_ids(kept, "tool_use", "id")
         if message.role == "tool":
             call_id = self._call_id(message.tool_call_id)
             result = {"type": "tool_result", "tool_use_id": call_id}

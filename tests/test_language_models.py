@@ -671,6 +671,12 @@ def test_an_answer_without_a_word_is_an_error(script, vendor, reason):
         list(script.ask())
 
 
+def test_white_space_is_no_answer(script, vendor):
+    script.stream(vendor.answer("\n\n", thinking="hm"))
+    with pytest.raises(ModelError, match="answered nothing"):
+        list(script.ask())
+
+
 def test_lines_may_end_with_carriage_return_after_a_byte_order_mark(script, vendor):
     answer = b"\xef\xbb\xbf" + vendor.answer("fine").replace(b"\n", b"\r")
     script.stream(*[answer[at : at + 7] for at in range(0, len(answer), 7)])
@@ -824,6 +830,18 @@ def test_ids_that_other_servers_gave_are_made_to_fit(script, vendor):
             )
         )
     )
+
+
+@pytest.mark.parametrize("call_id", ["functions.exec:0", "call.1"])
+def test_an_id_that_does_not_fit_is_changed_beside_reasoning_too(
+    script, vendor, call_id
+):
+    """Row 9: the same in call and result: fixture `script` checks it."""
+    script.stream(vendor.answer("", [(call_id, "exec", {})], thinking="hm"))
+    answer = list(script.ask())[-1].message
+    result = ChatMessage("tool", "ok", tool_call_id=answer.tool_calls[0].id)
+    script.stream(vendor.answer("fine"))
+    assert text_of(script.ask((*HELLO, answer, result))) == "fine"
 
 
 def test_the_same_id_in_two_answers_stays_with_its_own_result():
@@ -2066,6 +2084,32 @@ def test_openai_and_its_imitators_list_models_in_their_ways():
             ("openai/a/no-tools", False),
             ("openai/mistral", False),
         ]
+
+
+@pytest.mark.parametrize(
+    ("provider", "others", "chats"),
+    [
+        ("openai", ["gpt-3.5-turbo-instruct", "sora-2"], ["gpt-5", "codex-mini"]),
+        ("groq", ["whisper-large-v3", "playai-tts"], ["moonshotai/kimi-k2-instruct"]),
+        ("xai", ["grok-2-image-1212", "grok-imagine-video"], ["grok-4"]),
+        ("gemini", ["models/imagen-4", "models/veo-3", "models/x-embedding-1"], []),
+    ],
+)
+def test_models_that_cannot_chat_are_not_listed(provider, others, chats):
+    spec = next(s for s in moltis.PROVIDERS if s.id == provider)
+    found = {"data": [{"id": name, "object": "model"} for name in [*others, *chats]]}
+    with listing({"/models": found}) as server:
+        models = OpenAi.make(spec, server.url, "").models(Cancellation())
+    assert [m.id for m in models] == [f"{provider}/{name}" for name in chats]
+
+
+def test_a_model_that_its_server_marks_is_judged_by_that_and_not_by_its_name():
+    spec = next(s for s in moltis.PROVIDERS if s.id == "openrouter")
+    can = {"architecture": {"output_modalities": ["text", "audio"]}}
+    found = {"data": [{"id": "openai/gpt-audio", **can}]}
+    with listing({"/models": found}) as server:
+        models = OpenAi.make(spec, server.url, "").models(Cancellation())
+    assert [m.id for m in models] == ["openrouter/openai/gpt-audio"]
 
 
 def test_anthropic_lists_names_for_people():
