@@ -9589,6 +9589,7 @@ class ModelProvider:
                     raise
                 if not amended:  # amendments with a notice last for one request
                     self._refusals.append((request.model, error))
+                    body = self._amended_body(request)
                 notice = amended
             if notice:
                 yield Delta("notice", notice)
@@ -10035,11 +10036,18 @@ class OpenAiProvider(ModelProvider):
             value["tool_calls"] = [
                 self._call(call, extras) for call in message.tool_calls
             ]
-        if message.role == "assistant" and self.spec.wants_reasoning:
+        if message.role == "assistant" and self._wants_reasoning(request.model):
             value["reasoning_content"] = pick(data, "reasoning_content", str)
         if data.get("reasoning_details"):
             value["reasoning_details"] = data["reasoning_details"]
         return value
+
+    def _wants_reasoning(self, model: str) -> bool:
+        """Return whether a model wants its reasoning back: DeepSeek's, Moonshot's."""
+        return self.spec.wants_reasoning or any(
+            model == refused and "reasoning_content" in refusal.detail
+            for refused, refusal in self._refusals
+        )
 
     def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
         value: JsonObject = {
@@ -10057,6 +10065,9 @@ class OpenAiProvider(ModelProvider):
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
+        if "reasoning_content" in error.detail:
+            given = ("reasoning_content" in message for message in body["messages"])
+            return None if any(given) else ""  # it is from now on: _wants_reasoning()
         for name in ("chat_template_kwargs", "thinking"):
             if name in error.detail and body.pop(name, None):
                 return ""

@@ -1538,6 +1538,41 @@ def test_deepseek_gets_reasoning_with_every_answer():
     assert [message.get("reasoning_content") for message in sent] == [None, ""]
 
 
+class Moonshot(OpenAi):
+    """How a server talks that wants its reasoning back, in a field of its own."""
+
+    def check(self, headers, body):
+        for message in body["messages"]:
+            message.pop("reasoning_content", None)
+        super().check(headers, body)
+
+
+@pytest.mark.parametrize("vendor", [Moonshot()], ids=["moonshot"])
+def test_reasoning_goes_back_to_a_server_that_misses_it(script, vendor):
+    """Row 5"""
+    script.stream(vendor.answer("", [("a", "exec", {})], thinking="hm"))
+    answer = list(script.ask())[-1].message
+    result = ChatMessage("tool", "ok", tool_call_id="a")
+    script.refuse(
+        400,
+        "thinking is enabled but reasoning_content is missing in assistant tool call "
+        "message at index 1",
+    )
+    for _ in range(2):
+        script.stream(vendor.answer("fine"))
+        messages = (*HELLO, answer, result, ChatMessage("assistant", "so"), *HELLO)
+        assert text_of(script.ask(messages)) == "fine"
+    given = [
+        [message.get("reasoning_content") for message in body["messages"]]
+        for body in script.bodies[1:]
+    ]
+    without, with_it = [None] * 5, [None, "hm", None, "", None]
+    assert given == [without, with_it, with_it]
+    script.refuse(400, "reasoning_content is missing")
+    with pytest.raises(ModelError, match="is missing"):
+        list(script.ask(messages))
+
+
 def test_ids_go_back_as_they_came_where_they_are_taken():
     answer = ChatMessage("assistant", "", (ToolCall("functions.exec:0", "exec", {}),))
     for name, kept in (("openrouter", True), ("openai", False)):
