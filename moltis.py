@@ -9404,6 +9404,8 @@ class AnthropicAnswer(AnswerReader):
         # Anything else is a ping or a later addition; the API says to ignore it.
 
     def _close_message(self) -> None:
+        for index in [*self._blocks]:  # whose ends an imitation did not send
+            self._close_block(index)
         self.end(self.reason)
         self.over = True
         # Without thinking, text and calls are all there is, for any provider.
@@ -9740,7 +9742,14 @@ class ModelProvider:
                     break
                 length += len(data)
                 check_answer_length(length)
-                yield from reader.take(self._document(data))
+                try:
+                    document = self._document(data)
+                except ModelError as error:
+                    no_json = isinstance(error.__cause__, ValueError)
+                    if no_json and data[:1] in b"{[" and response.isclosed():
+                        break  # the connection ended within this document
+                    raise
+                yield from reader.take(document)
                 if reader.over:
                     break
             if not reader.complete:
