@@ -9073,6 +9073,23 @@ def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
         yield b"\n".join(data)
 
 
+def _whole_or_events(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the one document of a body that is JSON, or the data of each event.
+
+    Whatever its type says.  Raises ModelError for a document that is too long.
+    """
+    first = next(filter(bytes.strip, lines), b"")
+    if not first.lstrip().startswith((b"{", b"[")):
+        yield from _server_sent_data(itertools.chain([first], lines))
+        return
+    whole = bytearray(first)
+    for line in lines:
+        whole += b"\n" + line
+        if len(whole) > MAX_MODEL_LINE:
+            raise ModelError("the answer is a document that is too long")
+    yield bytes(whole)
+
+
 def _retry_after(response: http.client.HTTPResponse) -> float | None:
     """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
     import email.utils
@@ -9773,16 +9790,13 @@ class ModelProvider:
         return document if isinstance(document, dict) else {"data": document}
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers send an error, or a whole answer, without an event stream.
-        kind = response.getheader("Content-Type", "")
-        if kind.startswith("application/json"):
-            return iter([response.read(MAX_MODEL_REPLY)])
-        if kind.startswith("text/html"):
+        if response.getheader("Content-Type", "").startswith("text/html"):
             raise ModelError(
                 f"{self._shown_url + self.chat_path} answers with a web page: it is no "
                 f"{self.spec.label}; check the address"
             )
-        return _server_sent_data(_lines(response))
+        # Some servers send an error, or a whole answer, without an event stream.
+        return _whole_or_events(_lines(response))
 
     def _document(self, data: bytes) -> JsonObject:
         """Return one document of the answer.  Raises ModelError if it is none."""

@@ -1365,11 +1365,28 @@ def test_a_server_that_refuses_stream_options_is_asked_without(script, vendor):
 
 
 @only_openai
-def test_a_server_that_does_not_stream_is_understood(script):
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+@pytest.mark.parametrize("before", [b"", b"\n  \n"])
+def test_a_server_that_does_not_stream_is_understood(script, kind, before):
     message = {"role": "assistant", "content": "whole"}
     whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
-    script.stream(json.dumps(whole).encode(), **{"Content-Type": "application/json"})
+    written = json.dumps(whole, indent=2).encode()
+    script.stream(before, written, **{"Content-Type": kind})
     assert text_of(script.ask()) == "whole"
+
+
+@only_openai
+def test_a_whole_answer_has_a_limit(script, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_MODEL_LINE", 1000)
+    script.stream(b"{" + b"\n" * 2000)
+    with pytest.raises(ModelError, match="too long"):
+        list(script.ask())
+
+
+@only_openai
+def test_events_may_be_called_json(script, vendor):
+    script.stream(vendor.answer("fine"), **{"Content-Type": "application/json"})
+    assert text_of(script.ask()) == "fine"
 
 
 @only_openai
