@@ -23703,16 +23703,21 @@ def call_key(request_id: object) -> str:
     return to_json(int(request_id) if whole else request_id)  # type: ignore[call-overload]
 
 
+def has_whole_characters(value: object) -> bool:
+    text = to_json(value)
+    return whole_characters(text) == text
+
+
 def readable_id(message: object) -> object:
     """Return the id of a message that makes no sense otherwise, None if it has none."""
     found = message.get("id") if isinstance(message, dict) else None
-    return found if is_json_rpc_id(found) else None
+    return found if is_json_rpc_id(found) and has_whole_characters(found) else None
 
 
 def parse_message(text: bytes) -> Any:
     """Return the JSON of a message.  Raises JsonRpcError."""
     try:
-        return from_json(text)
+        return from_json(text, halves=True)  # which parse() answers
     except ValueError as error:
         raise JsonRpcError(PARSE_ERROR, f"the message is not JSON: {error}") from error
 
@@ -23779,6 +23784,10 @@ class McpRequest(Value):
         ):
             problem = "the message must be one JSON-RPC 2.0 request or notification"
             raise JsonRpcError(INVALID_JSON_RPC, problem)
+        if not has_whole_characters(message):
+            # JavaScript sends such texts: a client waits for an answer with its id.
+            problem = "the message has half a character: a surrogate without the other"
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
         request_id, method = message.get("id"), message["method"]
         if "id" in message and not is_json_rpc_id(request_id):
             problem = f"id must be a text or a whole number, not {_shown(request_id)}"
