@@ -10086,6 +10086,11 @@ class OpenAiProvider(ModelProvider):
         return value
 
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Only organisations that OpenAI verified may stream some models.
+        if "to stream this model" in error.detail and body["stream"]:
+            body["stream"] = False
+            body.pop("stream_options", None)
+            return ""
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
         if "reasoning_content" in error.detail:
@@ -10198,6 +10203,8 @@ class ResponsesProvider(OpenAiProvider):
         return document
 
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "to stream this model" in error.detail:
+            return super()._amend(body, error)
         # Models that do not reason have nothing to encrypt.
         if "ncrypted" in error.detail and body.pop("include", None):
             return ""
@@ -10310,6 +10317,8 @@ class AnthropicProvider(ModelProvider):
             del body["output_config"]
         elif "hinking" in error.detail and "thinking" in body:
             self._amend_thinking(body)
+            if "Expected" in error.detail:  # by this conversation, not by the model
+                return "the answer began without reasoning, and goes on without it"
         else:
             return None
         return ""

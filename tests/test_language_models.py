@@ -1692,7 +1692,66 @@ def test_openai_itself_is_asked_for_responses_and_an_imitation_for_completions()
     assert other.chat_path == "/chat/completions"
 
 
+@pytest.mark.parametrize(
+    ("vendor", "whole"),
+    [
+        (
+            OpenAi(),
+            {"choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}]},
+        ),
+        (
+            Responses(),
+            {
+                "object": "response",
+                "status": "completed",
+                "error": None,
+                "output": [
+                    {"type": "reasoning", "summary": [], "encrypted_content": "ZQ"},
+                    {
+                        "type": "message",
+                        "content": [{"type": "output_text", "text": "ok"}],
+                    },
+                ],
+            },
+        ),
+    ],
+    ids=["openai", "responses"],
+)
+def test_a_model_that_may_not_be_streamed_is_asked_for_whole_answers(
+    script, vendor, whole, monkeypatch
+):
+    monkeypatch.setattr(type(vendor), "check", lambda *_: None)
+    script.refuse(400, "Your organization must be verified to stream this model.")
+    for _ in range(2):
+        script.stream(
+            json.dumps(whole).encode(), **{"Content-Type": "application/json"}
+        )
+        assert text_of(script.ask()) == "ok"
+    assert [body["stream"] for body in script.bodies] == [True, False, False]
+    assert not any("stream_options" in body for body in script.bodies[1:])
+
+
 # --- Anthropic alone ---
+
+
+@only_anthropic
+def test_a_turn_that_began_without_reasoning_changes_nothing_for_others(
+    script, vendor, monkeypatch
+):
+    monkeypatch.setattr(type(vendor), "check", lambda *_: None)
+    model = moltis.ProviderModel(script.provider, "m", "high")
+    script.refuse(400, "adaptive thinking is not supported on this model")
+    script.refuse(
+        400,
+        "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but "
+        "found `tool_use`. When `thinking` is enabled, a final assistant message must "
+        "start with a thinking block.",
+    )
+    for _ in range(2):
+        script.stream(vendor.answer("ok"))
+        assert text_of(model.stream(HELLO, (), Cancellation())) == "ok"
+    kinds = [body.get("thinking", {}).get("type") for body in script.bodies]
+    assert kinds == ["adaptive", "enabled", None, "enabled"]
 
 
 @only_anthropic
