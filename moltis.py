@@ -597,8 +597,19 @@ def _depth_exceeds(value: object, limit: int) -> bool:
     return any(isinstance(v, (dict, list)) for v in level)
 
 
-def from_json(text: str | bytes) -> Any:
-    """Return the JSON value in `text`.  Raises ValueError only."""
+def whole_characters(text: str) -> str:
+    """Return `text` with halves of surrogate pairs joined, U+FFFD for one alone.
+
+    No UTF-8 can carry a half.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def from_json(text: str | bytes, *, halves: bool = False) -> Any:
+    """Return the JSON value in `text`, with half characters only if they are allowed.
+
+    Raises ValueError only.
+    """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
@@ -609,7 +620,7 @@ def from_json(text: str | bytes) -> Any:
     opened = text.count("{") + text.count("[")
     if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
         raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
-    if "\\ud" in text or "\\uD" in text:
+    if not halves and ("\\ud" in text or "\\uD" in text):
         # Half a character: it cannot be encoded for the wire or the store.
         try:
             to_json(value).encode("utf-8")
@@ -8833,12 +8844,19 @@ OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a mo
     r"|too many tokens|input token count|(token|model) limit|maximum prompt length"
     r"|reduce the length|token count of \d+ exceeds|range of input length"
     r"|exceeds max(imum)? length|max_prompt_tokens|max_new_tokens"
-    r"|message size \d+ exceeds"
+    r"|message size \d+ exceeds|maximum model length|max_(model|seq)_len"
+)
+EXCESSIVE_PATTERN = r"(?i)request too large"  # for a minute: waiting does not help
+# How servers refuse reasoning that was sent back: it is bound to a key, and to all that
+# was said before it.
+REASONING_PATTERN = (
+    r"(?i)signature|encrypted.content.{0,400} could not be|items are not persisted"
+    r"|without its required|blocks.{0,80} cannot be modified"
 )
 CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
-OPENAI_OTHERS = (  # in OpenAI's list, which does not mark its chat models
-    "embed|whisper|tts|dall-e|moderat|image|audio|realtime|transcribe|sora|davinci"
-    "|babbage"
+OTHER_MODELS = (  # in the lists of vendors that do not mark their chat models
+    "embed|whisper|tts|dall-e|moderat|image|imagine|audio|realtime|transcribe|sora"
+    "|davinci|babbage|turbo-instruct|veo-"
 )
 OPENAI_PLAIN = "gpt-3|gpt-4|chatgpt"  # OpenAI's models that do not reason
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
@@ -8948,6 +8966,11 @@ class ChatRequest(SnakeValue):
         request = super().from_json(value)
         # A later gateway may know other words.
         return request if request.effort in EFFORTS else request.replace(effort="")
+
+    def without_data(self) -> Self:
+        """Return the request without what only the models that wrote it can read."""
+        plain = (message.replace(provider_data=NOTHING) for message in self.messages)
+        return self.replace(messages=tuple(plain))
 
 
 class Delta(SnakeValue):
@@ -9150,11 +9173,29 @@ def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
     for line in lines:
         if line.startswith(b"data:"):
             data.append(line[5:].lstrip(b" "))
-        elif not line and data:
-            yield b"\n".join(data)
+        elif not line:
+            if any(data):  # empty ones are no events, but keep connections alive
+                yield b"\n".join(data)
             data = []
-    if data:  # the standard drops it, but servers forget the last empty line
+    if any(data):  # the standard drops it, but servers forget the last empty line
         yield b"\n".join(data)
+
+
+def _whole_or_events(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the one document of a body that is JSON, or the data of each event.
+
+    Whatever its type says.  Raises ModelError for a document that is too long.
+    """
+    first = next(filter(bytes.strip, lines), b"")
+    if not first.lstrip().startswith((b"{", b"[")):
+        yield from _server_sent_data(itertools.chain([first], lines))
+        return
+    whole = bytearray(first)
+    for line in lines:
+        whole += b"\n" + line
+        if len(whole) > MAX_MODEL_LINE:
+            raise ModelError("the answer is a document that is too long")
+    yield bytes(whole)
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float | None:
@@ -9229,19 +9270,20 @@ class AnswerReader:
         self._text: list[str] = []
         self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
         self._call_ids: set[str] = set()
-        self._surrogate = ""  # the first half of a pair that was cut in two
+        self._halves: dict[str, str] = {}  # first ones of cut characters, by kind
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         raise NotImplementedError
 
+    def _whole_piece(self, kind: str, text: str) -> str:
+        """Return whole characters; the first half of one waits for the second."""
+        text = self._halves.pop(kind, "") + text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._halves[kind] = text[:-1], text[-1]
+        return whole_characters(text)
+
     def say(self, text: str) -> Iterator[ModelEvent]:
-        if not text:
-            return
-        text, self._surrogate = self._surrogate + text, ""
-        if "\ud800" <= text[-1] <= "\udbff":
-            text, self._surrogate = text[:-1], text[-1]
-        # Joins the halves of a pair; U+FFFD for one alone, which no UTF-8 can carry.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = self._whole_piece("text", text)
         if text:
             self._text.append(text)
             yield Delta("text", text)
@@ -9253,6 +9295,7 @@ class AnswerReader:
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
+        text = self._whole_piece("thinking", text)
         if text:
             if keep_as:
                 self._thoughts.setdefault(keep_as, []).append(text)
@@ -9280,19 +9323,28 @@ class AnswerReader:
         """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
-        calls = [] if self.reason in CUT_SHORT else self.calls
+        calls = self.calls
+        if self.reason in CUT_SHORT:  # the data refer to the calls
+            calls, data = [], {}
+        data = data if is_json(data) else {}
         if self.reason == "error":
             raise ModelError(
                 "the server ended the answer because of an error of its own"
             )
-        if not (self._text or calls or self.reason in CUT_SHORT):
+        text = "".join(self._text)
+        if not (text.strip() or calls or self.reason in CUT_SHORT):
             raise ModelError("the model answered nothing; ask again")
         message = ChatMessage(
             role="assistant",
-            text="".join(self._text),
+            text=text,
             tool_calls=tuple(call.finished() for call in calls),
-            provider_data={"by": self._model_id, **data} if data else {},
+            provider_data=data and {"by": self._model_id, **data},
         )
+        try:  # arguments and data may have been cut within a character, too
+            whole = from_json(whole_characters(to_json(message)))
+        except ValueError as error:
+            raise ModelError(f"the answer cannot be stored: {error}") from error
+        message = ChatMessage.from_json(whole)
         return Finished(message, self.reason, self.input_tokens, self.output_tokens)
 
 
@@ -9477,6 +9529,8 @@ class AnthropicAnswer(AnswerReader):
         # Anything else is a ping or a later addition; the API says to ignore it.
 
     def _close_message(self) -> None:
+        for index in [*self._blocks]:  # whose ends an imitation did not send
+            self._close_block(index)
         self.end(self.reason)
         self.over = True
         # Without thinking, text and calls are all there is, for any provider.
@@ -9547,7 +9601,8 @@ def ollama_url(host: str) -> str:
         port = default
     if ":" in name:
         name = f"[{name}]"
-    return f"{scheme or 'http'}://{name}:{port}"
+    path = re.sub("(/v1|/api(/chat)?)?/*$", "", parts.path)  # requests add their own
+    return f"{scheme or 'http'}://{name}:{port}{path}"
 
 
 class ProviderSpec(Value):
@@ -9629,10 +9684,7 @@ class ModelProvider:
         self, request: ChatRequest, cancel: Cancellation
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream."""
-        body = self._body(request)
-        for model, refusal in self._refusals:
-            if model == request.model:
-                self._amend(body, refusal)
+        body = self._amended_body(request)
         backoff = Backoff(self._first_pause, 20 * self._first_pause)
         tries = 1
         while True:
@@ -9654,15 +9706,29 @@ class ModelProvider:
                 )
             except ModelError as error:
                 delay = 0
+                plain = request.without_data()
+                unread = re.search(REASONING_PATTERN, error.detail)
+                if silent and unread and plain != request:
+                    request, body = plain, self._amended_body(plain)
+                    continue
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
                 if not amended:  # amendments with a notice last for one request
                     self._refusals.append((request.model, error))
+                    body = self._amended_body(request)
                 notice = amended
             if notice:
                 yield Delta("notice", notice)
             cancel.pause(delay)
+
+    def _amended_body(self, request: ChatRequest) -> JsonObject:
+        """Return a request with the amendments that its model needed so far."""
+        body = self._body(request)
+        for model, refusal in self._refusals:
+            if model == request.model:
+                self._amend(body, refusal)
+        return body
 
     def listed(self, cancel: Cancellation) -> list[JsonObject]:
         """Return the provider's list of models as it is.
@@ -9707,6 +9773,12 @@ class ModelProvider:
                 f"{self.spec.url_variable}"
             ) from error
 
+    def _url(self, path: str) -> str:
+        """Return the address of a request; a query of the server's goes to its end."""
+        base, _, query = self.base_url.partition("?")
+        mark = "&" if "?" in path else "?"
+        return f"{base}{path}{mark}{query}" if query else base + path
+
     def _body(self, request: ChatRequest) -> JsonObject:
         raise NotImplementedError
 
@@ -9731,7 +9803,7 @@ class ModelProvider:
         for secret in (self._api_key, to_json(self._api_key)[1:-1]):
             if len(secret) >= MIN_SECRET:  # some servers quote it
                 text = text.replace(secret, "…")
-        return redact(text)
+        return redact(whole_characters(text))
 
     @contextlib.contextmanager
     def _exchange(
@@ -9753,7 +9825,7 @@ class ModelProvider:
         try:
             with http_exchange(
                 method,
-                self.base_url + path,
+                self._url(path),
                 self._headers(),
                 content,
                 timeout=timeout,
@@ -9790,12 +9862,19 @@ class ModelProvider:
         ) as response:
             length = 0
             for data in self._documents(response):
-                if data == b"[DONE]":
+                if data.rstrip() == b"[DONE]":
                     reader.complete = True
                     break
                 length += len(data)
                 check_answer_length(length)
-                yield from reader.take(self._document(data))
+                try:
+                    document = self._document(data)
+                except ModelError as error:
+                    no_json = isinstance(error.__cause__, ValueError)
+                    if no_json and data[:1] in b"{[" and response.isclosed():
+                        break  # the connection ended within this document
+                    raise
+                yield from reader.take(document)
                 if reader.over:
                     break
             if not reader.complete:
@@ -9819,21 +9898,18 @@ class ModelProvider:
         return document if isinstance(document, dict) else {"data": document}
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers send an error, or a whole answer, without an event stream.
-        kind = response.getheader("Content-Type", "")
-        if kind.startswith("application/json"):
-            return iter([response.read(MAX_MODEL_REPLY)])
-        if kind.startswith("text/html"):
+        if response.getheader("Content-Type", "").startswith("text/html"):
             raise ModelError(
                 f"{self._shown_url + self.chat_path} answers with a web page: it is no "
                 f"{self.spec.label}; check the address"
             )
-        return _server_sent_data(_lines(response))
+        # Some servers send an error, or a whole answer, without an event stream.
+        return _whole_or_events(_lines(response))
 
     def _document(self, data: bytes) -> JsonObject:
         """Return one document of the answer.  Raises ModelError if it is none."""
         try:
-            document = from_json(data)
+            document = from_json(data, halves=True)  # pieces end anywhere
         except ValueError as error:
             raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
         if not isinstance(document, dict):
@@ -9861,8 +9937,8 @@ class ModelProvider:
         text = self._without_secrets(clip(_error_text(document), 1000))
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
         # With 429, "too many tokens" are those of the last minute.
-        overlong = re.search(OVERLONG_PATTERN, f"{text} {kind}")
-        if status != 429 and (overlong or status == 413):
+        pattern = EXCESSIVE_PATTERN if status == 429 else OVERLONG_PATTERN
+        if status == 413 or re.search(pattern, f"{text} {kind}"):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
@@ -9878,6 +9954,17 @@ class ModelProvider:
         if re.fullmatch(self.spec.call_id, call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _with_call_ids(
+        self, parts: Sequence[JsonObject], kind: str, field: str
+    ) -> list[JsonObject]:
+        """Return parts of an answer, its calls with the ids that the results have."""
+        return [
+            {**part, field: self._call_id(pick(part, field, str))}
+            if part.get("type") == kind
+            else part
+            for part in parts
+        ]
 
     def _own_data(
         self, request: ChatRequest, message: ChatMessage
@@ -10080,11 +10167,18 @@ class OpenAiProvider(ModelProvider):
             value["tool_calls"] = [
                 self._call(call, extras) for call in message.tool_calls
             ]
-        if message.role == "assistant" and self.spec.wants_reasoning:
+        if message.role == "assistant" and self._wants_reasoning(request.model):
             value["reasoning_content"] = pick(data, "reasoning_content", str)
         if data.get("reasoning_details"):
             value["reasoning_details"] = data["reasoning_details"]
         return value
+
+    def _wants_reasoning(self, model: str) -> bool:
+        """Return whether a model wants its reasoning back: DeepSeek's, Moonshot's."""
+        return self.spec.wants_reasoning or any(
+            model == refused and "reasoning_content" in refusal.detail
+            for refused, refusal in self._refusals
+        )
 
     def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
         value: JsonObject = {
@@ -10100,8 +10194,16 @@ class OpenAiProvider(ModelProvider):
         return value
 
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Only organisations that OpenAI verified may stream some models.
+        if "to stream this model" in error.detail and body["stream"]:
+            body["stream"] = False
+            body.pop("stream_options", None)
+            return ""
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
+        if "reasoning_content" in error.detail:
+            given = ("reasoning_content" in message for message in body["messages"])
+            return None if any(given) else ""  # it is from now on: _wants_reasoning()
         for name in ("chat_template_kwargs", "thinking"):
             if name in error.detail and body.pop(name, None):
                 return ""
@@ -10129,12 +10231,14 @@ class OpenAiProvider(ModelProvider):
         mistral = pick(listed, "capabilities", dict)
         openrouter = listed.get("supported_parameters", ["tools", "reasoning"])
         outputs = pick(pick(listed, "architecture", dict), "output_modalities", list)
+        kind = pick(listed, "type", str)
+        is_marked = self.spec.own or mistral or outputs or kind
         if (
             not name
-            or (self.spec.id == "openai" and re.search(OPENAI_OTHERS, name))
+            or (not is_marked and re.search(OTHER_MODELS, name))
             or mistral.get("completion_chat") is False
             or (outputs and "text" not in outputs)
-            or pick(listed, "type", str) in OTHER_MODEL_TYPES
+            or kind in OTHER_MODEL_TYPES
         ):
             return None
         can = openrouter if isinstance(openrouter, list) else []
@@ -10186,7 +10290,7 @@ class ResponsesProvider(OpenAiProvider):
             return [{**output, "output": message.text}]
         kept = pick_objects(self._own_data(request, message), "items")
         if kept:
-            return kept
+            return self._with_call_ids(kept, "function_call", "call_id")
         text = {"role": message.role, "content": message.text}
         return [text] * bool(message.text) + [
             {
@@ -10207,6 +10311,8 @@ class ResponsesProvider(OpenAiProvider):
         return document
 
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "to stream this model" in error.detail:
+            return super()._amend(body, error)
         # Models that do not reason have nothing to encrypt.
         if "ncrypted" in error.detail and body.pop("include", None):
             return ""
@@ -10284,7 +10390,7 @@ class AnthropicProvider(ModelProvider):
     def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
         kept = pick_objects(self._own_data(request, message), "blocks")
         if kept:
-            return kept
+            return self._with_call_ids(kept, "tool_use", "id")
         if message.role == "tool":
             call_id = self._call_id(message.tool_call_id)
             result = {"type": "tool_result", "tool_use_id": call_id}
@@ -10319,6 +10425,8 @@ class AnthropicProvider(ModelProvider):
             del body["output_config"]
         elif "hinking" in error.detail and "thinking" in body:
             self._amend_thinking(body)
+            if "Expected" in error.detail:  # by this conversation, not by the model
+                return "the answer began without reasoning, and goes on without it"
         else:
             return None
         return ""
@@ -10405,10 +10513,13 @@ def _tidy_url(protocol: str, base_url: str) -> str:
 
     People copy the address of a request, or leave out the `/v1` of their LM Studio.
     """
-    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base_url)
+    base, mark, query = base_url.partition("?")
+    url = re.sub(r"(/chat/completions|/responses|/messages|/models)?/*$", "", base)
     if protocol == "anthropic":
-        return re.sub("/v1$", "", url)
-    return url if "/" in url.partition("://")[2] else url + "/v1"
+        url = re.sub("/v1$", "", url)
+    elif "/" not in url.partition("://")[2]:
+        url += "/v1"
+    return url + mark + query
 
 
 def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
@@ -10434,7 +10545,7 @@ def make_providers(
         protocol = spec.protocol
         if protocol == "responses" and base_url and "api.openai.com" not in base_url:
             protocol = "openai"  # an imitation
-        if protocol in OWN_SERVERS and base_url:
+        if protocol != "ollama" and base_url:
             base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
             if variable in BEARER_VARIABLES.values():
@@ -23750,16 +23861,21 @@ def call_key(request_id: object) -> str:
     return to_json(int(request_id) if whole else request_id)  # type: ignore[call-overload]
 
 
+def has_whole_characters(value: object) -> bool:
+    text = to_json(value)
+    return whole_characters(text) == text
+
+
 def readable_id(message: object) -> object:
     """Return the id of a message that makes no sense otherwise, None if it has none."""
     found = message.get("id") if isinstance(message, dict) else None
-    return found if is_json_rpc_id(found) else None
+    return found if is_json_rpc_id(found) and has_whole_characters(found) else None
 
 
 def parse_message(text: bytes) -> Any:
     """Return the JSON of a message.  Raises JsonRpcError."""
     try:
-        return from_json(text)
+        return from_json(text, halves=True)  # which parse() answers
     except ValueError as error:
         raise JsonRpcError(PARSE_ERROR, f"the message is not JSON: {error}") from error
 
@@ -23826,6 +23942,10 @@ class McpRequest(Value):
         ):
             problem = "the message must be one JSON-RPC 2.0 request or notification"
             raise JsonRpcError(INVALID_JSON_RPC, problem)
+        if not has_whole_characters(message):
+            # JavaScript sends such texts: a client waits for an answer with its id.
+            problem = "the message has half a character: a surrogate without the other"
+            raise JsonRpcError(INVALID_JSON_RPC_PARAMS, problem)
         request_id, method = message.get("id"), message["method"]
         if "id" in message and not is_json_rpc_id(request_id):
             problem = f"id must be a text or a whole number, not {_shown(request_id)}"

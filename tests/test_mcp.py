@@ -266,7 +266,7 @@ NONSENSE = [
     ('{"jsonrpc":"2.0","id":1.5,"method":"ping"}', -32600),
     ('{"jsonrpc":"2.0","id":1e400,"method":"ping"}', -32600),
     ('{"jsonrpc":"2.0","id":NaN,"method":"ping"}', -32700),
-    ('{"jsonrpc":"2.0","id":1,"method":"p\\ud800"}', -32700),
+    ('{"jsonrpc":"2.0","id":1,"method":"p\\ud800"}', -32602),
     ('{"jsonrpc":"2.0","id":1,"method":"ping\udcff"}', -32700),  # no UTF-8
     ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
     ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":7}}', -32602),
@@ -464,6 +464,18 @@ def test_a_whole_number_may_be_written_with_a_point(client):
     failed, result = client.tool(3, "exec_status", id=job, offset=0.5)
     assert failed
     assert "offset must be" in result["error"]
+
+
+def test_half_a_character_is_refused_with_the_id_of_its_message(client, web):
+    params = {"name": "exec", "arguments": {"command": "echo \ud83d"}}
+    error = client.request(1, "tools/call", params)["error"]
+    assert (error["code"], "half a character" in error["message"]) == (-32602, True)
+    answer = web.request("tools/call", params)
+    assert (answer.json["id"], answer.json["error"]["code"]) == (1, -32602)
+    client.send({"jsonrpc": "2.0", "id": "\udc00", "method": "\udc00"})
+    assert client.answer(None)["error"]["code"] == -32602
+    params["arguments"]["command"] = "echo \ud83d\ude00"
+    assert client.request(2, "tools/call", params)["result"]["isError"] is False
 
 
 def test_an_id_and_a_progress_token_may_be_written_with_a_point(client, gateway):
