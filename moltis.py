@@ -35731,7 +35731,9 @@ class TerminalView {
 
   // What is composed is shown; to the Ctrl of the row of keys one character is enough.
   composed() {
-    this.keys.style.width = `${this.keys.scrollWidth}px`;
+    const {keys} = this;
+    keys.style.width = "0"; // else it never gets narrower
+    keys.style.width = `${keys.scrollWidth}px`;
     if (isControlPressed()) this.commit();
   }
 

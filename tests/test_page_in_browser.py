@@ -3597,6 +3597,9 @@ def test_what_is_composed_is_seen_before_it_is_typed(keyboard):
         document.activeElement, getComputedStyle(document.activeElement))"""
     compose(page, "にほんご")
     assert page.evaluate(look) == ["にほんご", "1", True]
+    wide = page.evaluate("document.activeElement.clientWidth")
+    compose(page, "にほ")
+    assert page.evaluate("document.activeElement.clientWidth") < wide
     page.type("日本語")
     assert page.evaluate(look)[:2] == ["", "0"]
     assert keyboard.typed() == "日本語"
