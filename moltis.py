@@ -8034,12 +8034,13 @@ class PartialFile:
     a time has the lock.
     """
 
-    def __init__(self, parent: int, name: str, identity: str, *, resumes: bool) -> None:
+    def __init__(self, parent: int, names: tuple[str, str], *, resumes: bool) -> None:
         """Open the part, or begin one; remove those of other sources.
 
-        Raises OSError; BlockingIOError while another copy writes it.
+        `names` is of part_names().  Raises OSError; BlockingIOError while another copy
+        writes it.
         """
-        begin, self.name = part_names(name, identity)
+        begin, self.name = names
         self._parent = parent
         self.removed = 0  # parts of an earlier source
         for other in os.listdir(parent):
@@ -8309,11 +8310,12 @@ class FileTarget:
     def _open_part(self, name: str, identity: str) -> PartialFile:
         """Return the part of a copy that is resumed.  Raises OSError."""
         deadline = Deadline(PART_PATIENCE)
-        wanted = part_key(self._root, part_names(name, identity)[1])
+        names = part_names(name, identity)
+        wanted = part_key(self._root, names[1])
         try:
             while True:
                 try:
-                    return PartialFile(self._root, name, identity, resumes=True)
+                    return PartialFile(self._root, names, resumes=True)
                 except OSError as error:
                     if error.errno != errno.EWOULDBLOCK:
                         raise
@@ -8446,18 +8448,18 @@ class FileTarget:
     # -- what arrives ----------------------------------------------------------------
 
     def _take(self, member: Member, stream: CheckedStream) -> None:
+        if not self._members:
+            self._alone = bool(member.identity)
         if self._root < 0:
             self._first = _components(member.name)[0]
             self._begin(is_directory=member.kind == b"5")
-            self._alone = bool(member.identity)
             if self._alone:
                 # Optional: another copy may be writing the part, the file system may
                 # have no locks, or the directory may not be readable.
                 with contextlib.suppress(OSError):
                     name = self._name or self._first
-                    self._part = PartialFile(
-                        self._root, name, member.identity, resumes=False
-                    )
+                    parts = part_names(name, member.identity)
+                    self._part = PartialFile(self._root, parts, resumes=False)
         self._hooks.alive(None)  # one message may hold many small files
         self._members += 1
         names = self._placed(member.name)

@@ -536,24 +536,29 @@ def test_a_single_file_that_cannot_be_read_is_an_error(source, tmp_path, kind):
     assert notes == []
 
 
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("way", ["plain", "bare", "resumed"])
 def test_a_single_file_that_cannot_be_written_ends_the_copy_at_once(
-    source, target, monkeypatch, bare
+    source, target, monkeypatch, way
 ):
     """What cannot be kept is not sent either: it may be a day's worth."""
 
     def write_some(_descriptor, _data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with (source / "f").open("wb") as file:
+    path = source / "f"
+    with path.open("wb") as file:
         file.truncate(50_000_000)
     pieces = pieces_of(source, "f", recursive=False)
-    if bare:
+    if way == "bare":
         pieces = moltis.with_digest(iter([bytes(65536)] * 700))
     before, notes = tree(target), []
     with monkeypatch.context() as patch, pytest.raises(RpcError, match="No space"):
         patch.setattr(os, "write", write_some)
-        write(target, "new", pieces, notes, bare=bare)
+        spec = FileWrite(str(target / "new"), bare=way == "bare", origin=origin(path))
+        writer = FileTarget(spec, FilePlaces("/"), notes.append, umask=0o022)
+        if way == "resumed":
+            writer.find_part()
+        writer.receive(moltis.one_by_one(pieces))
     assert notes == []
     assert sum(map(len, pieces)) > 40_000_000
     assert tree(target) == before
@@ -1493,7 +1498,8 @@ def origin(path):
 
 def open_part(parent, path):
     identity = moltis.file_identity(str(path), os.stat(path))
-    return moltis.PartialFile(parent, path.name, identity, resumes=True)
+    names = moltis.part_names(path.name, identity)
+    return moltis.PartialFile(parent, names, resumes=True)
 
 
 def resumed(path, target, stop=None, said=None, resumes=True, places=None):
