@@ -9934,19 +9934,21 @@ class ModelProvider:
     ) -> ModelError:
         detail = self._without_secrets(to_json(document))
         error = pick(document, "error", dict) if isinstance(document, dict) else {}
-        kind = error.get("type") or error.get("code")
+        kinds = error.get("type"), error.get("code")
         status = pick(error, "code", int) if status == 200 else status
         text = self._without_secrets(clip(_error_text(document), 1000))
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
         # With 429, "too many tokens" are those of the last minute.
         pattern = EXCESSIVE_PATTERN if status == 429 else OVERLONG_PATTERN
-        if status == 413 or re.search(pattern, f"{text} {kind}"):
+        if status == 413 or re.search(pattern, f"{text} {kinds}"):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
         # A used-up quota comes as 429 too, and waiting does not fill it.
         if "insufficient_quota" not in detail and (
-            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
+            status in BUSY_STATUSES
+            or status >= 500
+            or any(kind in BUSY_KINDS for kind in kinds)
         ):
             return ModelBusy(message, detail, retry_after)
         return ModelError(message, detail)

@@ -1672,6 +1672,23 @@ def test_a_response_that_failed_is_an_error(script, vendor):
 
 
 @only_responses
+@pytest.mark.parametrize("code", ["rate_limit_exceeded", "server_error"])
+def test_an_error_event_is_judged_by_its_code(script, vendor, code):
+    script.stream(sse({"type": "error", "code": code, "message": "later"}))
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+
+
+@only_openai
+def test_a_code_alone_says_that_a_conversation_is_too_long(script):
+    error = {"message": "Bad input", "type": "invalid_request_error"}
+    body = {"error": {**error, "code": "context_length_exceeded"}}
+    script.replies.append((400, {}, [json.dumps(body).encode()]))
+    with pytest.raises(ContextTooLong):
+        list(script.ask())
+
+
+@only_responses
 def test_a_whole_response_is_understood(script, vendor):
     content = [{"type": "output_text", "text": "fine"}]
     item = {"type": "message", "role": "assistant", "content": content}
