@@ -39563,19 +39563,19 @@ def exit_status(ending: Ending) -> int:
     return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
 
 
-def ended_status(job: FollowedJob, output: Output, *, interrupted: int = 0) -> int:
+def ended_status(
+    job: FollowedJob, output: Output, *, was_cancelled: bool = False
+) -> int:
     """Return the exit status for a job; say what the status alone does not.
 
-    `interrupted` is the signal for which we cancelled it.  Raises the error that it has
-    instead of an ending.
+    Raises the error that it has instead of an ending.
     """
     if job.error is not None:
         raise job.error
     ending = job.ending
     assert ending is not None
-    if ending.state == JobState.CANCELLED and interrupted:
-        return 128 + interrupted
-    if ending.state != JobState.DONE:
+    ours = ending.state == JobState.CANCELLED and was_cancelled
+    if ending.state != JobState.DONE and not ours:
         output.complain(f"{job.name}: {ending.words()}")
     return exit_status(ending)
 
@@ -39778,7 +39778,7 @@ class JobTerminal:
     def _status(self) -> int:
         """Return the exit status for the one job.  Raises its error."""
         job = self._ended[0]
-        return ended_status(job, self._output, interrupted=self._feed.interrupted)
+        return ended_status(job, self._output, was_cancelled=self._cancelled)
 
     def _recap(self) -> int:
         """Say how each job went; return 0 only if all went well."""
@@ -39791,7 +39791,7 @@ class JobTerminal:
                 self._output.say(f"{group}: {', '.join(names)}")
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
-        return 128 + self._feed.interrupted if self._cancelled else EXIT_FAILURE
+        return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
 def run_spec(args: argparse.Namespace, context: Context) -> JsonObject:
