@@ -7016,6 +7016,9 @@ class FileListing:
 
         One where a file system is mounted that does not answer is "other".
         """
+        if self._away >= MAX_AWAY:
+            self._pause()
+            return [FileEntry(encode_path(name), "other", 0, 0, 0) for name in names]
         look = partial(self._entries, names)
         path = os.path.join(self.path, *names[:1])
         limit = Deadline(LOOK_AGAIN if self._away else LOOK_TIMEOUT)
@@ -7028,10 +7031,7 @@ class FileListing:
         found: list[FileEntry] = []
         for name in names:  # each by itself: a thread for each costs ten times more
             self._pause()
-            if self._away < MAX_AWAY:
-                found += self._look_at([name])
-            else:
-                found.append(FileEntry(encode_path(name), "other", 0, 0, 0))
+            found += self._look_at([name])
         return found
 
     def _entries(self, names: Sequence[str]) -> list[FileEntry]:
@@ -8855,6 +8855,11 @@ REASONING_PATTERN = (
     r"(?i)signature|encrypted.content.{0,400} could not be|items are not persisted"
     r"|without its required|blocks.{0,80} cannot be modified"
 )
+# How servers demand the reasoning of earlier answers; others only quote the field.
+REASONING_WANTED = (
+    r"(?i)missing.{0,40}reasoning_content"
+    r"|reasoning_content.{0,60}(missing|must be|required)"
+)
 CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
 OTHER_MODELS = (  # in the lists of vendors that do not mark their chat models
     "embed|whisper|tts|dall-e|moderat|image|imagine|audio|realtime|transcribe|sora"
@@ -9838,7 +9843,7 @@ class ModelProvider:
                     place = response.getheader("Location", "another address")
                     raise ModelError(
                         f"{self.spec.label}: {self._shown_url} redirects to "
-                        f"{self._without_secrets(place)}; "
+                        f"{self._without_secrets(place.partition('?')[0])}; "
                         "enter that address"
                     )
                 if response.status != 200:
@@ -10180,7 +10185,7 @@ class OpenAiProvider(ModelProvider):
     def _wants_reasoning(self, model: str) -> bool:
         """Return whether a model wants its reasoning back: DeepSeek's, Moonshot's."""
         return self.spec.wants_reasoning or any(
-            model == refused and "reasoning_content" in refusal.detail
+            model == refused and re.search(REASONING_WANTED, refusal.detail)
             for refused, refusal in self._refusals
         )
 
@@ -10205,9 +10210,11 @@ class OpenAiProvider(ModelProvider):
             return ""
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
-        if "reasoning_content" in error.detail:
-            given = ("reasoning_content" in message for message in body["messages"])
-            return None if any(given) else ""  # it is from now on: _wants_reasoning()
+        if re.search(REASONING_WANTED, error.detail):
+            answers = [m for m in body["messages"] if m["role"] == "assistant"]
+            given = any("reasoning_content" in answer for answer in answers)
+            # See _wants_reasoning(), from now on; without answers nothing changes.
+            return "" if answers and not given else None
         for name in ("chat_template_kwargs", "thinking"):
             if name in error.detail and body.pop(name, None):
                 return ""
@@ -10428,9 +10435,11 @@ class AnthropicProvider(ModelProvider):
         ):
             del body["output_config"]
         elif "hinking" in error.detail and "thinking" in body:
-            self._amend_thinking(body)
             if "Expected" in error.detail:  # by this conversation, not by the model
+                del body["thinking"]
+                body.pop("output_config", None)
                 return "the answer began without reasoning, and goes on without it"
+            self._amend_thinking(body)
         else:
             return None
         return ""
@@ -17604,7 +17613,7 @@ class Jobs:
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open:
-                with contextlib.suppress(ConnectionClosed):
+                with job.typing, contextlib.suppress(ConnectionClosed):
                     if job.record.cancelled_at is not None:
                         link.cancel(job.id)
                     if job.size is not None:
@@ -17802,6 +17811,8 @@ class Jobs:
                 if record.cancelled_at is not None:
                     link.cancel(job.id)  # a start that follows is answered `cancelled`
                 link.start(job.id, record.work, record.spec or {})
+                if job.size is not None:  # requested before the start arrived
+                    link.resize(job.id, job.size)
             job.input_end = 0
             job.input_resumes += 1  # input that came before has gone nowhere
         self._wake(job)
@@ -27383,6 +27394,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .composing textarea { opacity: 1; background: var(--screen); color: inherit;
   text-decoration: underline; white-space: pre; }
 .composing .cursor { display: none; }
+.composing .term-rows { overflow-x: clip; }
 .bell { box-shadow: inset 0 0 0 2px var(--wait); }
 #terminal-keys { display: none; gap: 4px; padding: 5px 6px; overflow-x: auto;
   background: var(--sunken); border-top: var(--rule); }
@@ -31528,7 +31540,8 @@ class TerminalSession {
 
   // Type a text; return whether it was taken.
   type(text) {
-    if (this.isOver) return false;
+    // Fields that are removed lose the focus, which some programs are told.
+    if (this.isOver || state.terminals.get(this.id) !== this) return false;
     if (!this.input.type(encoder.encode(text), this.isAway)) return false;
     if (!this.holds) this.takeHold();
     this.watchInput();
@@ -32308,7 +32321,7 @@ function drawSessions() {
 }
 
 // Open a chat with the machine and the model of the chat that one looks at, or looked
-// at last; a machine that was removed is left out.
+// at last; a machine that was removed is left out.  Return it once it is shown.
 async function newChat() {
   const key = state.route.page === "chat" ? state.route.key : lastKey();
   const looked = state.sessions.find(known => known.key === key);
@@ -32317,8 +32330,7 @@ async function newChat() {
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const unused = state.sessions.find(known => isEmpty(known) && known.key !== key);
   if (unused) patchSession(unused.key, choices);
-  if (unused) openChat(unused.key);
-  else await createChat(choices);
+  return unused ? openChat(unused.key) : createChat(choices);
 }
 
 // Show an empty chat, with what was typed for it.
@@ -32328,6 +32340,7 @@ function openChat(key, typed = "") {
   chat.draft ||= typed;
   leaveChat(chat);
   $("text").focus();
+  return chat;
 }
 
 // Whether the chat that is shown gives way to one that the gateway is creating.
@@ -32335,8 +32348,9 @@ const isLeaving = () => state.route === state.leaving;
 
 // Create a chat; what is typed until it is there belongs to it.
 async function createChat(choices) {
-  if (isLeaving()) return;
+  if (isLeaving()) return null;
   state.leaving = state.route;
+  shownChat = null; // whoever returns to it meanwhile gets its draft again
   const text = $("text");
   text.value = ""; // the draft of the chat that one leaves is kept
   text.focus();
@@ -32345,23 +32359,25 @@ async function createChat(choices) {
   state.leaving = null;
   if (entry && !state.sessions.some(({key}) => key === entry.key))
     state.sessions.unshift(entry);
-  if (!isLeft) return;
-  if (entry) openChat(entry.key, text.value);
-  else {
-    text.value = [currentChat().draft, text.value].filter(Boolean).join("\n");
-    keepDraft();
+  if (!isLeft) return null;
+  if (entry) return openChat(entry.key, text.value);
+  if (state.route.page === "chat") {
+    const chat = currentChat();
+    chat.draft = [chat.draft, text.value].filter(Boolean).join("\n");
+    leaveChat(chat);
+    touch("chat");
   }
+  return null;
 }
 
 // Take the text of a chat that was deleted to a new one.
 async function goOn() {
   const chat = currentChat();
-  const {draft} = chat;
-  await newChat();
-  if (currentChat() === chat) return; // it failed
+  const made = await newChat();
+  if (!made) return; // it failed, or a person went elsewhere
+  made.draft = [chat.draft, made.draft].filter(Boolean).join("\n");
   chat.draft = "";
-  currentChat().draft = draft;
-  showDraft(currentChat());
+  showDraft(made);
 }
 
 // == view: chat ==
@@ -32872,7 +32888,7 @@ function waitingCard(chat, row) {
 function drawChat() {
   if (state.route.page !== "chat" || !state.wasUp) return;
   const chat = currentChat();
-  if (shownChat !== chat) leaveChat(chat);
+  if (shownChat !== chat && !isLeaving()) leaveChat(chat);
   const rows = shownRows(chat);
   turns.show(rows);
   $("older").hidden = !chat.earlier;
@@ -33949,7 +33965,10 @@ async function takeUpUploads() {
     if (state.uploads.has(facts.id)) continue;
     const asked = link.call("job.wait", {id: facts.id, wait: 0});
     const job = await asked.catch(error => error);
-    if (job.isLost) return; // the next connection takes them up
+    if (job.isLost) { // the next connection takes them up
+      if (state.link === "up") link.reopen();
+      return;
+    }
     if (isOpen(job)) state.uploads.set(facts.id, new Upload(facts, null));
   }
   keepUploads();
@@ -35488,6 +35507,7 @@ class Grid {
     this.drawRows(page, emulator.epoch);
     const x = Math.min(page.x, emulator.columns - 1) * this.cellWidth;
     const y = (this.base - this.first + page.y) * this.cellHeight;
+    this.x = x; // of the cursor, in px
     for (const {style} of this.atCursor) {
       style.transform = `translate(${x}px, ${y}px)`;
       style.height = `${this.cellHeight}px`;
@@ -35575,7 +35595,7 @@ class TerminalView {
     on(keys, "compositionend", event => {
       this.root.classList.remove("composing");
       this.text(event.data);
-      keys.value = keys.style.width = "";
+      keys.value = keys.style.width = keys.style.left = "";
     });
     on(rows, "paste", event => {
       event.preventDefault();
@@ -35737,7 +35757,11 @@ class TerminalView {
   composed() {
     const {keys} = this;
     keys.style.width = "0"; // else it never gets narrower
-    keys.style.width = `${keys.scrollWidth}px`;
+    const room = this.rows.clientWidth;
+    const width = Math.min(keys.scrollWidth, room);
+    keys.style.width = `${width}px`;
+    // At the edge it begins before the cursor: else the box scrolls and loses a row.
+    keys.style.left = `${Math.min(0, room - width - this.grid.x)}px`;
     if (isControlPressed()) this.commit();
   }
 
@@ -37891,7 +37915,7 @@ def prepare_streams() -> None:
         if isinstance(stream.buffer, io.RawIOBase):
             # Under `python -u` a write that a signal or a leaving reader cuts short
             # would count as a whole one, and argparse would ignore its errors.
-            encoding, by_line = stream.encoding, stream.isatty()
+            encoding, by_line = stream.encoding, name == "stderr" or stream.isatty()
             buffer = io.BufferedWriter(stream.detach())
             buffered = io.TextIOWrapper(buffer, encoding, ESCAPE, None, by_line)
             setattr(sys, name, buffered)
@@ -42796,7 +42820,9 @@ def run_subcommand(
     first, second = (*arguments, "")[:2]
     takes_command = not {first, f"{first} {second}"}.isdisjoint(TAKING_COMMANDS)
     words = ["--", *command] if command and not takes_command else []
-    check_filled([*arguments, *words])
+    check_filled(arguments)
+    if not all(map(str.strip, words)):
+        raise UsageError("a word after `--` is empty; give it a value, or leave it out")
     check_subcommand(arguments)
     parsers = build_parsers(arguments)
     parser = parsers.get(f"{first} {second}") or parsers.get(first) or parsers[""]

@@ -1363,3 +1363,18 @@ def test_sizes_of_a_terminal_reach_its_node_in_their_order(world, monkeypatch):
     redraws.join()
     resizes.join()
     assert sizes == [(24, 80), (24, 80), (50, 200)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["it has it", "it never came"])
+def test_a_size_that_is_chosen_while_the_node_is_away_reaches_it(world, known):
+    sizes = []
+    world.node.resize = lambda _job_id, size: sizes.append((size.rows, size.cols))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    world.node.drop()
+    if not known:  # lost with the connection
+        world.node.known.clear()
+        world.node.logs.clear()
+    world.jobs.resize(job, moltis.TerminalSize(50, 200), None)
+    assert sizes == []
+    world.node.come()
+    assert sizes == [(50, 200)]

@@ -762,8 +762,10 @@ def test_a_key_may_have_white_space_around_it(vendor):
 
 @pytest.mark.parametrize("status", [307, 308])
 def test_a_redirection_is_said_with_its_address(script, vendor, status):
-    script.replies.append((status, {"Location": "https://elsewhere.test/v1"}, []))
-    with pytest.raises(ModelError, match=r"redirects to https://elsewhere\.test/v1"):
+    place = "https://elsewhere.test/v1?key=secret"
+    script.replies.append((status, {"Location": place}, []))
+    expected = r"redirects to https://elsewhere\.test/v1; enter"
+    with pytest.raises(ModelError, match=expected):
         list(script.ask())
 
 
@@ -1593,6 +1595,22 @@ def test_reasoning_goes_back_to_a_server_that_misses_it(script, vendor):
         list(script.ask(messages))
 
 
+@pytest.mark.parametrize("vendor", [OpenAi()], ids=["openai"])
+def test_a_refusal_that_only_quotes_the_field_for_reasoning_is_final(script, vendor):
+    """FastAPI's errors have the input in them.  Other chats are asked as before."""
+    question = ChatMessage("user", "what is reasoning_content?")
+    script.refuse(422, f"Extra inputs are not permitted; input: {question.text}")
+    with pytest.raises(ModelError, match="not permitted"):
+        list(script.ask([question]))
+    script.refuse(400, "reasoning_content is missing")  # of no answer at all
+    with pytest.raises(ModelError, match="is missing"):
+        list(script.ask([question]))
+    assert len(script.bodies) == 2
+    script.stream(vendor.answer("fine"))
+    answer = ChatMessage("assistant", "so")
+    assert text_of(script.ask((*HELLO, answer, *HELLO))) == "fine"
+
+
 def test_ids_go_back_as_they_came_where_they_are_taken():
     answer = ChatMessage("assistant", "", (ToolCall("functions.exec:0", "exec", {}),))
     for name, kept in (("openrouter", True), ("openai", False)):
@@ -1769,6 +1787,14 @@ def test_a_turn_that_began_without_reasoning_changes_nothing_for_others(
         assert text_of(model.stream(HELLO, (), Cancellation())) == "ok"
     kinds = [body.get("thinking", {}).get("type") for body in script.bodies]
     assert kinds == ["adaptive", "enabled", None, "enabled"]
+    # Of the adaptive kind likewise: another budget would be refused, and remembered.
+    script.provider._refusals.clear()
+    script.refuse(400, "Expected `thinking`, but found `text`")
+    for _ in range(2):
+        script.stream(vendor.answer("ok"))
+        assert text_of(model.stream(HELLO, (), Cancellation())) == "ok"
+    kinds = [body.get("thinking", {}).get("type") for body in script.bodies[4:]]
+    assert kinds == ["adaptive", None, "adaptive"]
 
 
 @only_anthropic
