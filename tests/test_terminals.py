@@ -176,6 +176,7 @@ class Person:
         """Return the exit status of the program, once it has ended by itself."""
         self.spawned.expect(pexpect.EOF)
         self._settings_at_the_end = self.settings()
+        self.spawned.wait()  # close() hangs up on one that takes its time
         self.spawned.close()
         return self.spawned.exitstatus
 
@@ -195,7 +196,10 @@ class Person:
         return self
 
     def __exit__(self, *_):
-        self.spawned.close(force=True)
+        try:
+            self.spawned.close(force=True)
+        except pexpect.ExceptionPexpect:  # killed, and not gone within 0.1 s
+            self.spawned.wait()
 
 
 class Client:
