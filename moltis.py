@@ -8706,7 +8706,7 @@ class FileTarget:
     def _set(
         self, names: tuple[str, ...], what: str, change: Callable[[], None]
     ) -> None:
-        """Change what is no content; note that a file system refuses it.
+        """Set a mode or time; note it where the file system refuses to.
 
         Windows drives in WSL and the storage of phones have no modes.
         """
@@ -12081,7 +12081,7 @@ def _write_files(
     umask = file_umask(options.inherited)
 
     def report(part: FilePartial) -> None:
-        # No more than that: if the sender is gone, the part stays locked meanwhile.
+        # Not longer: the part stays locked meanwhile, even if the sender is offline.
         errand.patience += part.size / CHECK_RATE
         errand.write({"part": part}, STDERR)
 
@@ -14874,7 +14874,7 @@ class JobsTable(Table):
             "node_id = ?": node_id,
             "state = ?": "" if state in self.STATES else state,
             "session_key = ?": session_key,
-            "instr(lower(command), lower(?))": query,  # LIKE takes no more than 50 KB
+            "instr(lower(command), lower(?))": query,  # LIKE is limited to 50 KB
             "seq < ?": before,
         }
         # Only the filters that are set: SQLite uses no index for `? = '' OR …`.
@@ -17485,7 +17485,7 @@ class Jobs:
         size.check()
         if not job.is_terminal:
             raise RpcError("INVALID_REQUEST", f"{job.id} has no terminal")
-        with job.typing:  # the node is told of sizes in their order
+        with job.typing:  # the node receives sizes in their order
             with job.lock:
                 job.size, job.sized_by = size, by
             self._notify(job, lambda link: link.resize(job.id, size))
