@@ -2730,73 +2730,72 @@ def test_a_machine_is_used_before_the_gateway_knows(site, make_page):
     page.wait_for(shows("#prompt", "Demo node $"))
 
 
-def test_what_is_typed_after_new_chat_is_typed_into_it(site, browser):
+@pytest.fixture
+def slow_chat(site, browser):
+    """A link that may be slow or cut, and a page behind it, at a chat with a draft."""
+    with contextlib.closing(FaultyProxy(site.port)) as line, browser.new_page(
+        isolated=True
+    ) as page:
+        page.goto(f"http://127.0.0.1:{line.port}/#key={site.key}")
+        page.wait_for(READY)
+        open_new_chat(page)
+        run(page, "echo used")
+        page.type("stays")
+        yield line, page
+        page.errors.clear()  # the connection that was cut
+
+
+def test_what_is_typed_after_new_chat_is_typed_into_it(site, slow_chat):
     """However long the gateway takes to create it."""
     text = value_of("#text")
-    with contextlib.closing(FaultyProxy(site.port)) as line:
-        far = f"http://127.0.0.1:{line.port}"
-        with browser.new_page(isolated=True) as page:
-            page.goto(f"{far}/#key={site.key}")
-            page.wait_for(READY)
-            open_new_chat(page)
-            run(page, "echo used")
-            page.type("stays")
-            old = page.evaluate("location.pathname")
-            line.silent = True
-            page.click("#new-chat")
-            page.type("goes along")
-            page.press("Enter")
-            line.silent = False
-            page.wait_for(f"location.pathname !== '{old}'")
-            page.wait_for(f"{text} === 'goes along'")
-            assert ran(site, "goes along") == []
-            page.press("Enter")  # else New chat would lead to it again
-            wait_for(lambda: ran(site, "goes along"))
-            page.goto(far + old)
-            page.wait_for(f"{text} === 'stays'")
-            line.silent = True
-            page.click("#new-chat")
-            page.type("comes back")
-            line.cut()
-            line.silent = False
-            page.wait_for(f"{text} === 'stays\\ncomes back'")
-            assert page.evaluate("location.pathname") == old
-            page.errors.clear()  # the connection that was cut
+    line, page = slow_chat
+    old = page.evaluate("location.href")
+    line.silent = True
+    page.click("#new-chat")
+    page.type("goes along")
+    page.press("Enter")
+    line.silent = False
+    page.wait_for(f"location.href !== '{old}'")
+    page.wait_for(f"{text} === 'goes along'")
+    assert ran(site, "goes along") == []
+    page.press("Enter")  # else New chat would lead to it again
+    wait_for(lambda: ran(site, "goes along"))
+    page.goto(old)
+    page.wait_for(f"{text} === 'stays'")
+    line.silent = True
+    page.click("#new-chat")
+    page.type("comes back")
+    line.cut()
+    line.silent = False
+    page.wait_for(f"{text} === 'stays\\ncomes back'")
+    assert page.evaluate("location.href") == old
 
 
-def test_drafts_stay_in_their_chats_while_another_one_is_created(site, browser):
+def test_drafts_stay_in_their_chats_while_another_one_is_created(slow_chat):
     text = value_of("#text")
-    with contextlib.closing(FaultyProxy(site.port)) as line:
-        far = f"http://127.0.0.1:{line.port}"
-        with browser.new_page(isolated=True) as page:
-            page.goto(f"{far}/#key={site.key}")
-            page.wait_for(READY)
-            open_new_chat(page)
-            run(page, "echo used")
-            page.type("stays")
-            old = page.evaluate("location.pathname")
-            line.silent = True
-            page.click("#new-chat")
-            page.wait_for(f"{text} === ''")
-            page.click("#sessions li.current a")  # back, before there is another
-            page.wait_for(f"{text} === 'stays'")
-            page.click("#text")
-            page.type("!")
-            line.silent = False
-            page.wait_for("document.querySelectorAll('#sessions li').length > 2")
-            assert page.evaluate(text) == "stays!"
-            page.click("#sessions li:first-child a")
-            run(page, "echo used as well")  # else New chat would lead to it again
-            page.click("#to-access")
-            page.wait_for("location.pathname.endsWith('/access')")
-            line.silent = True
-            page.click("#new-chat")
-            line.cut()
-            line.silent = False
-            page.wait_for("!document.querySelector('#toast').hidden")
-            page.goto(far + old)
-            page.wait_for(f"{text} === 'stays!'")
-            page.errors.clear()  # the connection that was cut
+    line, page = slow_chat
+    old = page.evaluate("location.href")
+    line.silent = True
+    page.click("#new-chat")
+    page.wait_for(f"{text} === ''")
+    page.click("#sessions li.current a")  # back, before there is another
+    page.wait_for(f"{text} === 'stays'")
+    page.click("#text")
+    page.type("!")
+    line.silent = False
+    page.wait_for("document.querySelectorAll('#sessions li').length > 2")
+    assert page.evaluate(text) == "stays!"
+    page.click("#sessions li:first-child a")
+    run(page, "echo used as well")  # else New chat would lead to it again
+    page.click("#to-access")
+    page.wait_for("location.pathname.endsWith('/access')")
+    line.silent = True
+    page.click("#new-chat")
+    line.cut()
+    line.silent = False
+    page.wait_for("!document.querySelector('#toast').hidden")
+    page.goto(old)
+    page.wait_for(f"{text} === 'stays!'")
 
 
 def test_the_newest_output_is_followed_until_a_person_scrolls_up(site, make_page):
