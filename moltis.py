@@ -6155,6 +6155,7 @@ class Command:
         self._drain = Deadline(None)  # runs from the shell's exit on
         self._drained = False  # it has expired
         self._owed: dict[int, int] = {}  # bytes in each output at the exit
+        self._left_unread = False  # bytes that were in an output at the exit
         self._small_read_at = -math.inf  # monotonic; input() resets it
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
@@ -6274,7 +6275,8 @@ class Command:
 
     def _ending(self, group: ProcessGroup) -> Ending:
         state = JobState.DONE
-        if group.ending:
+        was_cut = group.ending or self._left_unread
+        if was_cut:
             state = JobState.TIMED_OUT if self._timed_out else JobState.CANCELLED
         code = group.exit_code
         reasons = [] if self._timed_out else [self._cancelled or ""]
@@ -6288,7 +6290,7 @@ class Command:
             state,
             exit_code=code if code is not None and code >= 0 else None,
             signal=_signal_name(-code) if code is not None and code < 0 else None,
-            reason=("; ".join(filter(None, reasons)) or None) if group.ending else None,
+            reason=("; ".join(filter(None, reasons)) or None) if was_cut else None,
             started_at=self._started_at,
             duration=round((self._exited_at or time.monotonic()) - self._started, 6),
         )
@@ -6351,10 +6353,9 @@ class Command:
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
             self._timed_out = True
-        if self._timed_out or self._cancelled is not None:
-            self._owed.clear()  # unread output is not waited for
-            if running and not group.ending:
-                group.end()
+        gives_up = self._timed_out or self._cancelled is not None
+        if gives_up and running and not group.ending:
+            group.end()
         if group.ending:
             if not group.ended():
                 return False
@@ -6363,15 +6364,21 @@ class Command:
                 return True
         elif running:
             return False
-        if group.terminal is not None and not any(n > 0 for n in self._owed.values()):
+        owes = any(count > 0 for count in self._owed.values())
+        if group.terminal is not None and (gives_up or not owes):
             group.terminal.close_slave()  # from now on the master reaches EOF
         # Bytes that were in a pipe at the shell's exit are read, even if the window is
-        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # full for long, unless it is cancelled; a grandchild has DRAIN_AFTER_EXIT to
+        # add some.
         self._drained = self._drain.expired
         if self._drained:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
-                if self._owed.get(descriptor, 0) <= 0 or not _bytes_ready(descriptor):
+                owes = (
+                    self._owed.get(descriptor, 0) > 0 and _bytes_ready(descriptor) > 0
+                )
+                if gives_up or not owes:
+                    self._left_unread = self._left_unread or owes
                     group.close_output(descriptor)
         return not group.outputs
 
@@ -26189,9 +26196,14 @@ class HttpDoor:
         address: tuple[str, int],
         app: HttpApp,
         threads: ConnectionThreads,
-        tls: ServerTls | None = None,
+        tls: ServerTls | None,
+        on_listening: Callable[[int], None],
     ) -> None:
-        """Raises BadConfiguration when the address cannot be listened on."""
+        """Call `on_listening` with the port before the first connection is served.
+
+        Raises BadConfiguration when the address cannot be listened on, and what
+        `on_listening` raises.
+        """
         self._tls = tls
         self._threads = threads
         self._proxies = app.edge.proxies
@@ -26206,11 +26218,12 @@ class HttpDoor:
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="moltis-http", daemon=True
         )
-        self._thread.start()
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_address[1])
+        try:
+            on_listening(int(self._server.server_address[1]))
+            self._thread.start()
+        except BaseException:
+            self._server.server_close()
+            raise
 
     def close(self) -> None:
         """Stop listening; open connections go on."""
@@ -37645,9 +37658,10 @@ class RunningGateway:
             stack.callback(gateway.close)
             stack.callback(chats.close)  # before the nodes seem to be away
             app = HttpApp(gateway, jobs, access, served_files(), options.edge())
-            door = HttpDoor(options.listen, app, connections, options.tls)
+            door = HttpDoor(
+                options.listen, app, connections, options.tls, self._announce_door
+            )
             stack.callback(door.close)
-            self._announce_door(door.port)
             stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
             stack.callback(Ticker(STORE_TICK, partial(self._tick, app)).close)
             self._stack = stack.pop_all()

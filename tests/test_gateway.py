@@ -23,6 +23,22 @@ def gateway(tmp_path):
         yield running
 
 
+def test_the_first_connection_finds_a_whole_gateway(tmp_path, monkeypatch):
+    """Clients of a gateway that restarts try again until it listens."""
+    scopes = []
+
+    class Door(moltis.HttpDoor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            file = moltis.GatewayFile.load(tmp_path / "gateway")
+            with moltis.OperatorClient(file.url, file.api_key) as client:
+                scopes.extend(client.scopes)
+
+    monkeypatch.setattr(moltis, "HttpDoor", Door)
+    with InProcessGateway(tmp_path / "gateway"):
+        assert scopes == ["operator.admin"]
+
+
 @pytest.fixture
 def rust(gateway):
     """A node of the original Moltis, connected."""
