@@ -17209,7 +17209,11 @@ class Jobs:
         keep_output: int = KEEP_OUTPUT,
         idle_terminal: float = IDLE_TERMINAL,  # s
     ) -> None:
-        """Load the jobs of an earlier life of the gateway.  Raises StoreError."""
+        """Load the jobs of an earlier life of the gateway.
+
+        Raises StoreError, BadConfiguration if there can be no such directory.
+        """
+        make_private_directory(directory)
         self._idle_terminal = idle_terminal
         self._table = table
         self._fleet = fleet
