@@ -22590,7 +22590,7 @@ class Rpc:
 
 
 REPORT_BURST = 10  # reports of a node at once; more are dropped, each replaces the last
-REPORT_PAUSE = 1.0  # s until one more is allowed
+REPORT_PAUSE = 15.0  # s until one more is allowed; nodes of ours take twice as long
 
 
 class Allowance:
