@@ -14120,7 +14120,7 @@ class Session(Value):
     effort: str = ""  # of reasoning; "": the model's default
     archived: bool = False
     seq: int = 0
-    run_id: str = ""
+    run_id: str = ""  # of the model's turn in progress
     explained: bool = False  # that a command's variables end with it
     message_count: int = 0  # computed, as are all below
     preview: str = ""
@@ -14414,10 +14414,10 @@ class Database:
         """Return all rows.  Raises StoreError."""
         return self._execute(sql, values)[0]
 
-    def row(self, sql: str, values: SqlValues = ()) -> sqlite3.Row | None:
-        """Return the first row, or None.  Raises StoreError."""
+    def value(self, sql: str, values: SqlValues = ()) -> Any:
+        """Return the only column of the first row, or None.  Raises StoreError."""
         rows = self.rows(sql, values)
-        return rows[0] if rows else None
+        return rows[0][0] if rows else None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -14483,7 +14483,7 @@ class Database:
 
     def release_pages(self) -> None:
         """Return some of the file's free pages to the disk.  Raises StoreError."""
-        if self.rows("PRAGMA freelist_count")[0][0] <= VACUUM_ABOVE:
+        if self.value("PRAGMA freelist_count") <= VACUUM_ABOVE:
             return
         self._written += 1
         with self._lock:
@@ -14636,6 +14636,12 @@ class NodeNames:
         return ids or ()
 
 
+def stands_for(key: str, node_id: str) -> bool:
+    """Return whether `key`, a name_key(), is an id, or enough of its beginning."""
+    folded = node_id.casefold()
+    return folded == key or (len(key) >= MIN_ID_PREFIX and folded.startswith(key))
+
+
 class DevicesTable(Table):
     """The devices; those that are revoked or expired are not found."""
 
@@ -14687,8 +14693,7 @@ class DevicesTable(Table):
             f" WHERE id <> :but AND {self.CURRENT}",
             {"but": but, "now": now},
         ):
-            node_id = row["node_id"].casefold()
-            called = row["display_name"]
+            node_id, called = row["node_id"], row["display_name"]
             if name_key(called) == key or name_looks(called) == looks:
                 if node_id:
                     return f"another machine is called {called}"
@@ -14696,15 +14701,12 @@ class DevicesTable(Table):
                     f"a token was made for {called} and is not used yet (`moltis node "
                     f"revoke {shlex.quote(called)}` ends it)"
                 )
-            if node_id == key:
-                return f"{row['node_id']} is the id of another machine"
-            if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
-                return f"the id of another machine, {row['node_id']}, begins with it"
+            if node_id.casefold() == key:
+                return f"{node_id} is the id of another machine"
+            if stands_for(key, node_id):
+                return f"the id of another machine, {node_id}, begins with it"
         for gone in self.gone_ids(but=but):
-            node_id = gone.casefold()
-            if node_id == key or (
-                len(key) >= MIN_ID_PREFIX and node_id.startswith(key)
-            ):
+            if stands_for(key, gone):
                 return f"{gone} was the id of another machine"
         return ""
 
@@ -14848,8 +14850,7 @@ class JobsTable(Table):
 
     def log(self, job_id: str) -> bytes:
         """Return the log that save() wrote, b"" if there is none."""
-        row = self._db.row("SELECT log FROM jobs WHERE id = ?", (job_id,))
-        return (row["log"] if row else None) or b""
+        return self._db.value("SELECT log FROM jobs WHERE id = ?", (job_id,)) or b""
 
     def open(self) -> list[JobRecord]:
         """Return the jobs that have not ended, the oldest first."""
@@ -14889,8 +14890,7 @@ class JobsTable(Table):
             return self._page(conditions, values, limit)
         # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
-        row = self._db.row("SELECT max(seq) newest FROM jobs")
-        top = before or (row["newest"] if row and row["newest"] else 0) + 1
+        top = before or (self._db.value("SELECT max(seq) FROM jobs") or 0) + 1
         while top > 1 and len(found) < limit:
             bounds = [*conditions, "seq < ?", "seq >= ?"]
             top, above = max(1, top - SEARCH_SLICE), top
@@ -15040,11 +15040,8 @@ class AuditTable(Table):
 
     def newest(self) -> int:
         """Return the time of the newest event or command, 0 if there is none."""
-        row = self._db.row(
-            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
-            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
-        )
-        return row["at"] if row else 0
+        at = self._db.value("SELECT max(at) FROM audit") or 0
+        return max(at, self._db.value("SELECT max(asked_at) FROM jobs") or 0)
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, one slice of them; return how many."""
@@ -15204,16 +15201,10 @@ class SessionsTable(Table):
         """
         return self._change({"key": key}, **changes)
 
-    def used(self, key: str, now: int) -> None:
-        self.change(key, updated_at=now)
-
     def directory(self, key: str, node_id: str) -> str:
         """Return where the next command of a session starts; "": the node's default."""
-        row = self._db.row(
-            "SELECT path FROM directories WHERE session_key = ? AND node_id = ?",
-            (key, node_id),
-        )
-        return "" if row is None else str(row["path"])
+        of_node = "SELECT path FROM directories WHERE session_key = ? AND node_id = ?"
+        return self._db.value(of_node, (key, node_id)) or ""
 
     def keep_directory(self, key: str, node_id: str, path: str) -> None:
         """Record where the next command of a session starts on a node."""
@@ -15222,10 +15213,6 @@ class SessionsTable(Table):
             " WHERE key = :key ON CONFLICT DO UPDATE SET path = excluded.path",
             {"key": key, "node_id": node_id, "path": path},
         )
-
-    def keep_run(self, key: str, run_id: str) -> None:
-        """Record the id of the model's turn in progress; "": none."""
-        self.change(key, run_id=run_id)
 
     def reserve(self, key: str, seq: int) -> None:
         """Reserve the sequence numbers up to `seq`."""
@@ -15238,12 +15225,11 @@ class SessionsTable(Table):
         self._db.write("DELETE FROM directories WHERE session_key = ?", (key,))
         for table, order in (("messages", "seq"), ("turns", "id")):
             newest = f"SELECT max({order}) FROM {table} WHERE session_key = ?"  # nosec B608
-            (row,) = self._db.rows(newest, (key,))
             self._db.change_all(
                 f"DELETE FROM {table} WHERE rowid = ?",  # nosec B608: literals
                 # Those that are added meanwhile have higher numbers, and stay.
                 f"SELECT rowid FROM {table} WHERE session_key = ? AND {order} <= ?",  # nosec B608
-                (key, row[0]),
+                (key, self._db.value(newest, (key,))),
             )
 
     def delete(self, key: str) -> bool:
@@ -15269,8 +15255,7 @@ class SessionsTable(Table):
 
     def newest(self) -> int:
         """Return when a session was used last, 0 if there is none."""
-        row = self._db.row("SELECT max(updated_at) at FROM sessions")
-        return (row["at"] if row else None) or 0
+        return self._db.value("SELECT max(updated_at) FROM sessions") or 0
 
     def size(self) -> int:
         """Return the bytes of all messages, as people see them and as models do."""
@@ -15330,11 +15315,8 @@ class MessagesTable(Table):
         return self._first(SessionMessage, "job_id = ?", (job_id,))
 
     def last_created_at(self, session_key: str) -> int:
-        row = self._db.row(
-            "SELECT max(created_at) last FROM messages WHERE session_key = ?",
-            (session_key,),
-        )
-        return (row["last"] if row else None) or 0
+        last = "SELECT max(created_at) FROM messages WHERE session_key = ?"
+        return self._db.value(last, (session_key,)) or 0
 
     def unfinished(self) -> list[SessionMessage]:
         """Return the messages that were running or queued when the gateway ended."""
@@ -15376,8 +15358,8 @@ class SettingsTable(Table):
 
     def get(self, key: str) -> Any:
         """Return the value, or None if there is none."""
-        row = self._db.row("SELECT value FROM settings WHERE key = ?", (key,))
-        return None if row is None else json.loads(row["value"])
+        found = self._db.value("SELECT value FROM settings WHERE key = ?", (key,))
+        return None if found is None else json.loads(found)
 
     def put(self, key: str, value: object) -> None:
         self._db.write(
@@ -15385,9 +15367,6 @@ class SettingsTable(Table):
             " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
             (key, to_json(value)),
         )
-
-    def delete(self, key: str) -> None:
-        self._delete("key = ?", (key,))
 
 
 class SteadyClock:
@@ -16375,9 +16354,7 @@ class Fleet:
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         for gone in [] if problem else self._devices.gone_ids(but=device.id):
             # A former id that is a prefix of this one would resolve to it.
-            if len(gone) >= MIN_ID_PREFIX and node_id.casefold().startswith(
-                gone.casefold()
-            ):
+            if stands_for(gone.casefold(), node_id):
                 problem = f"{gone} was the id of another machine"
         if problem:
             raise RpcError(
@@ -16494,7 +16471,6 @@ SEGMENT = 1024 * 1024  # bytes of one file
 MAX_SEGMENTS = 64  # files of one log: the first and the newest; the middle is dropped
 KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, by default
 MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
-TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
 HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
 MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
@@ -16837,19 +16813,6 @@ class Log:
         # Followers that are up to date read from memory.
         while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
             self._memory.popleft()
-
-
-def log_text(data: bytes) -> str:
-    """Return the output in whole log frames as text, both streams in their order."""
-    decoders = {
-        kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
-    }
-    words = [
-        decoders[kind].decode(output)
-        for kind, output in log_frames(data)
-        if kind in decoders
-    ]
-    return "".join([*words, *(d.decode(b"", final=True) for d in decoders.values())])
 
 
 class Origin(Value):
@@ -17430,17 +17393,6 @@ class Jobs:
             # command would leave its whole job to the garbage collector.
             wait = self._waits.pop(future)
         self.unfollow(wait.job, wait, leaves=False)
-
-    def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
-        """Return the output as text, or its head and tail if it is longer."""
-        start, data = job.log.read(0, MAX_LOG_READ)
-        before = f"{gap_words(start)}\n" if start else ""
-        if start + len(data) == job.log.end:
-            return before + clip(log_text(data), limit)
-        _, tail = job.log.read(job.log.tail(MAX_LOG_READ), MAX_LOG_READ)
-        ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
-        cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
-        return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
 
     def cancel(self, job: Job, by: str = "") -> None:
         """End the process group, now or when the node comes back.
@@ -20912,7 +20864,7 @@ class Chats:
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
-                self._store.sessions.keep_run(key, turn.run_id)
+                self._store.sessions.change(key, run_id=turn.run_id)
             machines = FleetMachines(
                 self._fleet, self._jobs, turn.origin(key), self._is_closing
             )
@@ -20925,7 +20877,7 @@ class Chats:
             aborted = MessageState.INTERRUPTED if closing else MessageState.ABORTED
             chat.finish(end, aborted)
             if not turn.is_typed and not closing:
-                self._store.sessions.keep_run(key, "")
+                self._store.sessions.change(key, run_id="")
 
     def _explain(self, chat: TurnChat) -> None:
         """Show, once in a session, that variables end with their command."""
@@ -21083,7 +21035,7 @@ class Chats:
             text = "The gateway was restarted before the answer was complete."
             event, interrupted = "notice", MessageState.INTERRUPTED
             session_log.add(event, "notice", session.run_id, interrupted, text=text)
-        self._store.sessions.keep_run(session.key, "")
+        self._store.sessions.change(session.key, run_id="")
 
     def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
         command: JsonObject = {}

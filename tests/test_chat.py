@@ -1207,7 +1207,7 @@ def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, boun
 
 def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
     machines.store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
-    machines.store.sessions.keep_run("s", "run")
+    machines.store.sessions.change("s", run_id="run")
     for _ in range(2):  # and said once
         with chats_of(machines) as chats:
             (message,) = chats.history("s")
@@ -1218,7 +1218,7 @@ def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
 def test_what_a_model_was_saying_is_shown_as_interrupted(machines):
     with chats_of(machines) as chats:
         key = chats.create("")["key"]
-        machines.store.sessions.keep_run(key, "run")
+        machines.store.sessions.change(key, run_id="run")
         log = chats._log(key)
         answer = log.add("delta", "assistant", "run", "running")
         log.say(answer, "half an ans")
