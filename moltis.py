@@ -12758,18 +12758,6 @@ class GatewayLink:
         self._machine.resize(required(payload, "id", str), size)
 
 
-def _fit_result(result: JsonObject, words: str) -> JsonObject:
-    """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
-    room = MAX_COLLECTED
-    while True:
-        texts = {name: clip(result[name], room) for name in STREAMS.values()}
-        texts["stderr"] += words
-        fitting = {**result, **texts}
-        if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
-            return fitting
-        room //= 2
-
-
 class _MoltisAnswer:
     """Collects a job's log into the answer to one request of a Moltis gateway."""
 
@@ -12785,7 +12773,15 @@ class _MoltisAnswer:
             return result
         # Such a gateway passes nothing but the output to its caller.
         ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+        words = "" if ended else f"\n[moltis: {ending.words()}]\n"
+        room = MAX_COLLECTED
+        while True:
+            texts = {name: clip(result[name], room) for name in STREAMS.values()}
+            texts["stderr"] += words
+            fitting = {**result, **texts}
+            if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
+                return fitting
+            room //= 2
 
 
 class MoltisGatewayLink(GatewayLink):
@@ -12970,8 +12966,9 @@ class NodeAgent:
         """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
+            payload = self._telemetry.read().to_payload(self._settings.node_id)
             with contextlib.suppress(ConnectionClosed):
-                self._report(serving[0])
+                serving[0].report(payload)
 
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
@@ -13082,7 +13079,7 @@ class NodeAgent:
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
         """Handle messages until a clean close.  Raises ConnectionClosed."""
-        self._report(link)
+        self.report()
         while True:
             try:
                 message = ws.receive(link.run_due())
@@ -13091,9 +13088,6 @@ class NodeAgent:
             if message is None:
                 return
             link.handle(message)
-
-    def _report(self, link: GatewayLink) -> None:
-        link.report(self._telemetry.read().to_payload(self._settings.node_id))
 
 
 # ==============================================================================
@@ -13571,16 +13565,6 @@ def render_launchd_plist(spec: ServiceSpec) -> bytes:
     return plistlib.dumps(agent)
 
 
-def _launchctl_fields(output: str) -> Mapping[str, str]:
-    """Return the `name = value` lines of the outermost braces of `launchctl print`."""
-    fields = {}
-    for line in output.splitlines():
-        name, equals, value = line.partition(" = ")
-        if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
-            fields[name.strip()] = value.strip()
-    return fields
-
-
 class LaunchdService(ServiceManager):
     """The node as an agent of the user's launchd."""
 
@@ -13627,7 +13611,8 @@ class LaunchdService(ServiceManager):
         if printed.status != 0:
             state = "not loaded" if installed else "not installed"
             return ServiceStatus(installed, installed, False, None, state)
-        fields = _launchctl_fields(printed.text)
+        # `name = value` in the outermost braces; a deeper line has more tabs.
+        fields = dict(re.findall(r"(?m)^\t(\S.*?) = (.*\S)", printed.text))
         pid = fields.get("pid", "")
         return ServiceStatus(
             installed,
@@ -14050,10 +14035,7 @@ class AuditEvent:
 
     # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
-        (
-            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
-            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
-        )
+        (SIGNED_IN, SIGNED_OUT, EXPORTED, SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
     )
 
 
@@ -16066,7 +16048,6 @@ class ConnectedNode:
             CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
         )
         self.platform = params.platform
-        self.version = params.version
         self.address = address
         self.since_ms = now_ms()
         self.ready = False  # jobs may be sent: from its hello until its reader ends
@@ -16147,7 +16128,16 @@ class Fleet:
     ) -> None:
         self._devices = devices
         self._announce = announce
-        self._local = local
+        self._local = Device(
+            id="",  # it has no token
+            display_name=LOCAL_NAME,
+            platform=local.platform,
+            created_at=local.since_ms,
+            version=__version__,
+            node_id=LOCAL_ID,
+            capabilities=local.capabilities,
+            commands=MACHINE_COMMANDS,
+        )
         self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
@@ -16277,7 +16267,7 @@ class Fleet:
     def views(self) -> list[JsonObject]:
         """Return `node.list`: Local, then the others by name."""
         devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
-        return [self._local_view(), *(self._view(device) for device in devices)]
+        return [self._view(device) for device in (self._local, *devices)]
 
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
         """Return machines with `text` in id or name, and how many there are in all.
@@ -16332,9 +16322,9 @@ class Fleet:
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
-        if node_id == LOCAL_ID:
-            return self._local_view()
-        device = self._devices.by_node_id(node_id, now_ms())
+        device: Device | None = self._local
+        if node_id != LOCAL_ID:
+            device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("NOT_FOUND", f"there is no node {node_id!r}")
         return self._view(device)
@@ -16394,27 +16384,11 @@ class Fleet:
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
-    def _local_view(self) -> JsonObject:
-        return {
-            "nodeId": LOCAL_ID,
-            "displayName": LOCAL_NAME,
-            "platform": self._local.platform,
-            "version": __version__,
-            "capabilities": list(self._local.capabilities),
-            "commands": list(MACHINE_COMMANDS),
-            "remoteIp": "",
-            "connected": True,
-            "connectedAt": self._local.since_ms,
-            "lastSeenAt": now_ms(),
-            **self._telemetry_fields(LOCAL_ID, NOTHING),
-        }
-
     def _view(self, device: Device) -> JsonObject:
         assert device.node_id is not None
         node = self.connected(device.node_id)
         view = {
             "nodeId": device.node_id,
-            "deviceId": device.id,
             "displayName": device.display_name,
             "platform": device.platform,
             "version": device.version,
@@ -16425,6 +16399,8 @@ class Fleet:
             "lastSeenAt": now_ms() if node else device.last_seen_at,
             **self._telemetry_fields(device.node_id, device.telemetry),
         }
+        if device.id:
+            view["deviceId"] = device.id
         if node is not None:
             view["connectedAt"] = node.since_ms
             if node.outdated:
@@ -17344,19 +17320,14 @@ class Jobs:
         self.follow(gathering.job, gathering)
         return gathering.future
 
-    def wait(
-        self, job: Job, timeout: float | None, cancel: Cancellation | None = None
-    ) -> Job:
+    def wait(self, job: Job, timeout: float | None, cancel: Cancellation) -> Job:
         """Return the job once it has ended, or after `timeout` s.
 
         Raises Cancelled, RpcError UNAVAILABLE when the gateway stops.
         """
         future = self.ended(job, None)
         try:
-            if cancel is None:
-                future.result(timeout)
-            else:
-                cancel.result_of(future, timeout)
+            cancel.result_of(future, timeout)
         except FutureTimeout:
             pass
         finally:
@@ -18297,7 +18268,7 @@ class FleetMachines:
         if not self._leaves():
             job = self._job(job_id)
             self._jobs.cancel(job, self._origin.name)
-            self._jobs.wait(job, ABORT_GRACE)
+            self._jobs.wait(job, ABORT_GRACE, Cancellation())
 
     def _job(self, job_id: str) -> Job:
         """Raises RpcError NOT_FOUND also for jobs of other sessions."""
@@ -19698,11 +19669,6 @@ def _check_provider(provider: str, entered: ProviderSettings) -> None:
         raise RpcError("INVALID_REQUEST", problem)
 
 
-def _is_default_url(provider: str, base_url: str) -> bool:
-    given = base_url.strip().rstrip("/")
-    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
-
-
 def _model_entry(model: ModelInfo) -> JsonObject:
     return {
         "id": model.id,
@@ -19779,8 +19745,9 @@ class ModelDirectory:
         A provider that is not in PROVIDERS is a server of their own.  Raises RpcError
         INVALID_REQUEST, BadConfiguration.
         """
-        if base_url is not None and _is_default_url(provider, base_url):
-            base_url = ""  # as shown: it was not meant to set the provider up
+        shown = {spec.id: spec.base_url for spec in PROVIDERS}
+        if base_url is not None and base_url.strip().rstrip("/") == shown.get(provider):
+            base_url = ""  # it was not meant to set the provider up
         given = {"api_key": api_key, "base_url": base_url, "protocol": protocol}
         with self._lock:
             entered = self._entered()
@@ -20608,10 +20575,10 @@ class Chats:
         self._models = models
         self._approvals = approvals
         self._announce = announce
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the two below
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
-        self._closing = False
+        self._closing = threading.Event()  # turns that end now are interrupted
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -20841,8 +20808,8 @@ class Chats:
 
     def close(self) -> None:
         """End all turns; their commands go on, and so do the cards of these."""
+        self._closing.set()
         with self._lock:
-            self._closing = True
             queues = list(self._queues.values())
         for queue in queues:
             queue.close()
@@ -20860,20 +20827,21 @@ class Chats:
         if turn.directory is not None:
             self._store.sessions.keep_directory(key, turn.node_id, turn.directory)
         self._tell("patched", key)
-        chat = TurnChat(turn, session_log, self._store, self._jobs, self._is_closing)
+        is_closing = self._closing.is_set
+        chat = TurnChat(turn, session_log, self._store, self._jobs, is_closing)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
                 self._store.sessions.change(key, run_id=turn.run_id)
             machines = FleetMachines(
-                self._fleet, self._jobs, turn.origin(key), self._is_closing
+                self._fleet, self._jobs, turn.origin(key), is_closing
             )
             run = AgentRun(chat, turn.model, machines, self._approvals, turn.cancel)
             end = run.run(turn.text)
             if turn.is_typed and changes_environment(turn.text):
                 self._explain(chat)
         finally:
-            closing = self._is_closing()
+            closing = is_closing()
             aborted = MessageState.INTERRUPTED if closing else MessageState.ABORTED
             chat.finish(end, aborted)
             if not turn.is_typed and not closing:
@@ -20888,10 +20856,6 @@ class Chats:
     def _turns_ended(self, key: str) -> None:
         with contextlib.suppress(RpcError):  # it may be about to be deleted
             self._tell("patched", key)
-
-    def _is_closing(self) -> bool:
-        with self._lock:
-            return self._closing
 
     def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
         for turn in turns:
