@@ -17241,14 +17241,13 @@ class Jobs:
         # The node may come back with what the holder has not read.
         return self._add(self._load(record, node_has_it=True))
 
-    def open_on(self, node_id: str) -> list[Job]:
-        """Return the jobs of a node that have not ended."""
-        return [job for job in self._on(node_id) if job.record.is_open]
-
-    def open_of(self, key_id: str) -> list[Job]:
-        """Return the jobs that an operator key asked for and that have not ended."""
-        jobs = self._all()
-        return [j for j in jobs if j.record.is_open and j.record.caller_id == key_id]
+    def open(self, **columns: str) -> list[Job]:
+        """Return the jobs that have not ended, and whose rows have these values."""
+        return [
+            job
+            for job in self._all()
+            if job.record.is_open and columns.items() <= job.record.__dict__.items()
+        ]
 
     def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
@@ -20763,7 +20762,7 @@ class Chats:
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
         # Turns first: an ended turn starts no further jobs.
-        for job in self._jobs.open_of(key_id):
+        for job in self._jobs.open(caller_id=key_id):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by)
 
@@ -20906,13 +20905,13 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.page(session_key=key, state="open"):
+        for job in self._jobs.open(session_key=key):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
                     continue
             with contextlib.suppress(RpcError):  # its node cannot
-                self._jobs.cancel(self._jobs.get(job.id), by)
+                self._jobs.cancel(job, by)
 
     def _model(self, model_id: str, effort: str) -> ChatModel:
         """Raises RpcError."""
@@ -21708,7 +21707,7 @@ class NodeMethods:
     def revoke_token(self, device_id: str, by: Caller) -> None:
         device = self._device(device_id)
         self._access.devices.revoke_device(device, by=by)
-        for job in self._jobs.open_on(device.node_id or ""):
+        for job in self._jobs.open(node_id=device.node_id or ""):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by.name)
         self._hang_up(device)

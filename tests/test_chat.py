@@ -1179,6 +1179,28 @@ def chats_of(machines):
         chats.close()
 
 
+def test_all_commands_of_a_chat_end_with_it_however_many(machines):
+    machines.know("far", "far")
+    with chats_of(machines) as chats:
+        key = chats.create("")["key"]
+        origin = moltis.Origin("model", "key-1", "m", session_key=key)
+        jobs = [
+            machines.jobs.start(
+                moltis.new_job(
+                    ("far", "far"),
+                    "run",
+                    {"command": "reboot"},
+                    origin,
+                    kept=True,
+                    queue=600,
+                )
+            )
+            for _ in range(101)
+        ]
+        chats.delete(key)
+    assert {job.record.state for job in jobs} == {"cancelled"}
+
+
 @pytest.mark.parametrize("bound", ["HISTORY_PAGE", "MAX_HISTORY", "MAX_CHANGED"])
 def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, bound):
     if bound != "MAX_HISTORY":
