@@ -14272,7 +14272,6 @@ COLUMN_DECODERS: Mapping[str, Callable[[Any], Any]] = {  # by a field's annotati
     "Mapping": json.loads,
     "JsonObject": json.loads,
     "Sequence": _tuple_from,
-    "tuple": _tuple_from,
 }
 
 
@@ -14323,17 +14322,15 @@ class Database:
         table: str,
         row: Value,
         *,
-        ignore: bool = False,
         conflict: str = "",
         **columns: Any,
     ) -> int:
         """Add a row: the fields of `row` that are columns of the table, and `columns`.
 
-        Return its rowid, or 0 if nothing changed: the row exists and `ignore` is set,
-        or the `conflict` clause of an upsert did not apply.  Raises StoreError.
+        Return its rowid, or 0 if the clause ON CONFLICT changed nothing.
+        Raises StoreError.
         """
         kind: Any = type(row)
-        conflict = "DO NOTHING" if ignore else conflict
         key = (table, kind, conflict, *columns)
         values = {**row.__dict__, **columns}
         for name in _column_decoders(kind):
@@ -14815,7 +14812,7 @@ class JobsTable(Table):
 
     def add(self, record: JobRecord) -> JobRecord:
         """Return `record` with its `seq`.  Raises RpcError CONFLICT for a known id."""
-        seq = self._db.insert(self.name, record, ignore=True)
+        seq = self._db.insert(self.name, record, conflict="DO NOTHING")
         if not seq:
             raise RpcError("CONFLICT", f"the id {record.id} is that of another job")
         return record.replace(seq=seq)
@@ -15167,7 +15164,7 @@ class SessionsTable(Table):
 
     def add(self, session: Session) -> bool:
         """Add a session; False if its key is known already."""
-        return self._db.insert(self.name, session, ignore=True) > 0
+        return self._db.insert(self.name, session, conflict="DO NOTHING") > 0
 
     def all(self) -> list[Session]:
         """Return the sessions, the last used first."""
@@ -18038,6 +18035,11 @@ class PlannedCommand(Value):
             spec["timeout"] = max(1, round(self.timeout * 1000))
         return spec
 
+    def job(self, origin: Origin, spec: JsonObject, *, kept: bool) -> JobRecord:
+        """Return the row of its job.  Raises RpcError INVALID_REQUEST."""
+        node = self.node_id, self.node
+        return new_job(node, self.work, spec, origin, kept=kept, job_id=self.job_id)
+
     @property
     def reads(self) -> bool:
         """Whether it changes nothing."""
@@ -18206,16 +18208,8 @@ class FleetMachines:
         self.overview = fleet.overview
 
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
-        self._jobs.start(
-            new_job(
-                (planned.node_id, planned.node),
-                "run",
-                planned.spec(),
-                self._origin.replace(decided_by=decided_by),
-                kept=True,
-                job_id=planned.job_id,
-            )
-        )
+        origin = self._origin.replace(decided_by=decided_by)
+        self._jobs.start(planned.job(origin, planned.spec(), kept=True))
 
     def transfer(
         self,
@@ -18225,14 +18219,8 @@ class FleetMachines:
         begun: Callable[[], None],
         cancel: Cancellation,
     ) -> tuple[JsonObject, bytes]:
-        record = new_job(
-            (planned.node_id, planned.node),
-            planned.work,
-            spec.to_json(),
-            self._origin.replace(decided_by=decided_by),
-            kept=False,
-            job_id=planned.job_id,
-        )
+        origin = self._origin.replace(decided_by=decided_by)
+        record = planned.job(origin, spec.to_json(), kept=False)
         future = self._jobs.gather(record)
         begun()
         try:
@@ -18861,6 +18849,7 @@ def file_diff(old: bytes, new: bytes) -> str:
 
 
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
+Edit: TypeAlias = "Callable[[bytes], list[Splice]]"  # from a file's content
 
 
 class Toolbox:
@@ -19179,10 +19168,7 @@ class Toolbox:
         return partial(self._read_and_change, call, planned, edit)
 
     def _read_and_change(
-        self,
-        call: ToolCall,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
+        self, call: ToolCall, planned: PlannedCommand, edit: Edit
     ) -> JsonObject:
         decided_by = self._decide(planned)
         self._seen.add((planned.node_id, planned.path or ""))
@@ -19190,10 +19176,7 @@ class Toolbox:
         return self._apply(call, change, written)
 
     def _change(
-        self,
-        call: ToolCall,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
+        self, call: ToolCall, planned: PlannedCommand, edit: Edit
     ) -> JsonObject:
         """Change a file, as a person sees it.  Raises RpcError, Cancelled."""
         try:
@@ -19211,10 +19194,7 @@ class Toolbox:
         return self._apply(call, change, written)
 
     def _look_up(
-        self,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
-        decided_by: str | None,
+        self, planned: PlannedCommand, edit: Edit, decided_by: str | None
     ) -> tuple[PlannedCommand, FileWrite]:
         """Read a file; return how it changes.  Raises RpcError, Cancelled."""
         spec = FileRead([planned.path or ""], part=FilePart())
@@ -20498,14 +20478,8 @@ class TurnChat(Conversation):
 
     def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
         """Put a command that may not run into the audit.  Raises RpcError."""
-        record = new_job(
-            (planned.node_id, planned.node),
-            planned.work,
-            planned.spec(),
-            self._turn.origin(self.key).replace(decided_by=verdict.by),
-            kept=False,
-            job_id=planned.job_id,
-        )
+        origin = self._turn.origin(self.key).replace(decided_by=verdict.by)
+        record = planned.job(origin, planned.spec(), kept=False)
         self._store.jobs.add(
             record.replace(
                 state=JobState.DENIED,
