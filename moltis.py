@@ -16279,15 +16279,10 @@ class Fleet:
         def order(node_id: str) -> tuple[bool, str]:
             return node_id not in connected, names[node_id].casefold()
 
-        found = list(names)
-        if wanted:
-            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
-            found.sort(key=order)
-        elif len(found) > limit:
-            # Sorting thousands of names takes 3 ms, before each turn of a model.
-            found.sort(key=lambda node_id: node_id not in connected)
+        found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+        found.sort(key=order)
         views = []
-        for node_id in sorted(found[:limit], key=order):
+        for node_id in found[:limit]:
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
         return views, len(found)
@@ -16302,18 +16297,15 @@ class Fleet:
         if len(names) < limit:
             return self.select("", limit)
         with self._lock:
-            connected = set(self._connected)
-            picked = dict.fromkeys(itertools.islice(self._connected, limit))
-        for node_id in itertools.islice(names, limit):
-            if len(picked) < limit:
-                picked[node_id] = None
+            connected = dict.fromkeys(self._connected)
+        some = [*itertools.islice(connected, limit), *itertools.islice(names, limit)]
         views = [
             {
                 "nodeId": node_id,
                 "displayName": names.get(node_id, LOCAL_NAME),
                 "connected": node_id in connected,
             }
-            for node_id in picked
+            for node_id in list(dict.fromkeys(some))[:limit]
         ]
         return views, len(names) + 1
 
