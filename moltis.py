@@ -12932,7 +12932,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # A node that ends cannot be reached any more.
+                # A node that ends cannot be reached again.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -17911,7 +17911,7 @@ class JobHolder(Follower):
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Files, Language models, Machine, Fleet, Jobs
+# Uses: Wire protocol, Commands, Files, Language models, Machine, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -19378,7 +19378,7 @@ class AgentRun:
         self._output_tokens = 0
         # What a model holds, less a quarter for its answer and for bad guesses.
         self._limit = model.context_tokens * CHARACTERS_A_TOKEN * 3 // 4
-        self._shortened = False  # and the person was told
+        self._shortened = False  # and the person was notified
 
     def run(self, text: str) -> RunEnd:
         """Answer `text`; without one go on where the conversation ends."""
@@ -19860,7 +19860,7 @@ class ModelDirectory:
 # ==============================================================================
 
 MAIN_SESSION = "main"  # the key of the session that is always there
-TELL_INTERVAL = 0.05  # s between two events about an answer in progress
+ANNOUNCE_INTERVAL = 0.05  # s between two events about an answer in progress
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
 SEQ_RESERVE = 1024  # numbers reserved at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
@@ -20007,7 +20007,7 @@ class SessionLog:
                 return
             if command:
                 merged = {**message.details["command"], **command}
-                # What does not hold any more is absent, never null.
+                # What no longer holds is absent, never null.
                 kept = {k: v for k, v in merged.items() if v is not None}
                 details = {"command": kept}
             if last:
@@ -20024,14 +20024,14 @@ class SessionLog:
                 message = message.replace(state=card_state(record))
                 self._put("tool_call_end", message, job)
 
-    def note(self, event: str, run_id: str, **fields: Any) -> None:
+    def announce(self, event: str, run_id: str, **fields: Any) -> None:
         """Announce something that changes no message."""
         with self._lock:
             self._number()
-            self._tell(event, run_id, fields)
+            self._emit(event, run_id, fields)
 
     def say(self, message_id: str, text: str) -> None:
-        """Append to the words of a message; announced within TELL_INTERVAL."""
+        """Append to the words of a message; announced within ANNOUNCE_INTERVAL."""
         with self._lock:
             self._words.setdefault(message_id, []).append(text)
         self._on_words()
@@ -20050,7 +20050,7 @@ class SessionLog:
                     self._live[message_id] = message
                     self._unsaved.add(message_id)
                     fields = {"messageId": message_id, "text": text}
-                    self._tell("delta", message.run_id, fields)
+                    self._emit("delta", message.run_id, fields)
             if save:
                 for message_id in list(self._unsaved):
                     self._save(self._live[message_id])
@@ -20130,7 +20130,7 @@ class SessionLog:
         self._live[message.id] = message
         self._save(message)
         value = {"messageId": message.id, "message": message_to_json(message, job)}
-        self._tell(event, message.run_id, {**fields, **value})
+        self._emit(event, message.run_id, {**fields, **value})
 
     def _save(self, message: SessionMessage) -> None:
         try:
@@ -20155,7 +20155,7 @@ class SessionLog:
                 log.error("numbers not reserved session=%s: %s", self.key, error)
         return self._seq
 
-    def _tell(self, event: str, run_id: str, fields: JsonObject) -> None:
+    def _emit(self, event: str, run_id: str, fields: JsonObject) -> None:
         if not self._closed:
             payload = {"state": event, "runId": run_id, "sessionKey": self.key}
             self._announce("chat", {**payload, "seq": self._seq, **fields})
@@ -20318,8 +20318,8 @@ class TurnChat(Conversation):
         self._jobs = jobs
         self._messages: list[ChatMessage] = []
         if not turn.is_typed:
-            told = store.turns.last(self.key, MAX_RECALLED)
-            self._messages = [ChatMessage.from_json(value) for value in told]
+            stored = store.turns.last(self.key, MAX_RECALLED)
+            self._messages = [ChatMessage.from_json(value) for value in stored]
         self._answer = ""  # id of the message with the current answer
         self._thought = ""  # likewise with its reasoning; at most one of both is set
         self._lock = threading.Lock()  # guards _calls
@@ -20356,7 +20356,7 @@ class TurnChat(Conversation):
 
     def begin_answer(self, turn: int) -> None:
         self._end_answer(MessageState.DONE)
-        self._log.note("iteration", self._turn.run_id, n=turn)
+        self._log.announce("iteration", self._turn.run_id, n=turn)
 
     def think(self, text: str) -> None:
         if not self._thought:
@@ -20441,15 +20441,15 @@ class TurnChat(Conversation):
             }
         if error:
             self._end_answer(state, details=details)
-            told = {"reason": end.reason, "answered": end.answered}
+            reasons = {"reason": end.reason, "answered": end.answered}
             self._add(
                 *("error", "notice", MessageState.ERROR),
                 text=error,
                 error=error,
-                details={name: value for name, value in told.items() if value},
+                details={name: value for name, value in reasons.items() if value},
             )
         elif not self._end_answer(state, end.state, details):
-            self._log.note(end.state, self._turn.run_id)
+            self._log.announce(end.state, self._turn.run_id)
 
     def _add(
         self, event: str, role: str, state: str = MessageState.RUNNING, **fields: Any
@@ -20572,7 +20572,7 @@ class Chats:
             new_id(), label, model or SHELL_ID, node_id or LOCAL_ID, now, now
         )
         self._store.sessions.add(session)
-        return self._tell("created", session.key)
+        return self._announce_session("created", session.key)
 
     def view(self, key: str) -> JsonObject:
         """Raises RpcError NOT_FOUND."""
@@ -20585,13 +20585,13 @@ class Chats:
             self._model(choices["model"], "")
         if choices:
             self._store.sessions.change(key, **choices)
-        return self._tell("patched", key)
+        return self._announce_session("patched", key)
 
     def reset(self, key: str) -> JsonObject:
         """Forget what was said.  Raises RpcError NOT_FOUND."""
         self._end(key)
         self._store.sessions.clear(key)
-        return self._tell("reset", key)
+        return self._announce_session("reset", key)
 
     def delete(self, key: str) -> None:
         """Raises RpcError."""
@@ -20766,7 +20766,7 @@ class Chats:
                 try:
                     node_id = job.record.node_id
                     self._store.sessions.keep_directory(key, node_id, directory)
-                    self._tell("patched", key)
+                    self._announce_session("patched", key)
                 except StoreError as error:
                     log.error("directory not kept session=%s: %s", key, error)
             self._log(key).end_card(job)
@@ -20791,7 +20791,7 @@ class Chats:
         )
         if turn.directory is not None:
             self._store.sessions.keep_directory(key, turn.node_id, turn.directory)
-        self._tell("patched", key)
+        self._announce_session("patched", key)
         is_closing = self._closing.is_set
         chat = TurnChat(turn, session_log, self._store, self._jobs, is_closing)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
@@ -20820,7 +20820,7 @@ class Chats:
 
     def _turns_ended(self, key: str) -> None:
         with contextlib.suppress(RpcError):  # it may be about to be deleted
-            self._tell("patched", key)
+            self._announce_session("patched", key)
 
     def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
         for turn in turns:
@@ -20893,7 +20893,7 @@ class Chats:
             raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
         return session
 
-    def _tell(self, kind: str, key: str) -> JsonObject:
+    def _announce_session(self, kind: str, key: str) -> JsonObject:
         view = self.view(key)
         payload = {"type": kind, "sessionKey": key, "session": view}
         self._announce("session", payload)
@@ -20937,7 +20937,7 @@ class Chats:
                     self._said.set()
             if stopped:
                 return
-            self._stopped.wait(TELL_INTERVAL)
+            self._stopped.wait(ANNOUNCE_INTERVAL)
 
     def _recover(self) -> None:
         """Update the messages that were open when the gateway ended."""
