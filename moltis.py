@@ -18342,18 +18342,19 @@ class Approvals:
         """
         with self._lock:
             question = self._open.get(job_id)
-            if question and always and question.planned.work == "file.write":
+            if question is None:
+                problem = "this question is closed: decided, or too old"
+                raise RpcError("NOT_FOUND", problem)
+            if always and question.planned.work == "file.write":
                 problem = "each change of a file is allowed for itself, not always"
                 raise RpcError("INVALID_REQUEST", problem)
-            self._open.pop(job_id, None)
+            del self._open[job_id]
             same = []
-            if question is not None and allowed and always:
+            if allowed and always:
                 scope = question.scope
                 self._always[scope] = by, key_id
                 same = [i for i, other in self._open.items() if scope in other.scopes]
             likewise = [self._open.pop(i).answer for i in same]
-        if question is None:
-            raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
         question.answer.set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
@@ -19641,13 +19642,7 @@ def _check_provider(provider: str, entered: ProviderSettings) -> None:
 
 
 def _model_entry(model: ModelInfo) -> JsonObject:
-    return {
-        "id": model.id,
-        "provider": model.provider,
-        "displayName": model.display_name,
-        "supportsTools": model.supports_tools,
-        "reasoning": model.reasoning,
-    }
+    return {camel_case(name): value for name, value in vars(model).items()}
 
 
 class ModelDirectory:
@@ -20902,21 +20897,14 @@ class Chats:
     def _view(self, session: Session, last_job: JobRecord | None) -> JsonObject:
         with self._lock:
             queue = self._queues.get(session.key)
-        view = {} if last_job is None else {"lastJob": job_summary(last_job)}
+        view = session.to_json()
+        for name in ("nodeId", "seq", "runId", "explained"):
+            del view[name]
+        if last_job is not None:
+            view["lastJob"] = job_summary(last_job)
         return {
             **view,
-            "key": session.key,
-            "label": session.label,
-            "model": session.model,
             "node_id": None if session.node_id == LOCAL_ID else session.node_id,
-            "createdAt": session.created_at,
-            "updatedAt": session.updated_at,
-            "messageCount": session.message_count,
-            "preview": session.preview,
-            "directory": session.directory,
-            "archived": session.archived,
-            "approvals": session.approvals,
-            "effort": session.effort,
             "replying": queue is not None and queue.busy,
         }
 
