@@ -12765,18 +12765,6 @@ class GatewayLink:
         self._machine.resize(required(payload, "id", str), size)
 
 
-def _fit_result(result: JsonObject, words: str) -> JsonObject:
-    """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
-    room = MAX_COLLECTED
-    while True:
-        texts = {name: clip(result[name], room) for name in STREAMS.values()}
-        texts["stderr"] += words
-        fitting = {**result, **texts}
-        if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
-            return fitting
-        room //= 2
-
-
 class _MoltisAnswer:
     """Collects a job's log into the answer to one request of a Moltis gateway."""
 
@@ -12792,7 +12780,15 @@ class _MoltisAnswer:
             return result
         # Such a gateway passes nothing but the output to its caller.
         ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+        words = "" if ended else f"\n[moltis: {ending.words()}]\n"
+        room = MAX_COLLECTED
+        while True:
+            texts = {name: clip(result[name], room) for name in STREAMS.values()}
+            texts["stderr"] += words
+            fitting = {**result, **texts}
+            if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
+                return fitting
+            room //= 2
 
 
 class MoltisGatewayLink(GatewayLink):
@@ -12943,7 +12939,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # A node that ends cannot be reached any more.
+                # A node that ends cannot be reached again.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -12977,8 +12973,9 @@ class NodeAgent:
         """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
+            payload = self._telemetry.read().to_payload(self._settings.node_id)
             with contextlib.suppress(ConnectionClosed):
-                self._report(serving[0])
+                serving[0].report(payload)
 
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
@@ -13089,7 +13086,7 @@ class NodeAgent:
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
         """Handle messages until a clean close.  Raises ConnectionClosed."""
-        self._report(link)
+        self.report()
         while True:
             try:
                 message = ws.receive(link.run_due())
@@ -13098,9 +13095,6 @@ class NodeAgent:
             if message is None:
                 return
             link.handle(message)
-
-    def _report(self, link: GatewayLink) -> None:
-        link.report(self._telemetry.read().to_payload(self._settings.node_id))
 
 
 # ==============================================================================
@@ -13578,16 +13572,6 @@ def render_launchd_plist(spec: ServiceSpec) -> bytes:
     return plistlib.dumps(agent)
 
 
-def _launchctl_fields(output: str) -> Mapping[str, str]:
-    """Return the `name = value` lines of the outermost braces of `launchctl print`."""
-    fields = {}
-    for line in output.splitlines():
-        name, equals, value = line.partition(" = ")
-        if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
-            fields[name.strip()] = value.strip()
-    return fields
-
-
 class LaunchdService(ServiceManager):
     """The node as an agent of the user's launchd."""
 
@@ -13634,7 +13618,8 @@ class LaunchdService(ServiceManager):
         if printed.status != 0:
             state = "not loaded" if installed else "not installed"
             return ServiceStatus(installed, installed, False, None, state)
-        fields = _launchctl_fields(printed.text)
+        # `name = value` in the outermost braces; a deeper line has more tabs.
+        fields = dict(re.findall(r"(?m)^\t(\S.*?) = (.*\S)", printed.text))
         pid = fields.get("pid", "")
         return ServiceStatus(
             installed,
@@ -14057,10 +14042,7 @@ class AuditEvent:
 
     # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
-        (
-            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
-            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
-        )
+        (SIGNED_IN, SIGNED_OUT, EXPORTED, SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
     )
 
 
@@ -14127,7 +14109,7 @@ class Session(Value):
     effort: str = ""  # of reasoning; "": the model's default
     archived: bool = False
     seq: int = 0
-    run_id: str = ""
+    run_id: str = ""  # of the model's turn in progress
     explained: bool = False  # that a command's variables end with it
     message_count: int = 0  # computed, as are all below
     preview: str = ""
@@ -14297,7 +14279,6 @@ COLUMN_DECODERS: Mapping[str, Callable[[Any], Any]] = {  # by a field's annotati
     "Mapping": json.loads,
     "JsonObject": json.loads,
     "Sequence": _tuple_from,
-    "tuple": _tuple_from,
 }
 
 
@@ -14348,17 +14329,15 @@ class Database:
         table: str,
         row: Value,
         *,
-        ignore: bool = False,
         conflict: str = "",
         **columns: Any,
     ) -> int:
         """Add a row: the fields of `row` that are columns of the table, and `columns`.
 
-        Return its rowid, or 0 if nothing changed: the row exists and `ignore` is set,
-        or the `conflict` clause of an upsert did not apply.  Raises StoreError.
+        Return its rowid, or 0 if the clause ON CONFLICT changed nothing.
+        Raises StoreError.
         """
         kind: Any = type(row)
-        conflict = "DO NOTHING" if ignore else conflict
         key = (table, kind, conflict, *columns)
         values = {**row.__dict__, **columns}
         for name in _column_decoders(kind):
@@ -14421,10 +14400,10 @@ class Database:
         """Return all rows.  Raises StoreError."""
         return self._execute(sql, values)[0]
 
-    def row(self, sql: str, values: SqlValues = ()) -> sqlite3.Row | None:
-        """Return the first row, or None.  Raises StoreError."""
+    def value(self, sql: str, values: SqlValues = ()) -> Any:
+        """Return the only column of the first row, or None.  Raises StoreError."""
         rows = self.rows(sql, values)
-        return rows[0] if rows else None
+        return rows[0][0] if rows else None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -14490,7 +14469,7 @@ class Database:
 
     def release_pages(self) -> None:
         """Return some of the file's free pages to the disk.  Raises StoreError."""
-        if self.rows("PRAGMA freelist_count")[0][0] <= VACUUM_ABOVE:
+        if self.value("PRAGMA freelist_count") <= VACUUM_ABOVE:
             return
         self._written += 1
         with self._lock:
@@ -14643,6 +14622,12 @@ class NodeNames:
         return ids or ()
 
 
+def stands_for(key: str, node_id: str) -> bool:
+    """Return whether `key`, a name_key(), is an id, or enough of its beginning."""
+    folded = node_id.casefold()
+    return folded == key or (len(key) >= MIN_ID_PREFIX and folded.startswith(key))
+
+
 class DevicesTable(Table):
     """The devices; those that are revoked or expired are not found."""
 
@@ -14694,8 +14679,7 @@ class DevicesTable(Table):
             f" WHERE id <> :but AND {self.CURRENT}",
             {"but": but, "now": now},
         ):
-            node_id = row["node_id"].casefold()
-            called = row["display_name"]
+            node_id, called = row["node_id"], row["display_name"]
             if name_key(called) == key or name_looks(called) == looks:
                 if node_id:
                     return f"another machine is called {called}"
@@ -14703,15 +14687,12 @@ class DevicesTable(Table):
                     f"a token was made for {called} and is not used yet (`moltis node "
                     f"revoke {shlex.quote(called)}` ends it)"
                 )
-            if node_id == key:
-                return f"{row['node_id']} is the id of another machine"
-            if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
-                return f"the id of another machine, {row['node_id']}, begins with it"
+            if node_id.casefold() == key:
+                return f"{node_id} is the id of another machine"
+            if stands_for(key, node_id):
+                return f"the id of another machine, {node_id}, begins with it"
         for gone in self.gone_ids(but=but):
-            node_id = gone.casefold()
-            if node_id == key or (
-                len(key) >= MIN_ID_PREFIX and node_id.startswith(key)
-            ):
+            if stands_for(key, gone):
                 return f"{gone} was the id of another machine"
         return ""
 
@@ -14838,7 +14819,7 @@ class JobsTable(Table):
 
     def add(self, record: JobRecord) -> JobRecord:
         """Return `record` with its `seq`.  Raises RpcError CONFLICT for a known id."""
-        seq = self._db.insert(self.name, record, ignore=True)
+        seq = self._db.insert(self.name, record, conflict="DO NOTHING")
         if not seq:
             raise RpcError("CONFLICT", f"the id {record.id} is that of another job")
         return record.replace(seq=seq)
@@ -14855,8 +14836,7 @@ class JobsTable(Table):
 
     def log(self, job_id: str) -> bytes:
         """Return the log that save() wrote, b"" if there is none."""
-        row = self._db.row("SELECT log FROM jobs WHERE id = ?", (job_id,))
-        return (row["log"] if row else None) or b""
+        return self._db.value("SELECT log FROM jobs WHERE id = ?", (job_id,)) or b""
 
     def open(self) -> list[JobRecord]:
         """Return the jobs that have not ended, the oldest first."""
@@ -14896,8 +14876,7 @@ class JobsTable(Table):
             return self._page(conditions, values, limit)
         # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
-        row = self._db.row("SELECT max(seq) newest FROM jobs")
-        top = before or (row["newest"] if row and row["newest"] else 0) + 1
+        top = before or (self._db.value("SELECT max(seq) FROM jobs") or 0) + 1
         while top > 1 and len(found) < limit:
             bounds = [*conditions, "seq < ?", "seq >= ?"]
             top, above = max(1, top - SEARCH_SLICE), top
@@ -15047,11 +15026,8 @@ class AuditTable(Table):
 
     def newest(self) -> int:
         """Return the time of the newest event or command, 0 if there is none."""
-        row = self._db.row(
-            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
-            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
-        )
-        return row["at"] if row else 0
+        at = self._db.value("SELECT max(at) FROM audit") or 0
+        return max(at, self._db.value("SELECT max(asked_at) FROM jobs") or 0)
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, one slice of them; return how many."""
@@ -15195,7 +15171,7 @@ class SessionsTable(Table):
 
     def add(self, session: Session) -> bool:
         """Add a session; False if its key is known already."""
-        return self._db.insert(self.name, session, ignore=True) > 0
+        return self._db.insert(self.name, session, conflict="DO NOTHING") > 0
 
     def all(self) -> list[Session]:
         """Return the sessions, the last used first."""
@@ -15211,16 +15187,10 @@ class SessionsTable(Table):
         """
         return self._change({"key": key}, **changes)
 
-    def used(self, key: str, now: int) -> None:
-        self.change(key, updated_at=now)
-
     def directory(self, key: str, node_id: str) -> str:
         """Return where the next command of a session starts; "": the node's default."""
-        row = self._db.row(
-            "SELECT path FROM directories WHERE session_key = ? AND node_id = ?",
-            (key, node_id),
-        )
-        return "" if row is None else str(row["path"])
+        of_node = "SELECT path FROM directories WHERE session_key = ? AND node_id = ?"
+        return self._db.value(of_node, (key, node_id)) or ""
 
     def keep_directory(self, key: str, node_id: str, path: str) -> None:
         """Record where the next command of a session starts on a node."""
@@ -15229,10 +15199,6 @@ class SessionsTable(Table):
             " WHERE key = :key ON CONFLICT DO UPDATE SET path = excluded.path",
             {"key": key, "node_id": node_id, "path": path},
         )
-
-    def keep_run(self, key: str, run_id: str) -> None:
-        """Record the id of the model's turn in progress; "": none."""
-        self.change(key, run_id=run_id)
 
     def reserve(self, key: str, seq: int) -> None:
         """Reserve the sequence numbers up to `seq`."""
@@ -15245,12 +15211,11 @@ class SessionsTable(Table):
         self._db.write("DELETE FROM directories WHERE session_key = ?", (key,))
         for table, order in (("messages", "seq"), ("turns", "id")):
             newest = f"SELECT max({order}) FROM {table} WHERE session_key = ?"  # nosec B608
-            (row,) = self._db.rows(newest, (key,))
             self._db.change_all(
                 f"DELETE FROM {table} WHERE rowid = ?",  # nosec B608: literals
                 # Those that are added meanwhile have higher numbers, and stay.
                 f"SELECT rowid FROM {table} WHERE session_key = ? AND {order} <= ?",  # nosec B608
-                (key, row[0]),
+                (key, self._db.value(newest, (key,))),
             )
 
     def delete(self, key: str) -> bool:
@@ -15276,8 +15241,7 @@ class SessionsTable(Table):
 
     def newest(self) -> int:
         """Return when a session was used last, 0 if there is none."""
-        row = self._db.row("SELECT max(updated_at) at FROM sessions")
-        return (row["at"] if row else None) or 0
+        return self._db.value("SELECT max(updated_at) FROM sessions") or 0
 
     def size(self) -> int:
         """Return the bytes of all messages, as people see them and as models do."""
@@ -15337,11 +15301,8 @@ class MessagesTable(Table):
         return self._first(SessionMessage, "job_id = ?", (job_id,))
 
     def last_created_at(self, session_key: str) -> int:
-        row = self._db.row(
-            "SELECT max(created_at) last FROM messages WHERE session_key = ?",
-            (session_key,),
-        )
-        return (row["last"] if row else None) or 0
+        last = "SELECT max(created_at) FROM messages WHERE session_key = ?"
+        return self._db.value(last, (session_key,)) or 0
 
     def unfinished(self) -> list[SessionMessage]:
         """Return the messages that were running or queued when the gateway ended."""
@@ -15383,8 +15344,8 @@ class SettingsTable(Table):
 
     def get(self, key: str) -> Any:
         """Return the value, or None if there is none."""
-        row = self._db.row("SELECT value FROM settings WHERE key = ?", (key,))
-        return None if row is None else json.loads(row["value"])
+        found = self._db.value("SELECT value FROM settings WHERE key = ?", (key,))
+        return None if found is None else json.loads(found)
 
     def put(self, key: str, value: object) -> None:
         self._db.write(
@@ -15392,9 +15353,6 @@ class SettingsTable(Table):
             " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
             (key, to_json(value)),
         )
-
-    def delete(self, key: str) -> None:
-        self._delete("key = ?", (key,))
 
 
 class SteadyClock:
@@ -16094,7 +16052,6 @@ class ConnectedNode:
             CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
         )
         self.platform = params.platform
-        self.version = params.version
         self.address = address
         self.since_ms = now_ms()
         self.ready = False  # jobs may be sent: from its hello until its reader ends
@@ -16175,7 +16132,16 @@ class Fleet:
     ) -> None:
         self._devices = devices
         self._announce = announce
-        self._local = local
+        self._local = Device(
+            id="",  # it has no token
+            display_name=LOCAL_NAME,
+            platform=local.platform,
+            created_at=local.since_ms,
+            version=__version__,
+            node_id=LOCAL_ID,
+            capabilities=local.capabilities,
+            commands=MACHINE_COMMANDS,
+        )
         self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
@@ -16305,7 +16271,7 @@ class Fleet:
     def views(self) -> list[JsonObject]:
         """Return `node.list`: Local, then the others by name."""
         devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
-        return [self._local_view(), *(self._view(device) for device in devices)]
+        return [self._view(device) for device in (self._local, *devices)]
 
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
         """Return machines with `text` in id or name, and how many there are in all.
@@ -16320,15 +16286,10 @@ class Fleet:
         def order(node_id: str) -> tuple[bool, str]:
             return node_id not in connected, names[node_id].casefold()
 
-        found = list(names)
-        if wanted:
-            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
-            found.sort(key=order)
-        elif len(found) > limit:
-            # Sorting thousands of names takes 3 ms, before each turn of a model.
-            found.sort(key=lambda node_id: node_id not in connected)
+        found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+        found.sort(key=order)
         views = []
-        for node_id in sorted(found[:limit], key=order):
+        for node_id in found[:limit]:
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
         return views, len(found)
@@ -16343,26 +16304,23 @@ class Fleet:
         if len(names) < limit:
             return self.select("", limit)
         with self._lock:
-            connected = set(self._connected)
-            picked = dict.fromkeys(itertools.islice(self._connected, limit))
-        for node_id in itertools.islice(names, limit):
-            if len(picked) < limit:
-                picked[node_id] = None
+            connected = dict.fromkeys(self._connected)
+        some = [*itertools.islice(connected, limit), *itertools.islice(names, limit)]
         views = [
             {
                 "nodeId": node_id,
                 "displayName": names.get(node_id, LOCAL_NAME),
                 "connected": node_id in connected,
             }
-            for node_id in picked
+            for node_id in list(dict.fromkeys(some))[:limit]
         ]
         return views, len(names) + 1
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
-        if node_id == LOCAL_ID:
-            return self._local_view()
-        device = self._devices.by_node_id(node_id, now_ms())
+        device: Device | None = self._local
+        if node_id != LOCAL_ID:
+            device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("NOT_FOUND", f"there is no node {node_id!r}")
         return self._view(device)
@@ -16382,9 +16340,7 @@ class Fleet:
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         for gone in [] if problem else self._devices.gone_ids(but=device.id):
             # A former id that is a prefix of this one would resolve to it.
-            if len(gone) >= MIN_ID_PREFIX and node_id.casefold().startswith(
-                gone.casefold()
-            ):
+            if stands_for(gone.casefold(), node_id):
                 problem = f"{gone} was the id of another machine"
         if problem:
             raise RpcError(
@@ -16424,27 +16380,11 @@ class Fleet:
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
-    def _local_view(self) -> JsonObject:
-        return {
-            "nodeId": LOCAL_ID,
-            "displayName": LOCAL_NAME,
-            "platform": self._local.platform,
-            "version": __version__,
-            "capabilities": list(self._local.capabilities),
-            "commands": list(MACHINE_COMMANDS),
-            "remoteIp": "",
-            "connected": True,
-            "connectedAt": self._local.since_ms,
-            "lastSeenAt": now_ms(),
-            **self._telemetry_fields(LOCAL_ID, NOTHING),
-        }
-
     def _view(self, device: Device) -> JsonObject:
         assert device.node_id is not None
         node = self.connected(device.node_id)
         view = {
             "nodeId": device.node_id,
-            "deviceId": device.id,
             "displayName": device.display_name,
             "platform": device.platform,
             "version": device.version,
@@ -16455,6 +16395,8 @@ class Fleet:
             "lastSeenAt": now_ms() if node else device.last_seen_at,
             **self._telemetry_fields(device.node_id, device.telemetry),
         }
+        if device.id:
+            view["deviceId"] = device.id
         if node is not None:
             view["connectedAt"] = node.since_ms
             if node.outdated:
@@ -16501,7 +16443,6 @@ SEGMENT = 1024 * 1024  # bytes of one file
 MAX_SEGMENTS = 64  # files of one log: the first and the newest; the middle is dropped
 KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, by default
 MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
-TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
 HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
 MAX_GATHERED = 16 * 1024 * 1024  # bytes of a job's output in one answer; more fails it
@@ -16844,19 +16785,6 @@ class Log:
         # Followers that are up to date read from memory.
         while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
             self._memory.popleft()
-
-
-def log_text(data: bytes) -> str:
-    """Return the output in whole log frames as text, both streams in their order."""
-    decoders = {
-        kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
-    }
-    words = [
-        decoders[kind].decode(output)
-        for kind, output in log_frames(data)
-        if kind in decoders
-    ]
-    return "".join([*words, *(d.decode(b"", final=True) for d in decoders.values())])
 
 
 class Origin(Value):
@@ -17216,7 +17144,11 @@ class Jobs:
         keep_output: int = KEEP_OUTPUT,
         idle_terminal: float = IDLE_TERMINAL,  # s
     ) -> None:
-        """Load the jobs of an earlier life of the gateway.  Raises StoreError."""
+        """Load the jobs of an earlier life of the gateway.
+
+        Raises StoreError, BadConfiguration if there can be no such directory.
+        """
+        make_private_directory(directory)
         self._idle_terminal = idle_terminal
         self._table = table
         self._fleet = fleet
@@ -17305,14 +17237,13 @@ class Jobs:
         # The node may come back with what the holder has not read.
         return self._add(self._load(record, node_has_it=True))
 
-    def open_on(self, node_id: str) -> list[Job]:
-        """Return the jobs of a node that have not ended."""
-        return [job for job in self._on(node_id) if job.record.is_open]
-
-    def open_of(self, key_id: str) -> list[Job]:
-        """Return the jobs that an operator key asked for and that have not ended."""
-        jobs = self._all()
-        return [j for j in jobs if j.record.is_open and j.record.caller_id == key_id]
+    def open(self, **columns: str) -> list[Job]:
+        """Return the jobs that have not ended, and whose rows have these values."""
+        return [
+            job
+            for job in self._all()
+            if job.record.is_open and columns.items() <= job.record.__dict__.items()
+        ]
 
     def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
@@ -17384,19 +17315,14 @@ class Jobs:
         self.follow(gathering.job, gathering)
         return gathering.future
 
-    def wait(
-        self, job: Job, timeout: float | None, cancel: Cancellation | None = None
-    ) -> Job:
+    def wait(self, job: Job, timeout: float | None, cancel: Cancellation) -> Job:
         """Return the job once it has ended, or after `timeout` s.
 
         Raises Cancelled, RpcError UNAVAILABLE when the gateway stops.
         """
         future = self.ended(job, None)
         try:
-            if cancel is None:
-                future.result(timeout)
-            else:
-                cancel.result_of(future, timeout)
+            cancel.result_of(future, timeout)
         except FutureTimeout:
             pass
         finally:
@@ -17433,17 +17359,6 @@ class Jobs:
             # command would leave its whole job to the garbage collector.
             wait = self._waits.pop(future)
         self.unfollow(wait.job, wait, leaves=False)
-
-    def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
-        """Return the output as text, or its head and tail if it is longer."""
-        start, data = job.log.read(0, MAX_LOG_READ)
-        before = f"{gap_words(start)}\n" if start else ""
-        if start + len(data) == job.log.end:
-            return before + clip(log_text(data), limit)
-        _, tail = job.log.read(job.log.tail(MAX_LOG_READ), MAX_LOG_READ)
-        ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
-        cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
-        return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
 
     def cancel(self, job: Job, by: str = "") -> None:
         """End the process group, now or when the node comes back.
@@ -18003,7 +17918,7 @@ class JobHolder(Follower):
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Files, Language models, Machine, Fleet, Jobs
+# Uses: Wire protocol, Commands, Files, Language models, Machine, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -18118,6 +18033,11 @@ class PlannedCommand(Value):
         if self.timeout:
             spec["timeout"] = max(1, round(self.timeout * 1000))
         return spec
+
+    def job(self, origin: Origin, spec: JsonObject, *, kept: bool) -> JobRecord:
+        """Return the row of its job.  Raises RpcError INVALID_REQUEST."""
+        node = self.node_id, self.node
+        return new_job(node, self.work, spec, origin, kept=kept, job_id=self.job_id)
 
     @property
     def reads(self) -> bool:
@@ -18287,16 +18207,8 @@ class FleetMachines:
         self.overview = fleet.overview
 
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
-        self._jobs.start(
-            new_job(
-                (planned.node_id, planned.node),
-                "run",
-                planned.spec(),
-                self._origin.replace(decided_by=decided_by),
-                kept=True,
-                job_id=planned.job_id,
-            )
-        )
+        origin = self._origin.replace(decided_by=decided_by)
+        self._jobs.start(planned.job(origin, planned.spec(), kept=True))
 
     def transfer(
         self,
@@ -18306,14 +18218,8 @@ class FleetMachines:
         begun: Callable[[], None],
         cancel: Cancellation,
     ) -> tuple[JsonObject, bytes]:
-        record = new_job(
-            (planned.node_id, planned.node),
-            planned.work,
-            spec.to_json(),
-            self._origin.replace(decided_by=decided_by),
-            kept=False,
-            job_id=planned.job_id,
-        )
+        origin = self._origin.replace(decided_by=decided_by)
+        record = planned.job(origin, spec.to_json(), kept=False)
         future = self._jobs.gather(record)
         begun()
         try:
@@ -18348,7 +18254,7 @@ class FleetMachines:
         if not self._leaves():
             job = self._job(job_id)
             self._jobs.cancel(job, self._origin.name)
-            self._jobs.wait(job, ABORT_GRACE)
+            self._jobs.wait(job, ABORT_GRACE, Cancellation())
 
     def _job(self, job_id: str) -> Job:
         """Raises RpcError NOT_FOUND also for jobs of other sessions."""
@@ -18443,18 +18349,19 @@ class Approvals:
         """
         with self._lock:
             question = self._open.get(job_id)
-            if question and always and question.planned.work == "file.write":
+            if question is None:
+                problem = "this question is closed: decided, or too old"
+                raise RpcError("NOT_FOUND", problem)
+            if always and question.planned.work == "file.write":
                 problem = "each change of a file is allowed for itself, not always"
                 raise RpcError("INVALID_REQUEST", problem)
-            self._open.pop(job_id, None)
+            del self._open[job_id]
             same = []
-            if question is not None and allowed and always:
+            if allowed and always:
                 scope = question.scope
                 self._always[scope] = by, key_id
                 same = [i for i, other in self._open.items() if scope in other.scopes]
             likewise = [self._open.pop(i).answer for i in same]
-        if question is None:
-            raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
         question.answer.set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
@@ -18942,6 +18849,7 @@ def file_diff(old: bytes, new: bytes) -> str:
 
 
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
+Edit: TypeAlias = "Callable[[bytes], list[Splice]]"  # from a file's content
 
 
 class Toolbox:
@@ -19260,10 +19168,7 @@ class Toolbox:
         return partial(self._read_and_change, call, planned, edit)
 
     def _read_and_change(
-        self,
-        call: ToolCall,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
+        self, call: ToolCall, planned: PlannedCommand, edit: Edit
     ) -> JsonObject:
         decided_by = self._decide(planned)
         self._seen.add((planned.node_id, planned.path or ""))
@@ -19271,10 +19176,7 @@ class Toolbox:
         return self._apply(call, change, written)
 
     def _change(
-        self,
-        call: ToolCall,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
+        self, call: ToolCall, planned: PlannedCommand, edit: Edit
     ) -> JsonObject:
         """Change a file, as a person sees it.  Raises RpcError, Cancelled."""
         try:
@@ -19292,10 +19194,7 @@ class Toolbox:
         return self._apply(call, change, written)
 
     def _look_up(
-        self,
-        planned: PlannedCommand,
-        edit: Callable[[bytes], list[Splice]],
-        decided_by: str | None,
+        self, planned: PlannedCommand, edit: Edit, decided_by: str | None
     ) -> tuple[PlannedCommand, FileWrite]:
         """Read a file; return how it changes.  Raises RpcError, Cancelled."""
         spec = FileRead([planned.path or ""], part=FilePart())
@@ -19487,7 +19386,7 @@ class AgentRun:
         self._output_tokens = 0
         # What a model holds, less a quarter for its answer and for bad guesses.
         self._limit = model.context_tokens * CHARACTERS_A_TOKEN * 3 // 4
-        self._shortened = False  # and the person was told
+        self._shortened = False  # and the person was notified
 
     def run(self, text: str) -> RunEnd:
         """Answer `text`; without one go on where the conversation ends."""
@@ -19749,19 +19648,8 @@ def _check_provider(provider: str, entered: ProviderSettings) -> None:
         raise RpcError("INVALID_REQUEST", problem)
 
 
-def _is_default_url(provider: str, base_url: str) -> bool:
-    given = base_url.strip().rstrip("/")
-    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
-
-
 def _model_entry(model: ModelInfo) -> JsonObject:
-    return {
-        "id": model.id,
-        "provider": model.provider,
-        "displayName": model.display_name,
-        "supportsTools": model.supports_tools,
-        "reasoning": model.reasoning,
-    }
+    return {camel_case(name): value for name, value in vars(model).items()}
 
 
 class ModelDirectory:
@@ -19830,8 +19718,9 @@ class ModelDirectory:
         A provider that is not in PROVIDERS is a server of their own.  Raises RpcError
         INVALID_REQUEST, BadConfiguration.
         """
-        if base_url is not None and _is_default_url(provider, base_url):
-            base_url = ""  # as shown: it was not meant to set the provider up
+        shown = {spec.id: spec.base_url for spec in PROVIDERS}
+        if base_url is not None and base_url.strip().rstrip("/") == shown.get(provider):
+            base_url = ""  # it was not meant to set the provider up
         given = {"api_key": api_key, "base_url": base_url, "protocol": protocol}
         with self._lock:
             entered = self._entered()
@@ -19973,7 +19862,7 @@ class ModelDirectory:
 # ==============================================================================
 
 MAIN_SESSION = "main"  # the key of the session that is always there
-TELL_INTERVAL = 0.05  # s between two events about an answer in progress
+ANNOUNCE_INTERVAL = 0.05  # s between two events about an answer in progress
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
 SEQ_RESERVE = 1024  # numbers reserved at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
@@ -20120,7 +20009,7 @@ class SessionLog:
                 return
             if command:
                 merged = {**message.details["command"], **command}
-                # What does not hold any more is absent, never null.
+                # What no longer holds is absent, never null.
                 kept = {k: v for k, v in merged.items() if v is not None}
                 details = {"command": kept}
             if last:
@@ -20137,14 +20026,14 @@ class SessionLog:
                 message = message.replace(state=card_state(record))
                 self._put("tool_call_end", message, job)
 
-    def note(self, event: str, run_id: str, **fields: Any) -> None:
+    def announce(self, event: str, run_id: str, **fields: Any) -> None:
         """Announce something that changes no message."""
         with self._lock:
             self._number()
-            self._tell(event, run_id, fields)
+            self._emit(event, run_id, fields)
 
     def say(self, message_id: str, text: str) -> None:
-        """Append to the words of a message; announced within TELL_INTERVAL."""
+        """Append to the words of a message; announced within ANNOUNCE_INTERVAL."""
         with self._lock:
             self._words.setdefault(message_id, []).append(text)
         self._on_words()
@@ -20163,7 +20052,7 @@ class SessionLog:
                     self._live[message_id] = message
                     self._unsaved.add(message_id)
                     fields = {"messageId": message_id, "text": text}
-                    self._tell("delta", message.run_id, fields)
+                    self._emit("delta", message.run_id, fields)
             if save:
                 for message_id in list(self._unsaved):
                     self._save(self._live[message_id])
@@ -20243,7 +20132,7 @@ class SessionLog:
         self._live[message.id] = message
         self._save(message)
         value = {"messageId": message.id, "message": message_to_json(message, job)}
-        self._tell(event, message.run_id, {**fields, **value})
+        self._emit(event, message.run_id, {**fields, **value})
 
     def _save(self, message: SessionMessage) -> None:
         try:
@@ -20268,7 +20157,7 @@ class SessionLog:
                 log.error("numbers not reserved session=%s: %s", self.key, error)
         return self._seq
 
-    def _tell(self, event: str, run_id: str, fields: JsonObject) -> None:
+    def _emit(self, event: str, run_id: str, fields: JsonObject) -> None:
         if not self._closed:
             payload = {"state": event, "runId": run_id, "sessionKey": self.key}
             self._announce("chat", {**payload, "seq": self._seq, **fields})
@@ -20431,8 +20320,8 @@ class TurnChat(Conversation):
         self._jobs = jobs
         self._messages: list[ChatMessage] = []
         if not turn.is_typed:
-            told = store.turns.last(self.key, MAX_RECALLED)
-            self._messages = [ChatMessage.from_json(value) for value in told]
+            stored = store.turns.last(self.key, MAX_RECALLED)
+            self._messages = [ChatMessage.from_json(value) for value in stored]
         self._answer = ""  # id of the message with the current answer
         self._thought = ""  # likewise with its reasoning; at most one of both is set
         self._lock = threading.Lock()  # guards _calls
@@ -20469,7 +20358,7 @@ class TurnChat(Conversation):
 
     def begin_answer(self, turn: int) -> None:
         self._end_answer(MessageState.DONE)
-        self._log.note("iteration", self._turn.run_id, n=turn)
+        self._log.announce("iteration", self._turn.run_id, n=turn)
 
     def think(self, text: str) -> None:
         if not self._thought:
@@ -20554,15 +20443,15 @@ class TurnChat(Conversation):
             }
         if error:
             self._end_answer(state, details=details)
-            told = {"reason": end.reason, "answered": end.answered}
+            reasons = {"reason": end.reason, "answered": end.answered}
             self._add(
                 *("error", "notice", MessageState.ERROR),
                 text=error,
                 error=error,
-                details={name: value for name, value in told.items() if value},
+                details={name: value for name, value in reasons.items() if value},
             )
         elif not self._end_answer(state, end.state, details):
-            self._log.note(end.state, self._turn.run_id)
+            self._log.announce(end.state, self._turn.run_id)
 
     def _add(
         self, event: str, role: str, state: str = MessageState.RUNNING, **fields: Any
@@ -20583,14 +20472,8 @@ class TurnChat(Conversation):
 
     def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
         """Put a command that may not run into the audit.  Raises RpcError."""
-        record = new_job(
-            (planned.node_id, planned.node),
-            planned.work,
-            planned.spec(),
-            self._turn.origin(self.key).replace(decided_by=verdict.by),
-            kept=False,
-            job_id=planned.job_id,
-        )
+        origin = self._turn.origin(self.key).replace(decided_by=verdict.by)
+        record = planned.job(origin, planned.spec(), kept=False)
         self._store.jobs.add(
             record.replace(
                 state=JobState.DENIED,
@@ -20659,10 +20542,10 @@ class Chats:
         self._models = models
         self._approvals = approvals
         self._announce = announce
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the two below
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
-        self._closing = False
+        self._closing = threading.Event()  # turns that end now are interrupted
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -20691,7 +20574,7 @@ class Chats:
             new_id(), label, model or SHELL_ID, node_id or LOCAL_ID, now, now
         )
         self._store.sessions.add(session)
-        return self._tell("created", session.key)
+        return self._announce_session("created", session.key)
 
     def view(self, key: str) -> JsonObject:
         """Raises RpcError NOT_FOUND."""
@@ -20704,13 +20587,13 @@ class Chats:
             self._model(choices["model"], "")
         if choices:
             self._store.sessions.change(key, **choices)
-        return self._tell("patched", key)
+        return self._announce_session("patched", key)
 
     def reset(self, key: str) -> JsonObject:
         """Forget what was said.  Raises RpcError NOT_FOUND."""
         self._end(key)
         self._store.sessions.clear(key)
-        return self._tell("reset", key)
+        return self._announce_session("reset", key)
 
     def delete(self, key: str) -> None:
         """Raises RpcError."""
@@ -20847,7 +20730,7 @@ class Chats:
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
         # Turns first: an ended turn starts no further jobs.
-        for job in self._jobs.open_of(key_id):
+        for job in self._jobs.open(caller_id=key_id):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by)
 
@@ -20885,15 +20768,15 @@ class Chats:
                 try:
                     node_id = job.record.node_id
                     self._store.sessions.keep_directory(key, node_id, directory)
-                    self._tell("patched", key)
+                    self._announce_session("patched", key)
                 except StoreError as error:
                     log.error("directory not kept session=%s: %s", key, error)
             self._log(key).end_card(job)
 
     def close(self) -> None:
         """End all turns; their commands go on, and so do the cards of these."""
+        self._closing.set()
         with self._lock:
-            self._closing = True
             queues = list(self._queues.values())
         for queue in queues:
             queue.close()
@@ -20910,25 +20793,26 @@ class Chats:
         )
         if turn.directory is not None:
             self._store.sessions.keep_directory(key, turn.node_id, turn.directory)
-        self._tell("patched", key)
-        chat = TurnChat(turn, session_log, self._store, self._jobs, self._is_closing)
+        self._announce_session("patched", key)
+        is_closing = self._closing.is_set
+        chat = TurnChat(turn, session_log, self._store, self._jobs, is_closing)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
-                self._store.sessions.keep_run(key, turn.run_id)
+                self._store.sessions.change(key, run_id=turn.run_id)
             machines = FleetMachines(
-                self._fleet, self._jobs, turn.origin(key), self._is_closing
+                self._fleet, self._jobs, turn.origin(key), is_closing
             )
             run = AgentRun(chat, turn.model, machines, self._approvals, turn.cancel)
             end = run.run(turn.text)
             if turn.is_typed and changes_environment(turn.text):
                 self._explain(chat)
         finally:
-            closing = self._is_closing()
+            closing = is_closing()
             aborted = MessageState.INTERRUPTED if closing else MessageState.ABORTED
             chat.finish(end, aborted)
             if not turn.is_typed and not closing:
-                self._store.sessions.keep_run(key, "")
+                self._store.sessions.change(key, run_id="")
 
     def _explain(self, chat: TurnChat) -> None:
         """Show, once in a session, that variables end with their command."""
@@ -20938,11 +20822,7 @@ class Chats:
 
     def _turns_ended(self, key: str) -> None:
         with contextlib.suppress(RpcError):  # it may be about to be deleted
-            self._tell("patched", key)
-
-    def _is_closing(self) -> bool:
-        with self._lock:
-            return self._closing
+            self._announce_session("patched", key)
 
     def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
         for turn in turns:
@@ -20993,13 +20873,13 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.page(session_key=key, state="open"):
+        for job in self._jobs.open(session_key=key):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
                     continue
             with contextlib.suppress(RpcError):  # its node cannot
-                self._jobs.cancel(self._jobs.get(job.id), by)
+                self._jobs.cancel(job, by)
 
     def _model(self, model_id: str, effort: str) -> ChatModel:
         """Raises RpcError."""
@@ -21015,7 +20895,7 @@ class Chats:
             raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
         return session
 
-    def _tell(self, kind: str, key: str) -> JsonObject:
+    def _announce_session(self, kind: str, key: str) -> JsonObject:
         view = self.view(key)
         payload = {"type": kind, "sessionKey": key, "session": view}
         self._announce("session", payload)
@@ -21024,21 +20904,14 @@ class Chats:
     def _view(self, session: Session, last_job: JobRecord | None) -> JsonObject:
         with self._lock:
             queue = self._queues.get(session.key)
-        view = {} if last_job is None else {"lastJob": job_summary(last_job)}
+        view = session.to_json()
+        for name in ("nodeId", "seq", "runId", "explained"):
+            del view[name]
+        if last_job is not None:
+            view["lastJob"] = job_summary(last_job)
         return {
             **view,
-            "key": session.key,
-            "label": session.label,
-            "model": session.model,
             "node_id": None if session.node_id == LOCAL_ID else session.node_id,
-            "createdAt": session.created_at,
-            "updatedAt": session.updated_at,
-            "messageCount": session.message_count,
-            "preview": session.preview,
-            "directory": session.directory,
-            "archived": session.archived,
-            "approvals": session.approvals,
-            "effort": session.effort,
             "replying": queue is not None and queue.busy,
         }
 
@@ -21059,7 +20932,7 @@ class Chats:
                     self._said.set()
             if stopped:
                 return
-            self._stopped.wait(TELL_INTERVAL)
+            self._stopped.wait(ANNOUNCE_INTERVAL)
 
     def _recover(self) -> None:
         """Update the messages that were open when the gateway ended."""
@@ -21086,7 +20959,7 @@ class Chats:
             text = "The gateway was restarted before the answer was complete."
             event, interrupted = "notice", MessageState.INTERRUPTED
             session_log.add(event, "notice", session.run_id, interrupted, text=text)
-        self._store.sessions.keep_run(session.key, "")
+        self._store.sessions.change(session.key, run_id="")
 
     def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
         command: JsonObject = {}
@@ -21795,7 +21668,7 @@ class NodeMethods:
     def revoke_token(self, device_id: str, by: Caller) -> None:
         device = self._device(device_id)
         self._access.devices.revoke_device(device, by=by)
-        for job in self._jobs.open_on(device.node_id or ""):
+        for job in self._jobs.open(node_id=device.node_id or ""):
             with contextlib.suppress(RpcError):  # its node cannot
                 self._jobs.cancel(job, by.name)
         self._hang_up(device)
@@ -22593,7 +22466,7 @@ class Rpc:
 
 
 REPORT_BURST = 10  # reports of a node at once; more are dropped, each replaces the last
-REPORT_PAUSE = 1.0  # s until one more is allowed
+REPORT_PAUSE = 15.0  # s until one more is allowed; nodes of ours take twice as long
 
 
 class Allowance:

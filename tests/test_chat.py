@@ -1179,6 +1179,28 @@ def chats_of(machines):
         chats.close()
 
 
+def test_all_commands_of_a_chat_end_with_it_however_many(machines):
+    machines.know("far", "far")
+    with chats_of(machines) as chats:
+        key = chats.create("")["key"]
+        origin = moltis.Origin("model", "key-1", "m", session_key=key)
+        jobs = [
+            machines.jobs.start(
+                moltis.new_job(
+                    ("far", "far"),
+                    "run",
+                    {"command": "reboot"},
+                    origin,
+                    kept=True,
+                    queue=600,
+                )
+            )
+            for _ in range(101)
+        ]
+        chats.delete(key)
+    assert {job.record.state for job in jobs} == {"cancelled"}
+
+
 @pytest.mark.parametrize("bound", ["HISTORY_PAGE", "MAX_HISTORY", "MAX_CHANGED"])
 def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, bound):
     if bound != "MAX_HISTORY":
@@ -1207,7 +1229,7 @@ def test_an_answer_that_lacks_older_messages_says_so(machines, monkeypatch, boun
 
 def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
     machines.store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
-    machines.store.sessions.keep_run("s", "run")
+    machines.store.sessions.change("s", run_id="run")
     for _ in range(2):  # and said once
         with chats_of(machines) as chats:
             (message,) = chats.history("s")
@@ -1218,7 +1240,7 @@ def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
 def test_what_a_model_was_saying_is_shown_as_interrupted(machines):
     with chats_of(machines) as chats:
         key = chats.create("")["key"]
-        machines.store.sessions.keep_run(key, "run")
+        machines.store.sessions.change(key, run_id="run")
         log = chats._log(key)
         answer = log.add("delta", "assistant", "run", "running")
         log.say(answer, "half an ans")

@@ -564,6 +564,29 @@ def test_a_data_directory_that_is_a_file_is_named(tmp_path):
         assert str(tmp_path / ".moltis") in one_line(done)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_directory"),
+    [
+        ("jobs", False),
+        ("moltis.db", True),
+        ("gateway.json", True),
+        ("gateway.lock", True),
+    ],
+)
+def test_a_file_for_a_directory_of_the_gateway_or_the_reverse_is_named(
+    tmp_path, name, is_directory
+):
+    path = tmp_path / ".moltis" / name
+    path.parent.mkdir(mode=0o700)
+    if is_directory:
+        path.mkdir()
+    else:
+        path.touch()
+    done = run_moltis("gateway", "--port", "0", home=tmp_path)
+    assert done.returncode == CONFIGURATION
+    assert str(path) in one_line(done)
+
+
 def as_nobody(python, *arguments, home):
     """Run the program as a user who may do nothing."""
 

@@ -1465,6 +1465,22 @@ def test_reports_of_a_node_beyond_its_allowance_are_dropped():
     assert sum(allowance.take() for _ in range(1000)) == 10
 
 
+@pytest.mark.parametrize(
+    ("pause", "taken"), [(1.0, 10 + 240), (moltis.TELEMETRY_INTERVAL, 120)]
+)
+def test_a_node_that_reports_each_second_is_heard_four_times_a_minute(pause, taken):
+    """Each report is stored, and sent to all pages; it may have a megabyte."""
+    now = [0.0]
+    allowance = moltis.Allowance(
+        moltis.REPORT_BURST, moltis.REPORT_PAUSE, clock=lambda: now[0]
+    )
+    heard = 0
+    while now[0] < 3600:
+        heard += allowance.take()
+        now[0] += pause
+    assert abs(heard - taken) <= 1
+
+
 @pytest.fixture
 def audience(monkeypatch):
     """The connected operators of a gateway that is made later."""

@@ -1235,7 +1235,7 @@ def test_what_a_key_asks_for_while_it_is_revoked_ends_with_it(
             client.call(method, params)
 
     assert acted.wait(30)
-    wait_for(lambda: not jobs.open_of(made["keyId"]), what="its commands to end")
+    wait_for(lambda: not jobs.open(caller_id=made["keyId"]), what="its commands to end")
     wait_for(
         lambda: (
             not {m["state"] for m in plain.call("chat.history")} & {"queued", "running"}
