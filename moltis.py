@@ -31106,8 +31106,7 @@ function composed(chat) {
   if (!state.sessions.includes(entry) || !chat.bound) return entry;
   const {nodeId, model} = chat.bound;
   const moved = nodeId !== (entry.node_id || LOCAL);
-  const node_id = nodeId === LOCAL ? null : nodeId;
-  return {...entry, model, node_id, ...(moved && {directory: undefined})};
+  return {...entry, model, ...nodeChoice(nodeId), ...(moved && {directory: undefined})};
 }
 
 // Bind the composer to what is chosen now, or to nothing while it is empty.
@@ -31137,7 +31136,8 @@ async function patchSession(key, change) {
   refresh("sessions");
 }
 
-const selectNode = (key, id) => patchSession(key, {node_id: id === LOCAL ? null : id});
+// Return the change of a session that chooses a machine.
+const nodeChoice = id => ({node_id: id === LOCAL ? null : id});
 
 // The method and parameters that fetch a list of `state`.
 const SOURCES = {
@@ -32092,7 +32092,9 @@ function drawLink() {
 
 // Put the focus into the composer; on touch screens that would open the keyboard.
 function focusText() {
-  if (!matchMedia("(pointer:coarse)").matches) $("text").focus();
+  if (matchMedia("(pointer:coarse)").matches) return;
+  if ($("text").offsetParent) $("text").focus();
+  else touch("focus");
 }
 
 function drawBanner() {
@@ -32341,7 +32343,7 @@ function openChat(key, typed = "") {
   const chat = currentChat();
   chat.draft ||= typed;
   leaveChat(chat);
-  $("text").focus();
+  focusText();
   return chat;
 }
 
@@ -33070,7 +33072,7 @@ function drawBound(entry) {
 function unbind() {
   currentChat().bound = null;
   touch("chat");
-  $("text").focus();
+  focusText();
 }
 
 function keepDraft() {
@@ -33173,12 +33175,12 @@ const selectedText = () => {
 
 function showLatest() {
   transcript.resume();
-  $("text").focus();
+  focusText();
 }
 
 const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
-  new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
+  new Picker("node", nodeOptions, id => patchSession(state.route.key, nodeChoice(id))),
   new Picker("approvals", approvalOptions, approvals =>
     patchSession(state.route.key, {approvals}),
   ),
@@ -33378,12 +33380,15 @@ class NodeRow {
 const nodeDot = node =>
   !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
 
-function useNode({nodeId}) {
+// Change the chat that was shown last, and go there.
+function useInChat(change) {
   const key = lastKey();
-  selectNode(key, nodeId);
+  patchSession(key, change);
   go(chatPath(key));
-  $("text").focus();
+  focusText();
 }
+
+const useNode = ({nodeId}) => useInChat(nodeChoice(nodeId));
 
 const nodeRows = new Keyed($("node-cards"), n => n.nodeId, () => new NodeRow());
 
@@ -34941,13 +34946,7 @@ function drawModels() {
   drawRest("models", found.length, models.length);
 }
 
-// Choose a model for the chat that was shown last.
-function useModel(model) {
-  const key = lastKey();
-  patchSession(key, {model});
-  go(chatPath(key));
-  focusText();
-}
+const useModel = model => useInChat({model});
 
 function drawProviders() {
   const shown = state.providers.filter(({isSetUp, models}) => isSetUp || models > 0);
@@ -35377,7 +35376,7 @@ function typeCommand(command) {
     const place = earlierTexts().length - 1; // as if ↑ had been pressed
     if (before) Object.assign(recall, {place, draft: before});
   }
-  requestAnimationFrame(() => $("text").focus()); // its view is drawn by then
+  focusText();
 }
 
 function openShortcuts() {
@@ -36503,6 +36502,7 @@ function start() {
   watch("providers", drawProviders);
   watch("storage", drawStorage);
   watch("route keys logins link", drawAccess);
+  watch("focus", () => $("text").focus()); // the last: what is hidden takes no focus
   for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));

@@ -229,6 +229,27 @@ def test_one_can_type_as_soon_as_the_page_is_there(site, make_page):
     page.wait_for(f"{shows(LAST, 'echo typed')} && {shows(LAST, 'Done')}")
 
 
+@pytest.mark.parametrize(
+    ("path", "button"),
+    [
+        ("/nodes", "#new-chat"),
+        ("/nodes", "#node-cards [data-part=use]"),
+        ("/nodes/Local", "#node-use"),
+        ("/settings/models", "#model-rows button, #unlisted button"),
+    ],
+)
+def test_who_goes_to_a_chat_from_another_view_can_type_at_once(
+    site, make_page, path, button
+):
+    page = make_page(site, path)
+    page.wait_for(LISTED)
+    page.evaluate("document.querySelector('#unlisted').open = true")
+    page.evaluate("document.querySelector('#model-name').value = 'shell'")
+    page.click(button)
+    page.wait_for("location.pathname.startsWith('/chat/')")
+    page.wait_for("document.activeElement.id === 'text'")
+
+
 def test_an_address_of_nothing_gets_a_sentence(site, make_page):
     page = make_page(site)
     for path, sentence in {
