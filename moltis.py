@@ -27072,7 +27072,6 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 #palette-list li { display: flex; align-items: center; gap: 12px; padding: 8px 12px;
   border-radius: 9px; cursor: pointer; }
 #palette-list .active { background: var(--tint); }
-#palette-list .name { flex: 0 1 auto; }
 #palette-list .detail { flex: 1; }
 #palette-none { margin: 8px 13px 10px; }
 #shortcuts dt { color: var(--ink); font: 13px/1.7 var(--mono); }
@@ -27126,7 +27125,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
-#to-activity { padding: 6px 10px; }
 #running li { position: relative; display: flex; align-items: center;
   border-radius: 8px; }
 #running li:hover { background: var(--hover); }
@@ -27218,7 +27216,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .notice pre { text-align: left; max-height: 300px; overflow-y: auto;
   color: var(--ink); }
 .notice .button { margin-top: 8px; }
-.thought { color: var(--soft); font-size: 13.5px; }
+.thought { font-size: 13.5px; }
 .thought p { margin: 6px 0 0 16px; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
@@ -27341,7 +27339,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .screen { max-height: 70vh; color-scheme: dark; overflow: auto; padding: 10px 14px;
   border-radius: 0 0 11px 11px;
   background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
-  tab-size: 8; overflow-anchor: none; }
+  overflow-anchor: none; }
 .screen.empty { display: none; }
 .command > .latest { position: absolute; left: 50%; bottom: 12px; translate: -50% 0;
   border-radius: 20px; box-shadow: var(--shade); }
@@ -27408,7 +27406,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #recording-bar { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px;
   padding: 8px 20px; border-top: var(--rule); background: var(--sunken); }
 #recording-bar label { display: flex; align-items: center; gap: 6px; }
-#recording-bar :is(select, input) { width: auto; }
 #recording-seek { flex: 1 1 200px; padding: 0; accent-color: var(--accent); }
 #recording-time { min-width: 9ch; font-variant-numeric: tabular-nums; }
 @media (pointer: coarse) {
@@ -27517,8 +27514,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .panel:empty { display: none; }
 .rows.panel { max-width: 860px; margin-top: 0; }
 .rows.panel li { display: grid; gap: 0 8px; min-height: 50px;
-  padding: 8px 10px 8px 14px; grid-template-columns: minmax(0, 1fr);
-  grid-auto-columns: auto; }
+  padding: 8px 10px 8px 14px; grid-template-columns: minmax(0, 1fr); }
 .rows.panel li:last-child { border: 0; }
 .rows.panel li > * { grid-row: 1 / span 2; }
 .rows.panel .name { grid-area: 1 / 1; font-weight: 540; }
@@ -27576,11 +27572,11 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .file .name { display: flex; gap: 10px; align-items: baseline; min-width: 0; }
 .file .name > *, .file .name a > :last-child { overflow: hidden;
   text-overflow: ellipsis; }
-.file .name a { display: flex; flex: 0 1 auto; gap: 9px; align-items: center;
-  color: var(--ink); text-decoration: none; }
+.file .name a { display: flex; gap: 9px; align-items: center; color: var(--ink);
+  text-decoration: none; }
 .file [data-part="name"] { white-space: pre; } /* it may begin with spaces */
 .file .name a[href]:hover { text-decoration: underline; }
-.file .name > .detail { flex: 0 1 auto; min-width: 40px; }
+.file .name > .detail { min-width: 40px; }
 .file .name > .detail:empty { display: none; }
 .file .icon { color: var(--soft); vertical-align: middle; }
 .file.directory a .icon { color: var(--accent); }
@@ -27616,7 +27612,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .text, .opened { max-width: 1400px; }
 .text { display: grid; grid-template-columns: auto minmax(0, 1fr);
   border-radius: 12px; overflow: hidden; }
-.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; tab-size: 8; }
+.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; }
 .text pre:first-child { padding-right: 10px; border-right: var(--rule);
   background: var(--sunken); color: var(--soft); text-align: right;
   user-select: none; }
@@ -27689,7 +27685,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .pick { width: 100%; max-width: none; min-height: 44px; }
   #chat-term { justify-content: flex-start; min-height: 44px; padding: 0 12px;
     border: var(--rule); color: var(--ink); background: var(--surface); }
-  #fold { display: flex; flex: 0 1 auto; width: auto; max-width: 62%; }
+  #fold { display: flex; width: auto; max-width: 62%; }
   .choices { position: static; width: auto; max-width: none; max-height: none;
     margin-top: 4px; box-shadow: none; }
   .choices li { padding: 11px 10px; }
@@ -27702,7 +27698,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .file-head button:nth-child(n + 4), .command.bare-line .bare[data-part=fold],
   #activity-list .who, #palette-list .kind { display: none; }
   .place { padding: 10px 12px 0; }
-  .place > .picker { order: 0; flex-basis: calc(100% - 60px); }
+  .place > .picker { flex-basis: calc(100% - 60px); }
   #files-tools { order: 1; flex: 1 1 100%; padding-left: 46px; }
   #files-list, #files-open { padding-inline: 12px; }
   #files-find { flex: 1; width: auto; }
@@ -27713,7 +27709,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   #files-rows .file { grid-template: "name name tools" auto "size changed tools" auto /
     auto minmax(0, 1fr) auto; align-content: center; gap: 0 10px; padding-left: 12px; }
   .file .name { grid-area: name; }
-  #files-rows .size { grid-area: size; display: block; padding-left: 27px; }
+  #files-rows .size { grid-area: size; padding-left: 27px; }
   .file .changed { grid-area: changed; }
   #files-rows .size:empty + .changed { grid-column: 1 / 3; padding-left: 27px; }
   .file :is(.size, .changed) { font-size: 12.5px; }
@@ -27756,7 +27752,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .bare { min-width: 38px; min-height: 38px; }
   .filters { width: 100%; flex-wrap: wrap; }
   .filters input { flex: 1 1 100%; }
-  .filters select { flex: 1; max-width: none; min-width: 0; }
+  .filters select { flex: 1; max-width: none; }
   #activity-list > .command > header { gap: 1px 9px; padding: 8px 0; grid-template:
       "dot line line line line fold" auto
       ". where verdict stop clock clock" auto /
@@ -27772,9 +27768,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   #activity-list > .asks:not(.folded) > header { grid-template:
       "dot line fold" auto ". where where" auto ". verdict verdict" auto /
       9px minmax(0, 1fr) 38px; }
-  #activity-list .asks .verdict { text-align: left; padding: 0; }
-  #activity-list .folded .line { white-space: pre-wrap; max-height: 3.2em;
-    overflow: hidden; }
+  #activity-list .folded .line { white-space: pre-wrap; max-height: 3.2em; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
   .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
     scrollbar-width: none; }
