@@ -26181,9 +26181,7 @@ class HttpDoor:
 # Web page
 #
 # Three files that the HTTP server serves as they are.  The page gets all data over its
-# WebSocket, shows it as text, and loads nothing from other hosts.  The script reads
-# bottom-up: dom, words, terminal, Markdown, socket, job logs, state, routes, widgets,
-# views, start.
+# WebSocket, shows it as text, and loads nothing from other hosts.
 # ==============================================================================
 
 WEB_HTML = r"""<!doctype html>
@@ -26225,7 +26223,6 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
 <path id="i-check" d="m4 10.5 4 4 8-9"/>
 <path id="i-save" d="M10 3v9m-4-3.5 4 4 4-4M4 16h12"/>
-<path id="i-send" d="M10 16V4m-5 5 5-5 5 5"/>
 <path id="i-stop" d="M6 6h8v8H6z" fill="currentColor"/>
 <path id="i-chat" d="M4 4h12v9H9l-3.5 3v-3H4z"/>
 <path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6 13.5h1"/>
@@ -26301,15 +26298,10 @@ WEB_HTML = r"""<!doctype html>
 </div>
 <button class="button small latest" data-part="latest" data-icon="down"
  hidden>Latest</button>
-<p class="note wants" data-part="wants" hidden></p>
+<p class="note wants" data-part="wants" hidden>Nothing can be typed into a command here:
+its input is empty. Give it in the line, as in: echo yes | command, or open a
+terminal.</p>
 </article></template>
-
-<template id="running-item"><li><a data-part="link">
-<span class="dot" data-part="dot"></span><code data-part="line"></code>
-<span class="detail" data-part="detail"></span></a>
-<button class="bare" data-part="stop" data-icon="stop" title="Stop"
- data-needs="write"></button>
-</li></template>
 
 <template id="figure"><div class="figure new">
 <span class="label" data-part="label"></span>
@@ -26329,14 +26321,6 @@ WEB_HTML = r"""<!doctype html>
  data-needs="write" title="Open a terminal"></button>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button></span>
-</li></template>
-
-<template id="upload-row"><li class="upload"><span class="name"
- data-part="name"></span>
-<progress data-part="bar" max="1"></progress>
-<span class="detail" data-part="detail" role="status"></span>
-<button class="button small" data-part="again" hidden>Choose it again</button>
-<button class="bare" data-part="end" data-icon="close" title="Cancel"></button>
 </li></template>
 
 <template id="file-row"><div class="file" role="row">
@@ -26398,7 +26382,7 @@ is also in a file on the gateway’s machine:</p>
 <button id="new-chat" class="button wide" data-needs="write"
  data-icon="plus">New chat</button>
 <button id="to-palette" class="bare" aria-haspopup="dialog" data-icon="find">Go to
-<kbd class="count"></kbd></button>
+<kbd class="palette-key count"></kbd></button>
 <a id="to-activity" href="/activity/" data-icon="list">Activity <span
  id="running-count" class="count"></span></a>
 <div id="lists">
@@ -26492,7 +26476,7 @@ no command and sends no message.</p>
  enterkeyhint="send"></textarea>
 <button id="stop" class="round" type="button" aria-label="Stop" hidden data-icon="stop">
 </button>
-<button id="send" class="round main" type="submit" aria-label="Send" data-icon="send">
+<button id="send" class="round main" type="submit" aria-label="Send" data-icon="up">
 </button>
 </div>
 <p id="hint"></p>
@@ -26713,8 +26697,11 @@ dials out.</p>
 <div id="token-made" hidden>
 <h2 id="token-made-title" tabindex="-1"></h2>
 <div id="token-warnings"></div>
-<div id="token-ways" class="tabs" role="tablist" aria-label="How"></div>
-<div id="token-lines" role="tabpanel" aria-label="Command"></div>
+<fieldset id="token-ways" class="tabs" aria-label="How">
+<label><input type="radio" name="way" value="curl">With curl</label>
+<label><input type="radio" name="way" value="installed">moltis is installed</label>
+<label><input type="radio" name="way" value="once">Try it once</label></fieldset>
+<div id="token-lines"></div>
 <p id="token-wait" role="status"></p>
 <div class="actions"><button id="token-again" class="button"
  hidden>Make another link</button>
@@ -26733,7 +26720,14 @@ dials out.</p>
 
 <dialog id="shortcuts" aria-labelledby="shortcuts-title">
 <h2 id="shortcuts-title">Keyboard</h2>
-<dl id="shortcuts-list" class="facts"></dl>
+<dl class="facts"><dt class="palette-key"></dt>
+<dd>Go to a machine, chat, command, view or action</dd>
+<dt>?</dt><dd>This help</dd>
+<dt>Enter</dt><dd>Send; with Shift it begins a new line</dd>
+<dt>↑ ↓</dt><dd>Earlier messages, from the first or the last line</dd>
+<dt>Ctrl+C</dt><dd>Stop what runs, while nothing is selected</dd>
+<dt>A, D</dt><dd>Approve or deny the command that asks</dd>
+<dt>Esc</dt><dd>Close what is open</dd></dl>
 <div class="actions"><button class="button main closes" autofocus>Done</button></div>
 </dialog>
 
@@ -26778,23 +26772,13 @@ dials out.</p>
 </form>
 </dialog>
 
-<dialog id="file-name" aria-labelledby="file-name-title">
+<dialog id="name" aria-labelledby="name-title">
 <form method="dialog">
-<h2 id="file-name-title"></h2>
-<label for="file-name-text">Name</label>
-<input id="file-name-text" required autocomplete="off" autofocus>
+<h2 id="name-title"></h2>
+<label for="name-text">Name</label>
+<input id="name-text" required autocomplete="off" autofocus>
 <div class="actions"><button class="button closes" type="button">Cancel</button>
-<button id="file-name-yes" class="button main" value="yes"></button></div>
-</form>
-</dialog>
-
-<dialog id="conflict" aria-labelledby="conflict-title">
-<form method="dialog">
-<h2 id="conflict-title"></h2>
-<p id="conflict-text"></p>
-<div class="actions"><button class="button" autofocus>Cancel</button>
-<button class="button" value="keep">Keep what is there</button>
-<button class="button danger" value="replace">Replace</button></div>
+<button id="name-yes" class="button main" value="yes"></button></div>
 </form>
 </dialog>
 
@@ -26803,6 +26787,7 @@ dials out.</p>
 <h2 id="confirm-title"></h2>
 <p id="confirm-text"></p>
 <div class="actions"><button class="button" autofocus>Cancel</button>
+<button id="confirm-other" class="button" value="other"></button>
 <button id="confirm-yes" class="button danger" value="yes"></button></div>
 </form>
 </dialog>
@@ -26908,7 +26893,6 @@ button:disabled { opacity: .5; cursor: default; }
 input, textarea, select { border: var(--rule); border-radius: 9px;
   background: var(--surface); padding: 7px 11px; min-width: 0; }
 input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
-.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
 .bad, .lead.bad { color: var(--bad); }
 p.bad:empty { display: none; }
 #app:not(.may-write) [data-needs=write], #app:not(.may-pairing) [data-needs=pairing],
@@ -26958,7 +26942,6 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 #palette-list li { display: flex; align-items: center; gap: 12px; padding: 8px 12px;
   border-radius: 9px; cursor: pointer; }
 #palette-list .active { background: var(--tint); }
-#palette-list .name { flex: 0 1 auto; }
 #palette-list .detail { flex: 1; }
 #palette-none { margin: 8px 13px 10px; }
 #shortcuts dt { color: var(--ink); font: 13px/1.7 var(--mono); }
@@ -26966,7 +26949,7 @@ dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-form, #again-form, #provider-form, #provider-form > div:not(.actions, [hidden]),
-#key-form, #file-name form { display: grid; gap: 8px; }
+#key-form, #name form { display: grid; gap: 8px; }
 #provider-form .link { margin-right: auto; color: var(--soft); }
 #again pre { max-height: 40vh; overflow: auto; padding: 10px 13px; border-radius: 10px;
   background: var(--sunken); }
@@ -27012,7 +26995,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
-#to-activity { padding: 6px 10px; }
 #running li { position: relative; display: flex; align-items: center;
   border-radius: 8px; }
 #running li:hover { background: var(--hover); }
@@ -27104,7 +27086,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .notice pre { text-align: left; max-height: 300px; overflow-y: auto;
   color: var(--ink); }
 .notice .button { margin-top: 8px; }
-.thought { color: var(--soft); font-size: 13.5px; }
+.thought { font-size: 13.5px; }
 .thought p { margin: 6px 0 0 16px; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
@@ -27227,7 +27209,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .screen { max-height: 70vh; color-scheme: dark; overflow: auto; padding: 10px 14px;
   border-radius: 0 0 11px 11px;
   background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
-  tab-size: 8; overflow-anchor: none; }
+  overflow-anchor: none; }
 .screen.empty { display: none; }
 .command > .latest { position: absolute; left: 50%; bottom: 12px; translate: -50% 0;
   border-radius: 20px; box-shadow: var(--shade); }
@@ -27294,7 +27276,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #recording-bar { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px;
   padding: 8px 20px; border-top: var(--rule); background: var(--sunken); }
 #recording-bar label { display: flex; align-items: center; gap: 6px; }
-#recording-bar :is(select, input) { width: auto; }
 #recording-seek { flex: 1 1 200px; padding: 0; accent-color: var(--accent); }
 #recording-time { min-width: 9ch; font-variant-numeric: tabular-nums; }
 @media (pointer: coarse) {
@@ -27315,9 +27296,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   gap: 10px; padding: 10px 0; background: var(--paper); }
 .find input { flex: 0 1 260px; }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; }
-.chips button, .tabs button { min-height: 36px; padding: 4px 12px; border: var(--rule);
+.chips button, .tabs label { min-height: 36px; padding: 4px 12px; border: var(--rule);
   border-radius: 18px; background: none; color: var(--soft); white-space: nowrap; }
-.chips button:hover, .tabs button:hover { background: var(--hover); }
+.chips button:hover, .tabs label:hover { background: var(--hover); }
 .chips [aria-pressed=true] { background: var(--tint); border-color: transparent;
   color: var(--ink); font-weight: 560; }
 .node { display: grid; align-items: center; gap: 4px 18px; padding: 9px 12px;
@@ -27377,11 +27358,16 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   font-size: 14px; }
 .facts dt { color: var(--soft); }
 .facts dd { overflow-wrap: anywhere; }
-.tabs { display: flex; flex-wrap: wrap; gap: 4px; margin-top: 14px; padding: 3px;
-  border-radius: 20px; background: var(--sunken); width: fit-content; }
-.tabs button { min-height: 32px; border-color: transparent; }
-.tabs [aria-selected=true] { background: var(--surface); color: var(--ink);
+.tabs { display: flex; flex-wrap: wrap; gap: 4px; margin: 14px 0 0; padding: 3px;
+  min-width: 0; border: 0; border-radius: 20px; background: var(--sunken);
+  width: fit-content; }
+.tabs label { min-height: 32px; border-color: transparent; font-weight: 400;
+  font-size: 15px; cursor: pointer; }
+.tabs :has(:checked) { background: var(--surface); color: var(--ink);
   font-weight: 560; box-shadow: 0 1px 3px rgb(0 0 0 / .12); }
+.tabs :has(:focus-visible) { outline: 2px solid var(--accent); }
+.tabs input { appearance: none; width: 0; margin: 0; padding: 0; border: 0;
+  outline: none; }
 .ready { margin-top: 12px; }
 .ready pre { padding: 13px 15px; font-size: 13.5px; }
 .ready .button { min-height: 44px; width: 100%; margin-top: 8px; font-size: 16px; }
@@ -27403,8 +27389,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .panel:empty { display: none; }
 .rows.panel { max-width: 860px; margin-top: 0; }
 .rows.panel li { display: grid; gap: 0 8px; min-height: 50px;
-  padding: 8px 10px 8px 14px; grid-template-columns: minmax(0, 1fr);
-  grid-auto-columns: auto; }
+  padding: 8px 10px 8px 14px; grid-template-columns: minmax(0, 1fr); }
 .rows.panel li:last-child { border: 0; }
 .rows.panel li > * { grid-row: 1 / span 2; }
 .rows.panel .name { grid-area: 1 / 1; font-weight: 540; }
@@ -27462,11 +27447,11 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .file .name { display: flex; gap: 10px; align-items: baseline; min-width: 0; }
 .file .name > *, .file .name a > :last-child { overflow: hidden;
   text-overflow: ellipsis; }
-.file .name a { display: flex; flex: 0 1 auto; gap: 9px; align-items: center;
-  color: var(--ink); text-decoration: none; }
+.file .name a { display: flex; gap: 9px; align-items: center; color: var(--ink);
+  text-decoration: none; }
 .file [data-part="name"] { white-space: pre; } /* it may begin with spaces */
 .file .name a[href]:hover { text-decoration: underline; }
-.file .name > .detail { flex: 0 1 auto; min-width: 40px; }
+.file .name > .detail { min-width: 40px; }
 .file .name > .detail:empty { display: none; }
 .file .icon { color: var(--soft); vertical-align: middle; }
 .file.directory a .icon { color: var(--accent); }
@@ -27502,7 +27487,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .text, .opened { max-width: 1400px; }
 .text { display: grid; grid-template-columns: auto minmax(0, 1fr);
   border-radius: 12px; overflow: hidden; }
-.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; tab-size: 8; }
+.text pre { padding: 12px 14px; font-size: 13px; line-height: 1.5; }
 .text pre:first-child { padding-right: 10px; border-right: var(--rule);
   background: var(--sunken); color: var(--soft); text-align: right;
   user-select: none; }
@@ -27575,7 +27560,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .pick { width: 100%; max-width: none; min-height: 44px; }
   #chat-term { justify-content: flex-start; min-height: 44px; padding: 0 12px;
     border: var(--rule); color: var(--ink); background: var(--surface); }
-  #fold { display: flex; flex: 0 1 auto; width: auto; max-width: 62%; }
+  #fold { display: flex; width: auto; max-width: 62%; }
   .choices { position: static; width: auto; max-width: none; max-height: none;
     margin-top: 4px; box-shadow: none; }
   .choices li { padding: 11px 10px; }
@@ -27588,7 +27573,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .file-head button:nth-child(n + 4), .command.bare-line .bare[data-part=fold],
   #activity-list .who, #palette-list .kind { display: none; }
   .place { padding: 10px 12px 0; }
-  .place > .picker { order: 0; flex-basis: calc(100% - 60px); }
+  .place > .picker { flex-basis: calc(100% - 60px); }
   #files-tools { order: 1; flex: 1 1 100%; padding-left: 46px; }
   #files-list, #files-open { padding-inline: 12px; }
   #files-find { flex: 1; width: auto; }
@@ -27599,7 +27584,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   #files-rows .file { grid-template: "name name tools" auto "size changed tools" auto /
     auto minmax(0, 1fr) auto; align-content: center; gap: 0 10px; padding-left: 12px; }
   .file .name { grid-area: name; }
-  #files-rows .size { grid-area: size; display: block; padding-left: 27px; }
+  #files-rows .size { grid-area: size; padding-left: 27px; }
   .file .changed { grid-area: changed; }
   #files-rows .size:empty + .changed { grid-column: 1 / 3; padding-left: 27px; }
   .file :is(.size, .changed) { font-size: 12.5px; }
@@ -27642,7 +27627,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .bare { min-width: 38px; min-height: 38px; }
   .filters { width: 100%; flex-wrap: wrap; }
   .filters input { flex: 1 1 100%; }
-  .filters select { flex: 1; max-width: none; min-width: 0; }
+  .filters select { flex: 1; max-width: none; }
   #activity-list > .command > header { gap: 1px 9px; padding: 8px 0; grid-template:
       "dot line line line line fold" auto
       ". where verdict stop clock clock" auto /
@@ -27658,14 +27643,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   #activity-list > .asks:not(.folded) > header { grid-template:
       "dot line fold" auto ". where where" auto ". verdict verdict" auto /
       9px minmax(0, 1fr) 38px; }
-  #activity-list .asks .verdict { text-align: left; padding: 0; }
-  #activity-list .folded .line { white-space: pre-wrap; max-height: 3.2em;
-    overflow: hidden; }
+  #activity-list .folded .line { white-space: pre-wrap; max-height: 3.2em; }
   #activity-list > h2 { top: -14px; padding-inline: 0; }
   .chips, .tabs { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
     scrollbar-width: none; }
-  .chips button, .tabs button { flex: none; }
-  .tabs button { padding-inline: 9px; font-size: 14px; }
+  .chips button, .tabs label { flex: none; }
+  .tabs label { padding-inline: 9px; font-size: 14px; }
   #terminal-tabs, #terminal-keys { scrollbar-width: none; }
   dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
     margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
@@ -27904,6 +27887,12 @@ class Keyed {
   }
 }
 
+// Return the maker of views that are drawn anew for each update; what is alike stays.
+const drawn = make => item => {
+  const root = make(item);
+  return {root, update: next => become(root, make(next))};
+};
+
 // Keeps the end of a box in view while it grows, until a person scrolls up.
 class Tail {
   constructor(box, onChange) {
@@ -28019,45 +28008,6 @@ const tried = promise => promise.catch(error => {
 // Whether a key belongs to an input method.  Safari ends the composition before the
 // key that ended it, which has the code 229.
 const isComposing = event => event.isComposing || event.keyCode === 229;
-
-// Replace the text of `element` by an input field until it is saved or cancelled.
-function editInPlace(element, text, label, save) {
-  if (element.querySelector("input")) return;
-  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200,
-    name: "name", ...AS_TYPED});
-  const before = [...element.childNodes];
-  const leaving = new AbortController(); // ends the listener on the document
-  const finish = saves => {
-    if (leaving.signal.aborted) return;
-    leaving.abort();
-    seen.disconnect();
-    const name = input.value.trim();
-    fill(element, before);
-    delete element.dataset.edited;
-    if (saves && name && name !== text) save(name);
-  };
-  input.value = text;
-  // A list that moves its rows takes the focus away, and a dialog until it is closed:
-  // that does not save.
-  on(input, "blur", ({relatedTarget}) => {
-    if (relatedTarget && !relatedTarget.closest("dialog")) finish(true);
-    else setTimeout(() => input.focus());
-  });
-  const press = ({target}) => target !== input && finish(true);
-  document.addEventListener("pointerdown", press, {signal: leaving.signal});
-  // Its view was left, or its row is gone.
-  const seen = new ResizeObserver(() => input.getClientRects().length || finish(false));
-  seen.observe(input);
-  on(input, "keydown", event => {
-    if (isComposing(event) || !["Enter", "Escape"].includes(event.key)) return;
-    event.preventDefault();
-    finish(event.key === "Enter");
-    element.closest("li, article, header")?.querySelector("a, button")?.focus();
-  });
-  element.dataset.edited = "yes"; // views do not update it meanwhile
-  fill(element, input);
-  input.select();
-}
 
 // == storage ==
 
@@ -30241,6 +30191,10 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 const lostError = (code, message) =>
   Object.assign(callError(code, message), {isLost: true});
 
+// Return the options of a request that posts a value.
+const posted = value => ({method: "POST", body: JSON.stringify(value),
+  headers: {"Content-Type": "application/json"}});
+
 // Return a response whose status is ok.  Throws an error with the gateway's sentence.
 async function fetchOk(path, options) {
   const answer = await fetchOwn(path, options).catch(() => null);
@@ -30636,6 +30590,7 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percents of CPU, memory, disk], …]
   lists: { // what is shown of each
+    sessions: {search: ""},
     nodes: {filter: "all", search: "", limit: ROWS_SHOWN},
     models: {search: "", limit: MODELS_SHOWN},
   },
@@ -30660,16 +30615,16 @@ const state = {
   isUpdated: false, // the gateway has another version now
   deleted: new Set(), // keys of sessions
   leaving: null, // the route that gives way to a chat that is being created
-  token: null, // of the machine that the dialog waits for, and how it is to join
-  search: "",
+  token: null, // of the machine that the dialog waits for
 };
 
-const watchers = []; // [topics, draw]
+const watchers = []; // [topics, draw, page]
 const touched = new Set();
 
-// Call `draw` in the next frame after a topic changed.
-function watch(topics, draw) {
-  watchers.push([topics.split(" "), draw]);
+// Call `draw` in the next frame after a topic changed; if a page is named, only while
+// it is shown.
+function watch(topics, draw, page = "") {
+  watchers.push([topics.split(" "), draw, page]);
 }
 
 function touch(...topics) {
@@ -30717,8 +30672,9 @@ function drawTouched() {
   if (press !== undefined) return;
   const topics = new Set(touched);
   touched.clear();
-  for (const [wanted, draw] of watchers) {
-    if (wanted.some(topic => topics.has(topic))) draw();
+  for (const [wanted, draw, page] of watchers) {
+    const isShown = !page || (page === state.route.page && state.wasUp);
+    if (isShown && wanted.some(topic => topics.has(topic))) draw();
   }
 }
 
@@ -30958,14 +30914,7 @@ function may(scope) {
 
 function currentSession() {
   const {key} = state.route;
-  return (
-    state.sessions.find(entry => entry.key === key) || {
-      key,
-      label: key === MAIN ? "Main" : "",
-      model: null,
-      node_id: null,
-    }
-  );
+  return state.sessions.find(entry => entry.key === key) || {key};
 }
 
 const sessionName = entry =>
@@ -30992,8 +30941,7 @@ function composed(chat) {
   if (!state.sessions.includes(entry) || !chat.bound) return entry;
   const {nodeId, model} = chat.bound;
   const moved = nodeId !== (entry.node_id || LOCAL);
-  const node_id = nodeId === LOCAL ? null : nodeId;
-  return {...entry, model, node_id, ...(moved && {directory: undefined})};
+  return {...entry, model, ...nodeChoice(nodeId), ...(moved && {directory: undefined})};
 }
 
 // Bind the composer to what is chosen now, or to nothing while it is empty.
@@ -31023,7 +30971,8 @@ async function patchSession(key, change) {
   refresh("sessions");
 }
 
-const selectNode = (key, id) => patchSession(key, {node_id: id === LOCAL ? null : id});
+// Return the change of a session that chooses a machine.
+const nodeChoice = id => ({node_id: id === LOCAL ? null : id});
 
 // The method and parameters that fetch a list of `state`.
 const SOURCES = {
@@ -31713,15 +31662,38 @@ function answerOf(dialog) {
   });
 }
 
-// Ask for confirmation; resolves to a boolean.
-async function confirmed(title, text, action) {
+// Ask which action to take; resolves to "yes", "other", or "" for neither.
+function decided(title, text, action, other = "") {
   fill($("confirm-title"), visible(title));
   fill($("confirm-text"), visible(text));
   setText($("confirm-yes"), action);
-  return (await answerOf($("confirm"))) === "yes";
+  setText($("confirm-other"), other);
+  $("confirm-other").hidden = !other;
+  return answerOf($("confirm"));
 }
 
-const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
+// Ask for confirmation; resolves to a boolean.
+const confirmed = async (...question) => (await decided(...question)) === "yes";
+
+// Ask for a name; resolves to "" if the question is closed.  The first `end` characters
+// of the old one are selected.
+async function askedName(title, action, name = "", end = name.length) {
+  const field = $("name-text");
+  fill($("name-title"), visible(title));
+  setText($("name-yes"), action);
+  const answer = answerOf($("name"));
+  field.value = name;
+  field.setSelectionRange(0, end);
+  return (await answer) === "yes" ? field.value : "";
+}
+
+// Ask for another name; resolves to "" if it stays.
+async function otherName(name, end) {
+  const given = await askedName(`Rename ${name}`, "Rename", name, end);
+  return given === name ? "" : given;
+}
+
+const dotOf = kind => kind && h("span", {class: `dot ${kind}`});
 
 // Show the options of a listbox {key, content, chosen, dim}; `holder` has the focus and
 // names the active one, by its place.
@@ -31731,6 +31703,15 @@ function showOptions(list, holder, options, active) {
       class: [n === active && "active", dim && "dim"].filter(Boolean).join(" "),
       "aria-selected": String(Boolean(chosen))}, content)));
   holder.setAttribute("aria-activedescendant", list.children[active]?.id || "");
+}
+
+// Call `pick` with the key of the option that is clicked; `holder` keeps the focus.
+function onPick(list, pick) {
+  on(list, "mousedown", event => event.preventDefault());
+  on(list, "click", ({target}) => {
+    const option = target.closest("[role=option]");
+    if (option) pick(option.dataset.key);
+  });
 }
 
 const showActive = list =>
@@ -31762,12 +31743,7 @@ class Picker {
     });
     on(this.list, "keydown", event => this.key(event));
     on(this.list, "focusout", () => this.toggle(false));
-    // Pressing the mouse button must not move the focus: that would close the list.
-    on(this.list, "mousedown", event => event.preventDefault());
-    on(this.list, "click", event => {
-      const option = event.target.closest("[role=option]");
-      if (option) this.pick(option.dataset.key);
-    });
+    onPick(this.list, value => this.pick(value));
   }
 
   get isOpen() {
@@ -31848,13 +31824,13 @@ class Picker {
     const options = this.listed();
     const chosen = options.find(option => option.chosen) || options[0];
     this.button.disabled = !may("write");
-    patch(this.button, chosen && dotFor(chosen),
+    patch(this.button, dotOf(chosen?.dot),
       h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
     this.button.setAttribute("aria-label",
       `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
     const items = options.map(({value, label, detail, dot, dim, chosen: isChosen}) =>
-      ({key: value, dim, chosen: isChosen, content: [dotFor({dot}),
+      ({key: value, dim, chosen: isChosen, content: [dotOf(dot),
         h("span", {class: "choice"}, h("span", label),
           detail && h("span", {class: "detail"}, detail)),
         isChosen && icon("check")]}));
@@ -31903,15 +31879,16 @@ function modelOptions() {
   const known = state.models.map(model => ({
     value: model.id,
     label: model.displayName || model.id,
-    detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
+    detail: modelDetail(model),
     chosen: model.id === chosen,
   }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
-  const gone = {value: chosen, label: chosen, detail: "Not available", dim: true};
-  return [...known, {...gone, chosen: true}];
+  return [...known, {value: chosen, label: chosen, detail: "Not available", dim: true,
+    chosen: true}];
 }
 
 function modelDetail(model) {
+  if (model.id === SHELL) return "Runs what you type, no language model";
   const node = model.nodeId && nodeById(model.nodeId);
   const tools = model.supportsTools === false ? "cannot run commands" : "";
   return dotted(model.provider, node && `on ${node.displayName}`, tools);
@@ -31919,15 +31896,11 @@ function modelDetail(model) {
 
 function approvalOptions() {
   const all = currentSession().approvals === "all";
-  const ask = "The model’s commands wait for your approval";
   return [
-    {value: "ask", label: "Ask first", detail: ask, chosen: !all},
-    {
-      value: "all",
-      label: "Run everything",
-      detail: "No command waits for approval",
-      chosen: all,
-    },
+    {value: "ask", label: "Ask first", chosen: !all,
+      detail: "The model’s commands wait for your approval"},
+    {value: "all", label: "Run everything", chosen: all,
+      detail: "No command waits for approval"},
   ];
 }
 
@@ -31976,9 +31949,12 @@ function drawLink() {
   if (state.link === "down") drawBanner();
 }
 
-// Put the focus into the composer; on touch screens that would open the keyboard.
+// Put the focus into the composer, once its view is drawn; on touch screens that would
+// open the keyboard.
 function focusText() {
-  if (!matchMedia("(pointer:coarse)").matches) $("text").focus();
+  if (matchMedia("(pointer:coarse)").matches) return;
+  if ($("text").offsetParent) $("text").focus();
+  else touch("focus");
 }
 
 function drawBanner() {
@@ -31996,12 +31972,9 @@ function setCurrent(link, isCurrent) {
 
 function drawRoute() {
   const {page} = state.route;
-  const named = ["chat", "node", "files", "terminal", "recording"];
-  for (const name of [...named, ...Object.keys(PAGES)])
-    $(name).hidden = name !== page;
+  for (const view of $("page").children) view.hidden = view.id !== page;
   const of = ["node", "files"].includes(page) ? "nodes" : page;
   for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === of);
-  drawTitle();
 }
 
 function terminalTitle() {
@@ -32039,37 +32012,24 @@ const MAX_RUNNING = 6; // in the sidebar
 const isLow = matchMedia("(max-height: 860px)"); // half as many leave room for chats
 const LONG_COMMAND = 30; // s; a person may be elsewhere when it ends
 
-class RunningItem {
-  constructor({id}) {
-    Object.assign(this, copyOf("running-item"));
-    on(this.stop, "click", () => stopJob(id));
-    on(this.link, "click", event => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-      event.preventDefault();
-      state.goal = id;
-      go(this.link.getAttribute("href"));
-    });
-  }
-
-  update({id, command, node, sessionKey}) {
-    const job = state.jobs.get(id);
-    const asks = state.asks.some(ask => ask.jobId === id);
-    const isOver = !asks && !(job && isOpen(job));
-    this.link.href = sessionKey ? chatPath(sessionKey)
-      : job?.work === TERMINAL ? terminalPath(id) : jobPath(id);
-    this.dot.className = `dot ${asks ? "wait" : job ? jobKind(job) : "off"}`;
-    setText(this.line, command);
-    this.line.title = command;
-    const took = job && isOpen(job) && runningTime(job);
-    const words = job && (job.state !== "running" || job.place || job.awayMs != null)
-      && job.words;
-    setText(this.detail, dotted(node, asks ? "asks for your approval" : words, took));
-    this.stop.hidden = asks || isOver;
-    this.root.classList.toggle("over", isOver);
-  }
+function runningItem({id, command, node, sessionKey}) {
+  const job = state.jobs.get(id);
+  const runs = Boolean(job) && isOpen(job);
+  const asks = state.asks.some(ask => ask.jobId === id);
+  const href = sessionKey ? chatPath(sessionKey)
+    : job?.work === TERMINAL ? terminalPath(id) : jobPath(id);
+  const words = job && (job.state !== "running" || job.place || job.awayMs != null)
+    && job.words;
+  return h("li", {class: asks || runs ? null : "over"},
+    h("a", {href, "data-goal": id},
+      dotOf(asks ? "wait" : job ? jobKind(job) : "off"),
+      h("code", {title: command}, command),
+      h("span", {class: "detail"}, dotted(node,
+        asks ? "asks for your approval" : words, runs && runningTime(job)))),
+    runs && !asks && may("write") && iconButton("stop", "Stop", () => stopJob(id)));
 }
 
-const runningItems = new Keyed($("running"), item => item.id, i => new RunningItem(i));
+const runningItems = new Keyed($("running"), item => item.id, drawn(runningItem));
 
 function drawRunning() {
   const jobs = longRunning();
@@ -32092,7 +32052,6 @@ function drawRunning() {
     menu.dataset.count = items.length || "";
   const isLong = jobs.some(job => now() - job.askedAt > LONG_COMMAND * 1000);
   $("notify-offer").hidden = !((isLong || asked) && mayOfferNotices());
-  drawTitle();
 }
 
 // == notifications ==
@@ -32142,14 +32101,9 @@ class SessionItem {
     this.link.href = chatPath(entry.key);
     this.remove.hidden = entry.key === MAIN;
     on(this.remove, "click", () => this.discard());
-    on(this.rename, "click", () =>
-      editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
-        patchSession(this.entry.key, {label}),
-      ),
-    );
-    // A click into the input field must not follow the link around it.
-    on(this.link, "click", event => {
-      if (this.name.dataset.edited) event.preventDefault();
+    on(this.rename, "click", async () => {
+      const label = await otherName(sessionName(this.entry));
+      if (label) patchSession(entry.key, {label});
     });
   }
 
@@ -32164,7 +32118,7 @@ class SessionItem {
     const status = dotted(words, node, when);
     this.dot.hidden = !kind;
     this.dot.className = `dot ${kind}`;
-    if (!this.name.dataset.edited) setText(this.name, sessionName(entry));
+    setText(this.name, sessionName(entry));
     setText(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
   }
@@ -32198,8 +32152,9 @@ function drawSessions() {
   const current = currentSession();
   const isNew = !known.some(entry => entry.key === current.key);
   const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
-  $("find-chat").hidden = all.length < 8 && !state.search;
-  const isFound = searched(state.search);
+  const {search} = state.lists.sessions;
+  $("find-chat").hidden = all.length < 8 && !search;
+  const isFound = searched(search);
   const found = all.filter(entry =>
     isFound(`${sessionName(entry)} ${entry.preview || ""}`));
   sessionItems.show(sessionItems.steady(found));
@@ -32227,7 +32182,7 @@ function openChat(key, typed = "") {
   const chat = currentChat();
   chat.draft ||= typed;
   leaveChat(chat);
-  $("text").focus();
+  focusText();
   return chat;
 }
 
@@ -32339,45 +32294,25 @@ class AssistantTurn {
   }
 }
 
-// The model's reasoning, folded.
-class ThinkingTurn {
-  constructor() {
-    this.text = h("p");
-    const summary = h("summary", "Thinking");
-    this.root = h("details", {class: "turn thought"}, summary, this.text);
-  }
+// Return the model's reasoning, folded.
+const thinkingTurn = ({text}) =>
+  h("details", {class: "turn thought"}, h("summary", "Thinking"), h("p", text));
 
-  update(row) {
-    setText(this.text, row.text || "");
-  }
-}
-
-class NoticeTurn {
-  constructor() {
-    this.text = h("p");
-    this.answered = h("pre");
-    this.raw = h("details", h("summary", "What the server answered"), this.answered);
-    this.raw.hidden = true;
-    const retry = () => attempt("chat.retry", {sessionKey: state.route.key});
-    this.more = button("Continue", () => send("continue"), "button small");
-    this.again = button("Retry", retry, "button small");
-    this.root = h("div", {class: "turn notice"}, this.text, this.raw,
-      h("p", {"data-needs": "write"}, this.more, this.again));
-  }
-
+function noticeTurn({id, state: stage, text, answered, reason}) {
+  const {key} = state.route;
+  const chat = currentChat();
   // Only the newest message of a chat that is not busy can be gone on with.
-  update(row) {
-    const failed = row.state === "error" || row.state === "interrupted";
-    const chat = currentChat();
-    const isLast = chat.ordered().at(-1)?.id === row.id && !chat.busy;
-    const canGoOn = failed && isLast && !namesOf(currentSession()).shell;
-    this.root.classList.toggle("bad", row.state === "error");
-    setText(this.text, row.text || "");
-    setText(this.answered, row.answered || "");
-    this.raw.hidden = !row.answered;
-    this.more.hidden = !(canGoOn && row.reason === "length");
-    this.again.hidden = !canGoOn || (row.reason && row.reason !== "stop");
-  }
+  const isLast = chat.ordered().at(-1)?.id === id && !chat.busy;
+  const canGoOn = (stage === "error" || stage === "interrupted") && isLast &&
+    !namesOf(currentSession()).shell;
+  const again = () => attempt("chat.retry", {sessionKey: key});
+  return h("div", {class: stage === "error" ? "turn notice bad" : "turn notice"},
+    h("p", text),
+    answered && h("details", h("summary", "What the server answered"),
+      h("pre", answered)),
+    canGoOn && h("p", {"data-needs": "write"},
+      reason === "length" && button("Continue", () => send("continue"), "button small"),
+      (!reason || reason === "stop") && button("Retry", again, "button small")));
 }
 
 const WATCHED = 2000; // ms; a longer output stays where a person followed it
@@ -32495,18 +32430,12 @@ class CommandCard {
     const {command} = this.row;
     const job = jobOf(this.row);
     if (!job || this.isOpen || this.isFile) return;
-    const shown = new TextEncoder().encode(this.lines.innerText).length;
-    const left = outputSize(job) - shown;
-    const isKnown = !this.cut.hidden && left > 0;
+    const left = this.cut.hidden ? 0
+      : outputSize(job) - encoder.encode(this.lines.innerText).length;
     setText(this.missing,
-      isKnown ? `The first ${formatBytes(left)} are left out.` : "");
-    const wants = job.work !== TERMINAL && (READS_INPUT.test(command.command) ||
+      left > 0 ? `The first ${formatBytes(left)} are left out.` : "");
+    this.wants.hidden = job.work === TERMINAL || !(READS_INPUT.test(command.command) ||
       (job.failed && MISSES_INPUT.test(this.lines.textContent.slice(-2000))));
-    this.wants.hidden = !wants;
-    setText(this.wants, wants
-      ? "Nothing can be typed into a command here: its input is empty. " +
-        "Give it in the line, as in: echo yes | command, or open a terminal."
-      : "");
   }
 
   copyText() {
@@ -32636,15 +32565,12 @@ class CommandCard {
     if (!asks) return;
     this.answer = decision => attempt("exec.approval.resolve", {id, decision});
     const buttons = [
-      h("button", {class: "button main", onclick: () => this.answer("approve")},
-        "Approve ", h("kbd", "A")),
-      h("button", {class: "button", onclick: () => this.answer("deny")},
-        "Deny ", h("kbd", "D")),
+      button(["Approve ", h("kbd", "A")], () => this.answer("approve"), "button main"),
+      button(["Deny ", h("kbd", "D")], () => this.answer("deny")),
     ];
     if (work !== "file.write")
-      buttons.push(h("button", {class: "link", onclick: () => this.answer("always")},
-        isFileWork(work) ? "Always read on " : "Always on ", visible(node),
-        " in this chat"));
+      buttons.push(button([isFileWork(work) ? "Always read on " : "Always on ",
+        visible(node), " in this chat"], () => this.answer("always"), "link"));
     const needs = "approvals";
     const answers = h("div", {class: "answers", "data-needs": needs}, buttons);
     fill(this.approval, this.place,
@@ -32716,14 +32642,14 @@ function answerByKey(event) {
 }
 
 const TURNS = {
-  user: UserTurn,
-  assistant: AssistantTurn,
-  thinking: ThinkingTurn,
-  notice: NoticeTurn,
-  command: CommandCard,
+  user: () => new UserTurn(),
+  assistant: () => new AssistantTurn(),
+  thinking: drawn(thinkingTurn),
+  notice: drawn(noticeTurn),
+  command: row => new CommandCard(row, $("transcript")),
 };
 
-const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row, $("transcript"));
+const makeTurn = row => (TURNS[row.role] || TURNS.notice)(row);
 // A command that was typed is one card, from the message that waits to its end.
 const turns = new Keyed($("messages"), row => row.key ?? row.id, makeTurn);
 let shownChat = null; // the Chat whose messages are on the page
@@ -32774,7 +32700,6 @@ function waitingCard(chat, row) {
 }
 
 function drawChat() {
-  if (state.route.page !== "chat" || !state.wasUp) return;
   const chat = currentChat();
   if (shownChat !== chat && !isLeaving()) leaveChat(chat);
   const rows = shownRows(chat);
@@ -32875,8 +32800,7 @@ function welcome({node, model, shell, isFirst, mayWrite}) {
     return [h("h2", title), h("p", what), starters,
       h("p", "Choose another machine at the top.")];
   }
-  const add = h("button", {class: "button main", onclick: openToken}, icon("plus"),
-    "Add a machine");
+  const add = button([icon("plus"), "Add a machine"], openToken, "button main");
   return [h("h2", "Add your first machine"),
     h("p", "Run one line on a Raspberry Pi, a server, a laptop: whatever has ",
       "Python 3.8 and reaches this gateway."), h("p", add),
@@ -32956,7 +32880,7 @@ function drawBound(entry) {
 function unbind() {
   currentChat().bound = null;
   touch("chat");
-  $("text").focus();
+  focusText();
 }
 
 function keepDraft() {
@@ -33059,12 +32983,12 @@ const selectedText = () => {
 
 function showLatest() {
   transcript.resume();
-  $("text").focus();
+  focusText();
 }
 
 const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
-  new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
+  new Picker("node", nodeOptions, id => patchSession(state.route.key, nodeChoice(id))),
   new Picker("approvals", approvalOptions, approvals =>
     patchSession(state.route.key, {approvals}),
   ),
@@ -33171,20 +33095,20 @@ class Figure {
     const end = now();
     const recent = points.filter(([ms, share]) =>
       ms > end - HISTORY_SPAN && share != null);
+    // Seconds of history would be a dot in an empty box: it is not shown.
+    const isNew = !(recent.at(-1)?.[0] - recent[0]?.[0] > 60_000);
+    this.root.classList.toggle("new", isNew);
+    if (isNew) return;
     const x = ms => Math.min(120, 120 - ((end - ms) / HISTORY_SPAN) * 120).toFixed(1);
     const y = share => (27 - Math.min(100, share) * 0.26).toFixed(1);
     const trace = recent.map(([ms, share]) => `${x(ms)} ${y(share)}`).join("L");
     const [area, line] = this.spark.children;
-    // Seconds of history would be a dot in an empty box.
-    const drawn = recent.length > 1 && recent.at(-1)[0] - recent[0][0] > 60_000;
-    this.root.classList.toggle("new", !drawn);
-    line.setAttribute("d", drawn ? `M${trace}` : "");
-    area.setAttribute("d", drawn
-      ? `M${x(recent[0][0])} 28L${trace}L${x(recent.at(-1)[0])} 28Z` : "");
+    line.setAttribute("d", `M${trace}`);
+    area.setAttribute("d",
+      `M${x(recent[0][0])} 28L${trace}L${x(recent.at(-1)[0])} 28Z`);
     const most = Math.round(Math.max(...recent.map(([, share]) => share)));
-    this.spark.setAttribute("aria-label", drawn
-      ? `${LABELS[this.kind]} of the last half hour, at most ${most} percent`
-      : `${LABELS[this.kind]}: no history yet`);
+    this.spark.setAttribute("aria-label",
+      `${LABELS[this.kind]} of the last half hour, at most ${most} percent`);
   }
 }
 
@@ -33252,10 +33176,9 @@ class NodeRow {
     const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
     setText(this.seen, seen || "never");
     const jobs = runningOn(node);
-    fillIfChanged(this.does, jobs.map(job => job.command), commands =>
-      [commands.length > 0 && h("span", {class: "dot run"}),
-        commands.length > 0 && h("code", {title: commands[0]}, commands[0]),
-        commands.length > 1 && h("span", `+${commands.length - 1}`)]);
+    fillIfChanged(this.does, jobs.map(job => job.command), ([first, ...others]) =>
+      first !== undefined && [dotOf("run"), h("code", {title: first}, first),
+        others.length > 0 && h("span", `+${others.length}`)]);
     if (this.isNear) loadUsage(node);
     this.shares.update(node, this.isNear);
   }
@@ -33264,32 +33187,31 @@ class NodeRow {
 const nodeDot = node =>
   !node.connected ? "off" : troublesOf(node).length ? "bad" : "on";
 
-function useNode({nodeId}) {
+// Change the chat that was shown last, and go there.
+function useInChat(change) {
   const key = lastKey();
-  selectNode(key, nodeId);
+  patchSession(key, change);
   go(chatPath(key));
-  $("text").focus();
+  focusText();
 }
+
+const useNode = ({nodeId}) => useInChat(nodeChoice(nodeId));
 
 const nodeRows = new Keyed($("node-cards"), n => n.nodeId, () => new NodeRow());
 
 function drawNodes() {
-  if (state.route.page !== "nodes") return;
-  const {nodes, lists: {nodes: nodeView}} = state;
+  const {nodes, lists: {nodes: {filter, limit}}} = state;
   const isWell = !nodes.some(node => troublesOf(node).length);
   $("nodes-headline").classList.toggle("trouble", !isWell);
-  fillIfChanged($("nodes-headline"), nodes.length > 0 && [headline(nodes),
-    countText(nodes)], texts => texts && [texts[0], h("span", {class: "detail"},
-    texts[1])]);
+  patch($("nodes-headline"), nodes.length > 0 &&
+    [headline(nodes), h("span", {class: "detail"}, countText(nodes))]);
   $("node-find").hidden = nodes.length < 2;
-  const chips = Object.entries(FILTERS).map(([value, [label, keeps]]) =>
-    [value, label, nodes.filter(keeps).length, value === nodeView.filter]);
-  fillIfChanged($("node-chips"), chips, all =>
-    all.map(([value, label, count, isChosen]) =>
-      h("button", {"aria-pressed": String(isChosen), "data-key": value,
-        onclick: () => showList("nodes", {filter: value})}, `${label} ${count}`)));
+  patch($("node-chips"), Object.entries(FILTERS).map(([value, [label, keeps]]) =>
+    h("button", {"aria-pressed": String(value === filter), "data-key": value,
+      onclick: () => showList("nodes", {filter: value})},
+    `${label} ${nodes.filter(keeps).length}`)));
   const found = shownNodes();
-  nodeRows.show(nodeRows.steady(found.slice(0, nodeView.limit)));
+  nodeRows.show(nodeRows.steady(found.slice(0, limit)));
   drawRest("nodes", found.length, nodes.length);
   drawUnused();
 }
@@ -33311,12 +33233,9 @@ function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
   setText($("unused-count"), plural(devices.length, "unused token"));
-  fillIfChanged($("unused-list"), devices, () =>
-    devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(deviceId, displayName || "Unnamed", `created ${formatTime(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
-    ),
-  );
+  patch($("unused-list"), devices.map(({deviceId, displayName, createdAt}) =>
+    listRow(deviceId, displayName || "Unnamed", `created ${formatTime(createdAt)}`,
+      iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)))));
 }
 
 async function revokeDevice(deviceId, name) {
@@ -33383,8 +33302,7 @@ function nodeFacts(node) {
 const nodeFigures = new Figures($("node-figures"));
 
 const jobItem = ({id, command, words, startedAt, askedAt, result, ...job}) =>
-  h("li", {"data-key": id}, h("span", {class: `dot ${jobKind(job)}`}),
-    h("code", {title: command}, command),
+  h("li", {"data-key": id}, dotOf(jobKind(job)), h("code", {title: command}, command),
     h("span", {class: "detail", title: words},
       `${result ? transferWords(result) : capitalized(words)}, ` +
       formatTime(startedAt || askedAt)),
@@ -33392,7 +33310,6 @@ const jobItem = ({id, command, words, startedAt, askedAt, result, ...job}) =>
       iconButton("stop", "Stop", () => stopJob(id)));
 
 function drawNode() {
-  if (state.route.page !== "node" || !state.wasUp) return;
   const node = routeNode();
   const isKnown = Boolean(node);
   const tools = ["rename", "files", "term", "use"].map(name => `node-${name}`);
@@ -33407,18 +33324,15 @@ function drawNode() {
       ? `There is no machine called ${state.route.ref}.` : "");
     return;
   }
-  if (!$("node-title").dataset.edited) setText($("node-title"), node.displayName);
+  setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
   $("node-term").disabled = !node.connected;
   $("node-files").href = filesPath(node, "");
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
   nodeFigures.update(node, true);
-  const facts = nodeFacts(node);
-  const shown = facts.map(([label, text]) =>
-    [label, [text].flat().map(part => part.textContent ?? part)]);
-  fillIfChanged($("node-facts"), shown, () =>
-    facts.map(([label, text]) => [h("dt", label), h("dd", text)]));
+  patch($("node-facts"),
+    nodeFacts(node).map(([label, text]) => [h("dt", label), h("dd", text)]));
   const jobs = [...state.jobs.values()].filter(job => job.nodeId === node.nodeId)
     .sort((a, b) => b.seq - a.seq).slice(0, NODE_JOBS);
   fillIfChanged($("node-jobs"), jobs, all => all.map(jobItem));
@@ -33439,12 +33353,12 @@ async function loadNodeJobs() {
   touch("jobs");
 }
 
-function renameNode() {
+async function renameNode() {
   const {nodeId, displayName} = routeNode();
-  editInPlace($("node-title"), displayName, "Name of the machine", async name => {
-    await attempt("node.rename", {nodeId, displayName: name});
-    refresh("nodes", "devices");
-  });
+  const name = await otherName(displayName);
+  if (!name) return;
+  await attempt("node.rename", {nodeId, displayName: name});
+  refresh("nodes", "devices");
 }
 
 async function revokeNode() {
@@ -33699,7 +33613,7 @@ function inTarOrder(entries) {
 // after a reload once the files were chosen again.
 class Upload {
   constructor(facts, entries) {
-    Object.assign(this, facts); // id, nodeId, path, keep, label, total, mark
+    Object.assign(this, facts, {facts}); // id, nodeId, path, keep, label, total, mark
     this.entries = entries; // null: they have to be chosen again
     this.taken = 0; // bytes that the machine has taken
     this.read = 0; // bytes of its log
@@ -33710,11 +33624,6 @@ class Upload {
     this.since = performance.now();
     this.wake = () => {}; // ends the wait of pump()
     this.over = new Promise(done => (this.end = done));
-  }
-
-  get facts() {
-    const {id, nodeId, path, keep, label, total, mark} = this;
-    return {id, nodeId, path, keep, label, total, mark};
   }
 
   get isOpen() {
@@ -33875,9 +33784,9 @@ async function upload(node, directory, chosen) {
   const known = names.filter(name => there.has(name));
   let keep = true; // also what comes meanwhile
   if (known.length) {
-    const answer = await answeredConflict(node, found.path, known);
+    const answer = await decidedConflict(node, found.path, known);
     if (!answer) return null;
-    keep = answer === "keep";
+    keep = answer === "other";
   }
   const label = `${names.length > 1 ? `${names[0]} and ${names.length - 1} more`
     : names[0]} → ${node.displayName}:${found.path}`;
@@ -33889,14 +33798,14 @@ async function upload(node, directory, chosen) {
   return one;
 }
 
-function answeredConflict(node, directory, names) {
+function decidedConflict(node, directory, names) {
   const some = names.slice(0, 3).map(shownName).join(", ");
   const more = names.length > 3 ? ` and ${names.length - 3} more` : "";
-  setText($("conflict-title"), `${some}${more} ${names.length > 1 ? "are" : "is"} ` +
-    `already on ${node.displayName}`);
-  setText($("conflict-text"), `In ${shownName(directory)}. Replace files of the same ` +
-    "name, also within directories, or keep them and upload only the others?");
-  return answerOf($("conflict"));
+  const be = names.length > 1 ? "are" : "is";
+  return decided(`${some}${more} ${be} already on ${node.displayName}`,
+    `In ${shownName(directory)}. Replace files of the same name, also within ` +
+      "directories, or keep them and upload only the others?",
+    "Replace", "Keep what is there");
 }
 
 const chosenEntries = field => [...field.files].map(file =>
@@ -33973,42 +33882,36 @@ async function dropIntoChat(entries) {
   focusText();
 }
 
-class UploadRow {
-  constructor(one) {
-    Object.assign(this, copyOf("upload-row"));
-    this.upload = one;
-    this.field = h("input", {type: "file", multiple: true,
-      webkitdirectory: JSON.parse(one.mark).some(([path]) => path.includes("/"))});
-    on(this.field, "change", () => one.resume(chosenEntries(this.field)));
-    this.field.hidden = true;
-    this.root.append(this.field);
-    on(this.again, "click", () => this.field.click());
-    on(this.end, "click", () => {
-      if (one.isOpen) one.cancel();
-      else state.uploads.delete(one.id);
-      touch("uploads");
-    });
-  }
+// Return the field for the files of an upload after a reload, and its button.
+const resumeField = one => [
+  button("Choose it again", ({target}) => target.nextElementSibling.click(),
+    "button small"),
+  h("input", {type: "file", multiple: true, hidden: true,
+    webkitdirectory: JSON.parse(one.mark).some(([path]) => path.includes("/")),
+    onchange: ({target}) => one.resume(chosenEntries(target))}),
+];
 
-  update(one) {
-    setText(this.name, shownName(one.label));
-    this.name.title = shownName(one.label);
-    this.bar.value = one.state === "done" ? 1 : one.taken / one.total;
-    this.bar.hidden = one.state !== "sends";
-    setText(this.detail, one.detail);
-    this.again.hidden = one.state !== "waits";
-    this.root.classList.toggle("bad",
-      one.state === "failed" || one.result?.notes > 0);
-    const label = one.isOpen ? "Cancel" : "Close";
-    this.end.title = label;
-    this.end.setAttribute("aria-label", `${label}: ${shownName(one.label)}`);
-  }
+function endUpload(one) {
+  if (one.isOpen) one.cancel();
+  else state.uploads.delete(one.id);
+  touch("uploads");
 }
 
-const uploadRows = new Keyed($("uploads"), one => one.id, one => new UploadRow(one));
+function uploadRow(one) {
+  const {state: stage, label, taken, total, detail, result} = one;
+  const name = shownName(label);
+  const isBad = stage === "failed" || result?.notes > 0;
+  const end = `${one.isOpen ? "Cancel" : "Close"}: ${name}`;
+  return h("li", {"data-key": one.id, class: isBad ? "upload bad" : "upload"},
+    h("span", {class: "name", title: name}, name),
+    h("progress", {max: 1, value: taken / total, hidden: stage !== "sends"}),
+    h("span", {class: "detail", role: "status"}, detail),
+    iconButton("close", end, () => endUpload(one)),
+    stage === "waits" && resumeField(one));
+}
 
 function drawUploads() {
-  uploadRows.show([...state.uploads.values()]);
+  patch($("uploads"), [...state.uploads.values()].map(uploadRow));
 }
 
 // == view: files ==
@@ -34157,16 +34060,13 @@ function drawFileRows() {
     root.style.top = `${(first + n) * height}px`;
     root.setAttribute("aria-rowindex", first + n + 1);
   });
-  if (files.active) rows.setAttribute("aria-activedescendant", "files-active");
-  else rows.removeAttribute("aria-activedescendant");
+  rows.setAttribute("aria-activedescendant", files.active && "files-active");
 }
 
 function drawFiles() {
-  if (state.route.page !== "files" || !state.wasUp) return;
   const node = routeNode();
   const name = node?.displayName ?? state.route.ref;
-  fillIfChanged($("files-title"), name, shown =>
-    [h("span", {class: "wider"}, "Files on "), shown]);
+  patch($("files-title"), h("span", {class: "wider"}, "Files on "), name);
   $("files-back").href = node ? nodePath(node) : `${ROOT}/nodes`;
   const unknown = !node && state.nodes.length > 0;
   setText($("files-problem"),
@@ -34182,11 +34082,10 @@ function drawFiles() {
   for (const id of ["files-make", "files-send", "files-send-all"])
     $(id).hidden = !node || !isAtRoute();
   if (!("webkitdirectory" in $("files-chosen-all"))) $("files-send-all").hidden = true;
-  fillIfChanged($("files-head"), [files.sort, files.isDown], ([sort, isDown]) =>
-    Object.entries(COLUMNS).map(([column, [label]]) =>
-      h("button", {type: "button", "aria-pressed": String(column === sort),
-        onclick: () => sortFiles(column)},
-      column === sort ? `${label} ${isDown ? "↓" : "↑"}` : label)));
+  patch($("files-head"), Object.entries(COLUMNS).map(([column, [label]]) =>
+    h("button", {type: "button", "aria-pressed": String(column === files.sort),
+      onclick: () => sortFiles(column)},
+    column === files.sort ? `${label} ${files.isDown ? "↓" : "↑"}` : label)));
   const {entries, shown, leftOut} = files;
   const unseen = entries.filter(entry => entry.name[0] === ".").length;
   setText($("files-note"), !isAtRoute() ? "Loading…" : dotted(
@@ -34233,7 +34132,6 @@ async function openFile(node, path, entry) {
   const opened = (files.opened = {path, entry});
   const {size, kind} = entry;
   const limit = PICTURE_NAME.test(path) ? MAX_PICTURE : MAX_SHOWN;
-  $("files-open").shown = undefined;
   let content = null;
   if (kind !== "file") opened.note = "This is neither a file nor a directory.";
   else if (size > limit)
@@ -34280,8 +34178,7 @@ function openedFile({path, entry, text, picture, note}) {
     h("span", {class: "detail"}, dotted(formatBytes(entry.size),
       formatTime(entry.changedAt), permissions(entry.mode))),
     text !== undefined && copyButton("Copy text", () => text),
-    h("button", {class: "button small", onclick: () => saveFile(path, entry)},
-      icon("save"), "Download"));
+    button([icon("save"), "Download"], () => saveFile(path, entry), "button small"));
   if (picture) return [head, h("img", {class: "picture", src: picture, alt: name})];
   if (text === undefined) return [head, h("p", {class: "lead"}, note)];
   const count = text.split("\n").length - text.endsWith("\n");
@@ -34293,10 +34190,8 @@ function openedFile({path, entry, text, picture, note}) {
 // Let the browser save a file, or a directory as a tar archive, while it comes.
 async function saveFile(path, {kind}) {
   const {nodeId} = routeNode();
-  const body = JSON.stringify({nodeId, path: encodePath(path),
-    archive: kind === "directory"});
-  const headers = {"Content-Type": "application/json"};
-  const made = await tried(fetchOk("api/downloads/", {method: "POST", headers, body})
+  const asked = {nodeId, path: encodePath(path), archive: kind === "directory"};
+  const made = await tried(fetchOk("api/downloads/", posted(asked))
     .then(answer => answer.json()));
   if (!made) return;
   h("a", {href: BASE + made.url, download: ""}).click();
@@ -34317,17 +34212,6 @@ async function reportDownload({jobId: id, name}) {
   }
 }
 
-// Ask for a name; resolves to "" if the question is closed.
-async function askedName(title, action, name = "") {
-  const field = $("file-name-text");
-  setText($("file-name-title"), title);
-  setText($("file-name-yes"), action);
-  const answer = answerOf($("file-name"));
-  field.value = name;
-  field.setSelectionRange(0, /^.+(?=\.)|.*/s.exec(name)[0].length);
-  return (await answer) === "yes" ? field.value : "";
-}
-
 async function changeFile(spec) {
   await tried(workOn(routeNode(), "file.change", spec));
   await loadFiles();
@@ -34341,8 +34225,8 @@ async function makeDirectory() {
 
 async function renameFile(path, entry) {
   const known = shownName(entry.name);
-  const name = await askedName(`Rename ${known}`, "Rename", known);
-  if (!name || name === known) return;
+  const name = await otherName(known, /^.+(?=\.)|.*/s.exec(known)[0].length);
+  if (!name) return;
   const to = encodePath(name[0] === "/" ? name : pathIn(files.path, name));
   await changeFile({action: "rename", path: encodePath(path), to});
 }
@@ -34381,32 +34265,22 @@ class PathField {
     on(this.field, "input", () => this.suggest());
     on(this.field, "keydown", event => this.key(event));
     on(this.field, "blur", () => this.show([]));
-    on(this.list, "mousedown", event => event.preventDefault());
-    on(this.list, "click", event => {
-      const option = event.target.closest("[role=option]");
-      if (option) this.take(this.matches[Number(option.dataset.key)]);
-    });
+    onPick(this.list, n => this.take(this.matches[n]));
   }
 
   async suggest() {
     const typed = this.field.value;
     const [, directory, begin] = /^(.*\/)?([^/]*)$/s.exec(typed);
-    if (!directory) return this.show([]);
-    if (this.known.directory !== directory) {
-      try {
-        const {entries} = await listFiles(routeNode(), directory);
-        this.known = {directory, entries};
-      } catch {
-        this.known = {};
-        return this.show([]);
-      }
+    if (directory && this.known.directory !== directory) {
+      const found = await listFiles(routeNode(), directory).catch(() => null);
+      this.known = {directory: found && directory, entries: found?.entries ?? []};
     }
-    if (this.field.value !== typed) return undefined;
+    if (this.field.value !== typed) return;
     const wanted = begin.toLowerCase();
     const fits = ({name, kind}) => kind === "directory" &&
       name.toLowerCase().startsWith(wanted) && (wanted[0] === "." || name[0] !== ".");
-    return this.show(this.known.entries.filter(fits).slice(0, 100)
-      .map(({name}) => directory + name));
+    const entries = directory ? this.known.entries.filter(fits) : [];
+    this.show(entries.slice(0, 100).map(({name}) => directory + name));
   }
 
   show(matches, at = -1) {
@@ -34464,6 +34338,7 @@ function openToken() {
   $("token-form").hidden = false;
   $("token-made").hidden = true;
   $("token-name").value = "";
+  $("token-ways").querySelector("input").checked = true;
   setText($("token-error"), "");
   $("token").showModal();
   $("token-name").focus();
@@ -34474,7 +34349,7 @@ async function generateToken() {
   try {
     const named = name ? {displayName: name} : {};
     const made = await link.call("device.token.create", named);
-    state.token = {...made, name, expiresAt: now() + JOIN_LIFETIME, way: "curl"};
+    state.token = {...made, name, expiresAt: now() + JOIN_LIFETIME};
     $("token-form").hidden = true;
     $("token-made").hidden = false;
     setText($("token-made-title"), `Run this on ${name || "the machine"}`);
@@ -34507,21 +34382,20 @@ function joinBase() {
   return LOOPBACK.test(location.hostname) && url && !openWith ? `${url}/` : BASE;
 }
 
-// By way: its label; the line, from what was made; what it does.
+// By way: the line, from what was made; what it does.
 const WAYS = {
-  curl: ["With curl", ({download, join}) => `${download} | python3 - node add ${join}`,
+  curl: [({download, join}) => `${download} | python3 - node add ${join}`,
     "It needs curl and Python 3.8 or later, and installs a service that starts with " +
       "the machine."],
-  installed: ["moltis is installed", ({join}) => `moltis node add ${join}`,
+  installed: [({join}) => `moltis node add ${join}`,
     "It installs a service that starts with the machine."],
-  once: ["Try it once",
-    ({download, join}) => `${download} | python3 - node add ${join} --foreground`,
+  once: [({download, join}) => `${download} | python3 - node add ${join} --foreground`,
     "It installs nothing, and is a node until you press Ctrl+C."],
 };
 
 function drawToken() {
-  if (!state.token || $("token-made").hidden) return;
-  const {joinCode, deviceToken, name, way} = state.token;
+  if (!state.token) return;
+  const {joinCode, deviceToken, name} = state.token;
   // The pin replaces a CA: curl accepts only this gateway's certificate.
   const base = joinBase();
   const pin = base.startsWith("https:") && state.server.fingerprint;
@@ -34530,13 +34404,7 @@ function drawToken() {
     : ["curl -fsSL", ""];
   const parts = {download: `${curl} ${base}moltis.py`,
     join: `--join ${base}join/${joinCode}${pinned}`};
-  const tabs = Object.entries(WAYS).map(([key, [label]]) => [key, label, key === way]);
-  fillIfChanged($("token-ways"), tabs, all =>
-    all.map(([key, label, isChosen]) =>
-      h("button", {role: "tab", type: "button", "data-key": key,
-        "aria-selected": String(isChosen), "aria-controls": "token-lines",
-        tabindex: isChosen ? 0 : -1, onclick: () => chooseWay(key)}, label)));
-  const [, make, what] = WAYS[way];
+  const [make, what] = WAYS[$("token-ways").querySelector(":checked").value];
   const named = name && ` --name ${quoted(name)}`;
   const ws = `${base.replace("http", "ws")}ws`;
   fillIfChanged($("token-lines"), [make(parts), what], ([line, text]) =>
@@ -34549,15 +34417,8 @@ function drawToken() {
         copyLine("For a machine that cannot use the link", deviceToken),
         copyLine("As a command", `moltis node add --host ${ws} --token ` +
           `${deviceToken}${named}${pinned}`))));
-  const warnings = tokenWarnings();
-  fillIfChanged($("token-warnings"), warnings.map(node => node.textContent),
-    () => warnings);
+  patch($("token-warnings"), tokenWarnings());
   drawTokenWait();
-}
-
-function chooseWay(way) {
-  state.token.way = way;
-  drawToken();
 }
 
 // Say how to let others in while only this machine may; null once they may.
@@ -34571,17 +34432,16 @@ function loopbackWarning(what) {
 }
 
 function tokenWarnings() {
-  const {protocol} = location;
   const closed = loopbackWarning("the line below");
   if (closed) return [closed];
   if (joinBase().startsWith("https:")) return [];
-  return [h("p", {class: "warn"}, icon("warn"), protocol === "https:" ? "" :
+  return [h("p", {class: "warn"}, icon("warn"),
     "Without TLS others on the network can read what you see. Start the gateway " +
       "with --tls. (Nodes prove their token without sending it.)")];
 }
 
 function drawTokenWait() {
-  if (!state.token || $("token-made").hidden) return;
+  if (!state.token) return;
   const {deviceId, name, expiresAt} = state.token;
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
@@ -34590,8 +34450,7 @@ function drawTokenWait() {
   const text = here ? `${node.displayName} is connected`
     : expired ? "The link has expired."
       : `Waiting for ${name || "the machine"} to connect…`;
-  fillIfChanged($("token-wait"), text, () =>
-    [here ? icon("check") : h("span", {class: "dot wait"}), text]);
+  patch($("token-wait"), here ? icon("check") : dotOf("wait"), text);
   $("token-wait").classList.toggle("here", here);
   $("token-again").hidden = !expired;
   $("token-chat").hidden = !here;
@@ -34603,20 +34462,7 @@ function drawTokenWait() {
 
 function forgetToken() {
   state.token = null;
-  for (const id of ["token-lines", "token-warnings"]) {
-    fill($(id));
-    $(id).shown = null;
-  }
-}
-
-// The arrow keys choose among tabs.
-function tabKey(event) {
-  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (!step) return;
-  const ways = Object.keys(WAYS);
-  const at = ways.indexOf(state.token.way) + step;
-  chooseWay(ways.at(at % ways.length));
-  $("token-ways").querySelector("[aria-selected=true]").focus();
+  fillIfChanged($("token-lines"), [], () => []); // they show a secret
 }
 
 // == view: activity ==
@@ -34646,16 +34492,6 @@ function factsOf(job) {
     timeoutMs && `ends after ${formatDuration(timeoutMs / 1000)}`, output));
 }
 
-class DayHeading {
-  constructor() {
-    this.root = h("h2");
-  }
-
-  update({day}) {
-    setText(this.root, day);
-  }
-}
-
 const rowOfJob = job => ({
   id: job.id,
   jobId: job.id,
@@ -34673,27 +34509,28 @@ const rowOfAsk = ({jobId, expiresAt, risks, sessionKey, ...command}) => ({
   command: {...command, approval: {state: "asked", expiresAt, risks}},
 });
 
-const activityRows = new Keyed($("activity-list"), item => item.id, item =>
-  item.day ? new DayHeading() : new CommandCard(item, $("activity-scroll"), true));
+const dayHeading = drawn(({day}) => h("h2", day));
+
+const activityRows = new Keyed($("activity-list"), item => item.id ?? item.day, item =>
+  item.day ? dayHeading(item) : new CommandCard(item, $("activity-scroll"), true));
 
 function drawActivity() {
-  if (state.route.page !== "activity") return;
   const {ids, opened, node, result, query, more, isLoaded} = state.activity;
   const items = [];
   const asks = node || result || query ? [] : state.asks;
   if (asks.length)
-    items.push({id: "asks", day: "Waiting for your approval"}, ...asks.map(rowOfAsk));
+    items.push({day: "Waiting for your approval"}, ...asks.map(rowOfAsk));
   const jobs = ids.map(id => state.jobs.get(id))
     .filter(job => job && (isListed(job) || job.id === opened));
   const linked = !ids.includes(opened) && state.jobs.get(opened);
   if (linked && isLoaded) {
     const row = rowOfJob(linked);
-    items.push({id: "linked", day: `${dayName(linked.askedAt)}, by its link`}, row);
+    items.push({day: `${dayName(linked.askedAt)}, by its link`}, row);
   }
   let day = "";
   for (const job of jobs) {
     const name = dayName(job.askedAt);
-    if (name !== day) items.push({id: `day ${name}`, day: name});
+    if (name !== day) items.push({day: name});
     day = name;
     items.push(rowOfJob(job));
   }
@@ -34798,10 +34635,8 @@ const isUsed = model =>
 function modelRow(model) {
   const {id, displayName, nodeId} = model;
   const end = nodeId ? displayName.lastIndexOf(" · ") : -1; // a node's has its name
-  const where = id === SHELL ? "Runs what you type, no language model"
-    : modelDetail(model);
-  return listRow(id, end < 0 ? displayName : displayName.slice(0, end), where,
-    isUsed(model)
+  return listRow(id, end < 0 ? displayName : displayName.slice(0, end),
+    modelDetail(model), isUsed(model)
       ? h("span", {class: "detail used"}, icon("check"), "In use")
       : h("button", {class: "button small", "data-needs": "write",
           "aria-label": `Use ${displayName} in the chat`,
@@ -34809,10 +34644,10 @@ function modelRow(model) {
 }
 
 function drawModels() {
-  if (state.route.page !== "models" || !state.models.length) return;
+  if (!state.models.length) return;
   const {models, lists: {models: {search, limit}}} = state;
   const count = models.length - 1; // Shell is none
-  fillIfChanged($("models-headline"), count, () =>
+  patch($("models-headline"),
     count ? `${plural(count, "language model")} can be used`
       : ["No language model yet", h("span", {class: "detail"},
           "Shell runs what you type. Start an Ollama on any machine, or add a " +
@@ -34822,18 +34657,11 @@ function drawModels() {
     isFound(`${model.displayName} ${modelDetail(model)}`));
   const shown = found.slice(0, limit);
   $("models-find").hidden = models.length <= MODELS_SHOWN;
-  fillIfChanged($("model-rows"), shown.map(model => [model, isUsed(model)]),
-    () => shown.map(modelRow));
+  patch($("model-rows"), shown.map(modelRow));
   drawRest("models", found.length, models.length);
 }
 
-// Choose a model for the chat that was shown last.
-function useModel(model) {
-  const key = lastKey();
-  patchSession(key, {model});
-  go(chatPath(key));
-  focusText();
-}
+const useModel = model => useInChat({model});
 
 function drawProviders() {
   const shown = state.providers.filter(({isSetUp, models}) => isSetUp || models > 0);
@@ -34846,13 +34674,12 @@ function providerRow(provider) {
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const words = error || dotted(plural(models, "model"), source[keyFrom],
     own && baseUrl);
-  const tool = (name, what, action) =>
-    h("button", {class: "bare", "data-needs": "admin", title: what,
-      "aria-label": `${what} ${label}`, onclick: action}, icon(name));
   return listRow(id, label, error ? h("span", {class: "bad"}, words) : words,
-    error && h("button", {class: "button small", onclick: askAgain}, "Try again"),
-    tool("pen", "Change", () => openProvider(provider)),
-    provider.isEntered && tool("bin", "Remove", () => removeProvider(provider)));
+    error && button("Try again", askAgain, "button small"),
+    may("admin") && [
+      iconButton("pen", `Change ${label}`, () => openProvider(provider)),
+      provider.isEntered &&
+        iconButton("bin", `Remove ${label}`, () => removeProvider(provider))]);
 }
 
 async function askAgain() {
@@ -35046,12 +34873,11 @@ function drawAccess() {
   }
   const {keyName, scopes} = state;
   const allowed = scopes.includes("operator.admin") ? ["admin"] : scopeNames(scopes);
-  fillIfChanged($("own-key"), [keyName, allowed], () =>
-    [`You are signed in with the key ${keyName}`, h("span", {class: "detail"},
-      `It may ${allowed.map(scope => SCOPE_WORDS[scope]).join("; ")}.`)]);
-  const keys = state.keys.filter(key => !key.revokedAt);
-  fillIfChanged($("keys"), keys, () => keys.map(keyRow));
-  fillIfChanged($("logins"), state.logins, logins => logins.map(loginRow));
+  patch($("own-key"), `You are signed in with the key ${keyName}`,
+    h("span", {class: "detail"},
+      `It may ${allowed.map(scope => SCOPE_WORDS[scope]).join("; ")}.`));
+  patch($("keys"), state.keys.filter(key => !key.revokedAt).map(keyRow));
+  patch($("logins"), state.logins.map(loginRow));
 }
 
 const scopeBoxes = () => [...document.querySelectorAll("#key-scopes input")];
@@ -35085,7 +34911,7 @@ async function createKey() {
   const wanted = scopeBoxes().filter(box => box.dataset.wanted);
   const scopes = wanted.map(({value}) => `operator.${value}`);
   if (!scopes.length) {
-    showError(new Error("Choose what the key may do."));
+    showToast("Choose what the key may do.");
     return;
   }
   const made = await attempt("keys.create", {name: $("key-name").value, scopes});
@@ -35119,18 +34945,8 @@ function forgetKey() {
 // == view: palette ==
 
 const isMac = /^(Mac|iP)/.test(navigator.platform);
-const PALETTE_KEY = isMac ? "⌘K" : "Ctrl+K";
 const RESULTS_SHOWN = 50;
 const UNASKED = 5; // of a kind, while nothing is typed
-const SHORTCUTS = [
-  [PALETTE_KEY, "Go to a machine, chat, command, view or action"],
-  ["?", "This help"],
-  ["Enter", "Send; with Shift it begins a new line"],
-  ["↑ ↓", "Earlier messages, from the first or the last line"],
-  ["Ctrl+C", "Stop what runs, while nothing is selected"],
-  ["A, D", "Approve or deny the command that asks"],
-  ["Esc", "Close what is open"],
-];
 const palette = {found: [], active: 0, past: [], timer: 0};
 
 // Return what one can go to or do, by kind; each with its name and a detail.
@@ -35199,7 +35015,7 @@ function drawPalette(chosen) {
   if (at >= 0) palette.active = at;
   palette.active = Math.max(0, Math.min(palette.active, found.length - 1));
   const items = found.map(([kind, name, detail], n) =>
-    ({chosen: n === palette.active, content: [
+    ({key: n, chosen: n === palette.active, content: [
       h("span", {class: kind === "Command" ? "name mono" : "name"}, visible(name)),
       h("span", {class: "detail"}, detail), h("span", {class: "kind"}, kind)]}));
   showOptions($("palette-list"), $("palette-text"), items, palette.active);
@@ -35263,14 +35079,10 @@ function typeCommand(command) {
     const place = earlierTexts().length - 1; // as if ↑ had been pressed
     if (before) Object.assign(recall, {place, draft: before});
   }
-  requestAnimationFrame(() => $("text").focus()); // its view is drawn by then
+  focusText();
 }
 
-function openShortcuts() {
-  fill($("shortcuts-list"),
-    SHORTCUTS.map(([keys, what]) => [h("dt", keys), h("dd", what)]));
-  $("shortcuts").showModal();
-}
+const openShortcuts = () => $("shortcuts").showModal();
 
 // The keys that work in every view.
 function anyKey(event) {
@@ -36227,11 +36039,7 @@ function makePlayback() {
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetchOwn("api/sign-in", {
-    method: "POST",
-    headers: {"Content-Type": "application/json"},
-    body: JSON.stringify({key}),
-  }).catch(() => null);
+  const answer = await fetchOwn("api/sign-in", posted({key})).catch(() => null);
   if (answer?.ok) {
     kept.set(PAGE_SECRET, (await answer.json()).pageSecret);
     $("key").value = "";
@@ -36259,7 +36067,7 @@ async function signOut() {
     forgetKept();
     dropAll();
   } catch {
-    showError(new Error("The gateway cannot be reached: you are still signed in."));
+    showToast("The gateway cannot be reached: you are still signed in.");
   }
 }
 
@@ -36289,6 +36097,7 @@ function followLink(event) {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented)
     return;
   event.preventDefault();
+  if (link.dataset.goal) state.goal = link.dataset.goal;
   go(link.getAttribute("href"));
 }
 
@@ -36365,16 +36174,16 @@ function start() {
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
   watch("route running asks sessions", drawRunning);
-  watch("route chat asks sessions models nodes link", drawChat);
-  watch("route nodes devices running", drawNodes);
-  watch("route nodes devices running jobs", drawNode);
+  watch("route chat asks sessions models nodes link", drawChat, "chat");
+  watch("route nodes devices running", drawNodes, "nodes");
+  watch("route nodes devices running jobs", drawNode, "node");
   watch("nodes devices link", drawToken);
-  watch("route jobs asks", drawActivity);
+  watch("route jobs asks", drawActivity, "activity");
   watch("route nodes", drawFilters);
   watch("route nodes running jobs link terminal", drawTerminal);
-  watch("terminal", drawTitle);
+  watch("route sessions running asks terminal", drawTitle);
   watch("route link", drawRecording);
-  watch("route nodes files", drawFiles);
+  watch("route nodes files", drawFiles, "files");
   watch("uploads link", drawUploads);
   for (const field of [$("files-chosen"), $("files-chosen-all")]) {
     on(field, "change", () => {
@@ -36385,10 +36194,11 @@ function start() {
   onDrop($("chat"), dropIntoChat);
   onDrop($("files-list"), entries =>
     isAtRoute() && upload(routeNode(), files.path, entries));
-  watch("route models sessions nodes link", drawModels);
+  watch("route models sessions nodes link", drawModels, "models");
   watch("providers", drawProviders);
   watch("storage", drawStorage);
   watch("route keys logins link", drawAccess);
+  watch("focus", () => $("text").focus()); // the last: what is hidden takes no focus
   for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
@@ -36426,13 +36236,13 @@ function start() {
   on(document, "keydown", anyKey);
   on($("palette-text"), "input", searchPalette);
   on($("palette-text"), "keydown", paletteKey);
-  on($("palette-list"), "click", ({target}) =>
-    choosePalette([...$("palette-list").children].indexOf(target.closest("li"))));
+  onPick($("palette-list"), choosePalette);
   on($("palette"), "click", ({target}) =>
     target === $("palette") && $("palette").close()); // the backdrop
   for (const each of document.querySelectorAll("dialog .closes"))
     on(each, "click", () => each.closest("dialog").close());
-  setText(document.querySelector("#to-palette kbd"), PALETTE_KEY);
+  for (const key of document.querySelectorAll(".palette-key"))
+    setText(key, isMac ? "⌘K" : "Ctrl+K");
   on(document, "pointerdown", ({target}) =>
     target.closest("#pickers, #fold") || foldPickers(true));
   on($("pickers"), "keydown", event => event.key === "Escape" && foldPickers(true));
@@ -36440,8 +36250,10 @@ function start() {
   onSubmit("again-form", runAgain);
   on($("token"), "close", forgetToken);
   on($("provider"), "close", () => $("provider-form").reset()); // it had a key
-  on($("token-ways"), "keydown", tabKey);
-  for (const [field, list] of [["find-node", "nodes"], ["find-model", "models"]])
+  on($("token-ways"), "change", drawToken);
+  const searches = {"find-chat": "sessions", "find-node": "nodes",
+    "find-model": "models"};
+  for (const [field, list] of Object.entries(searches))
     on($(field), "input", ({target}) => showList(list, {search: target.value}));
   on($("provider-id"), "change", showProviderForm);
   on($("text"), "keydown", composerKey);
@@ -36456,10 +36268,6 @@ function start() {
   on($("files-list"), "scroll", drawFileRows, {passive: true});
   on($("files-rows"), "keydown", fileKey);
   new ResizeObserver(() => touch("files")).observe($("files-list"));
-  on($("find-chat"), "input", event => {
-    state.search = event.target.value;
-    touch("sessions");
-  });
   on($("filter-node"), "change", filterActivity);
   on($("filter-node"), "blur", drawFilters);
   on($("filter-state"), "change", filterActivity);

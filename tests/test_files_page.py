@@ -323,7 +323,7 @@ def test_a_directory_is_made_and_a_file_renamed(page, world):
     (world.scratch / "other").touch()
     show(page, world)
     page.click("#files-make")
-    page.fill("#file-name-text", "new directory")
+    page.fill("#name-text", "new directory")
     page.press("Enter")
     wait_for_names(page, "new directory", "old.txt", "other")
     press(page, "old.txt", "rename")
@@ -332,7 +332,7 @@ def test_a_directory_is_made_and_a_file_renamed(page, world):
     wait_for_names(page, "new directory", "new.txt", "other")
     assert (world.scratch / "new.txt").read_text() == "content"
     press(page, "new.txt", "rename")
-    page.fill("#file-name-text", "other")
+    page.fill("#name-text", "other")
     page.press("Enter")
     page.wait_for_text("other: is there already")
     assert (world.scratch / "new.txt").read_text() == "content"
@@ -397,9 +397,7 @@ def drop(page, selector, *paths):
 def uploaded(page, words):
     """Wait for what an upload says, then close what is said."""
     page.wait_for(f"document.querySelector('#uploads').innerText.includes({words!r})")
-    page.evaluate(
-        "document.querySelectorAll('#uploads [data-part=end]').forEach(b => b.click())"
-    )
+    page.evaluate("document.querySelectorAll('#uploads .bare').forEach(b => b.click())")
     page.wait_for("document.querySelectorAll('#uploads li').length === 0")
 
 
@@ -463,17 +461,30 @@ def test_what_is_there_is_replaced_only_if_a_person_says_so(page, world, chosen)
     wait_for_names(page, "f")
     choose(page, "#files-chosen", chosen / "f", chosen / "site" / "none")
     page.wait_for_text("f is already on far")
-    page.click("#conflict [value=keep]")
+    page.click("#confirm-other")
     uploaded(page, "f: is there already, and stays as it is")
     assert contents(world.scratch) == {"f": b"mine", "none": b""}
     choose(page, "#files-chosen", chosen / "f")
     page.wait_for_text("f is already on far")
-    page.click("#conflict button")  # Cancel
+    page.click("#confirm button")  # Cancel
     choose(page, "#files-chosen", chosen / "f")
     page.wait_for_text("f is already on far")
-    page.click("#conflict [value=replace]")
+    page.click("#confirm-yes")
     uploaded(page, "1 file uploaded")
     assert (world.scratch / "f").read_bytes() == (chosen / "f").read_bytes()
+
+
+def test_a_question_about_a_file_shows_what_hides_in_its_name(page, world, chosen):
+    name = "no\u200bsh"
+    for directory in (world.scratch, chosen):
+        (directory / name).touch()
+    show(page, world)
+    page.wait_for_text("1 entry")
+    choose(page, "#files-chosen", chosen / name)
+    page.wait_for_text("no\\u200bsh is already on far")
+    page.click("#confirm button")  # Cancel
+    page.evaluate("document.querySelector('#files-rows [data-part=rename]').click()")
+    page.wait_for_text("Rename no\\u200bsh")
 
 
 def sparse(path, size):
@@ -493,7 +504,7 @@ def test_what_is_cancelled_is_not_uploaded(page, world, chosen):
     page.wait_for_text("This directory is empty.")
     choose(page, "#files-chosen", sparse(chosen / "large", 2_000_000_000))
     wait_for_progress(page)
-    page.click("#uploads [data-part=end]")
+    page.click("#uploads .bare")
     uploaded(page, "Cancelled: nothing was uploaded.")
     wait_for(lambda: world.rpc("job.list", limit=1)[0]["state"] == "cancelled")
     wait_for(lambda: os.listdir(world.scratch) == [])
@@ -554,7 +565,7 @@ def test_what_cannot_be_written_is_said(page, world, chosen):
     wait_for_names(page, "site")
     drop(page, "#files-list", chosen / "site")
     page.wait_for_text("site is already on far")
-    page.click("#conflict [value=replace]")
+    page.click("#confirm-yes")
     uploaded(page, "a file or a link is where a directory has to be")
 
 
