@@ -773,19 +773,19 @@ def test_cancel_after_the_shell_s_exit_changes_nothing(tmp_path):
     assert background.command.log.ending is ending
 
 
-def test_output_that_a_cancel_leaves_unread_is_not_done():
+def test_output_that_a_cancel_leaves_unread_is_not_done(tmp_path):
     """The window is full, the shell has ended, and the rest is in its pipe."""
-    reader = Reader(acknowledges=False)
-    command, _ = make(f"head -c {moltis.LOG_WINDOW + 5000} /dev/zero", reader)
-    ending = []
-    thread = threading.Thread(target=lambda: ending.append(command.run()))
-    thread.start()
-    wait_for(lambda: command._exited_at)
-    command.cancel("the gateway stops")
-    thread.join(60)
-    assert ending[0].state == JobState.CANCELLED
-    assert ending[0].exit_code == 0
-    assert ending[0].reason == "the gateway stops"
+    full = tmp_path / "full"
+    size = moltis.LOG_WINDOW - moltis.MAX_LOG_MESSAGE  # then there is no room for more
+    text = f"head -c {size} /dev/zero; while [ ! -e {full} ]; do :; done; echo rest"
+    with Background(text, Reader(acknowledges=False)) as background:
+        wait_for(lambda: not background.command.log.room)
+        full.touch()
+        wait_for(lambda: background.command._exited_at)
+        background.command.cancel("the gateway stops")
+        ending = background.wait()
+    assert (ending.state, ending.exit_code) == (JobState.CANCELLED, 0)
+    assert ending.reason == "the gateway stops"
 
 
 def test_a_grandchild_with_the_pipes_does_not_keep_the_command_open(tmp_path):
