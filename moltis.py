@@ -6901,7 +6901,7 @@ def make_directory(parent: int, name: str, umask: int) -> None:
     os.mkdir(name, 0o700, dir_fd=parent)
     made = descend(os.dup(parent), [name])
     try:
-        with contextlib.suppress(PermissionError):  # no modes: see FileTarget._set()
+        with contextlib.suppress(PermissionError):  # no modes: see StagedTree._set()
             os.fchmod(made, 0o777 & ~umask)
     finally:
         os.close(made)
@@ -7089,74 +7089,73 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
             os.close(directory)
 
 
-class FileChanger:
-    """Makes, renames and deletes files without replacing any."""
+def _open_changed(places: FilePlaces, path: str) -> tuple[int, str]:
+    """Return a descriptor of the parent directory, and the name of `path` in it.
 
-    def __init__(
-        self, places: FilePlaces, umask: int, pause: Callable[[], None] = lambda: None
-    ) -> None:
-        """`pause` is called before each entry is deleted."""
-        self._places = places
-        self._umask = umask
-        self._pause = pause
+    Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
+    """
+    parent, name = places.open_parent(path)
+    if name == ".":
+        os.close(parent)
+        problem = file_problem(path, "stays as it is: all files here are below it")
+        raise RpcError("FORBIDDEN", problem)
+    return parent, name
 
-    def change(self, spec: FileChange) -> JsonObject:
-        """Return the path of what was changed.  Raises RpcError."""
-        actions = {"mkdir": self._make, "rename": self._rename, "delete": self._delete}
-        if spec.action not in actions:
-            known = ", ".join(actions)
-            problem = f"action must be one of {known}, not {spec.action[:40]!r}"
-            raise RpcError("INVALID_REQUEST", problem)
-        path = self._places.absolute(decode_path(spec.path))
+
+def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
+    facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    goal, new = _open_changed(places, target)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(new, dir_fd=goal, follow_symlinks=False)
+            # A case-insensitive file system finds the file itself.
+            respelled = os.path.samestat(there, facts) and new != name
+            if not (respelled and new.casefold() == name.casefold()):
+                raise RpcError("CONFLICT", file_problem(target, "is there already"))
+        os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
+    finally:
+        os.close(goal)
+
+
+def _delete(
+    parent: int, name: str, pause: Callable[[], None], *, recursive: bool
+) -> None:
+    facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(facts.st_mode):
+        os.unlink(name, dir_fd=parent)
+    elif recursive:
+        remove_tree(parent, name, pause)
+    else:
+        os.rmdir(name, dir_fd=parent)
+
+
+def change_file(
+    spec: FileChange, places: FilePlaces, umask: int, pause: Callable[[], None]
+) -> JsonObject:
+    """Make, rename or delete a file, replacing none; return its path.
+
+    `pause` is called before each entry is deleted.  Raises RpcError.
+    """
+    path = places.absolute(decode_path(spec.path))
+    try:
+        parent, name = _open_changed(places, path)
         try:
-            parent, name = self._open(path)
-            try:
-                actions[spec.action](spec, parent, name)
-            finally:
-                os.close(parent)
-        except OSError as error:
-            code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
-            raise RpcError(code, file_problem(path, error)) from error
-        return {"path": encode_path(path)}
-
-    def _open(self, path: str) -> tuple[int, str]:
-        """Return a descriptor of the parent directory, and the name of `path` in it.
-
-        Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
-        """
-        parent, name = self._places.open_parent(path)
-        if name == ".":
-            os.close(parent)
-            problem = file_problem(path, "stays as it is: all files here are below it")
-            raise RpcError("FORBIDDEN", problem)
-        return parent, name
-
-    def _make(self, _spec: FileChange, parent: int, name: str) -> None:
-        make_directory(parent, name, self._umask)
-
-    def _rename(self, spec: FileChange, parent: int, name: str) -> None:
-        target = self._places.absolute(decode_path(spec.to))
-        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        goal, new = self._open(target)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                there = os.stat(new, dir_fd=goal, follow_symlinks=False)
-                # A case-insensitive file system finds the file itself.
-                respelled = os.path.samestat(there, facts) and new != name
-                if not (respelled and new.casefold() == name.casefold()):
-                    raise RpcError("CONFLICT", file_problem(target, "is there already"))
-            os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
+            if spec.action == "mkdir":
+                make_directory(parent, name, umask)
+            elif spec.action == "rename":
+                _rename(parent, name, places, places.absolute(decode_path(spec.to)))
+            elif spec.action == "delete":
+                _delete(parent, name, pause, recursive=spec.recursive)
+            else:
+                known = "mkdir, rename, delete"
+                problem = f"action must be one of {known}, not {spec.action[:40]!r}"
+                raise RpcError("INVALID_REQUEST", problem)
         finally:
-            os.close(goal)
-
-    def _delete(self, spec: FileChange, parent: int, name: str) -> None:
-        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if not stat.S_ISDIR(facts.st_mode):
-            os.unlink(name, dir_fd=parent)
-        elif spec.recursive:
-            remove_tree(parent, name, self._pause)
-        else:
-            os.rmdir(name, dir_fd=parent)
+            os.close(parent)
+    except OSError as error:
+        code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
+        raise RpcError(code, file_problem(path, error)) from error
+    return {"path": encode_path(path)}
 
 
 # -- reading -------------------------------------------------------------------
@@ -7234,6 +7233,18 @@ def tar_header(
             _ustar_header(known[0], kind, size, mode, 0 if sign else seconds, known[1]),
         )
     )
+
+
+def read_pieces(
+    descriptor: int, size: int = sys.maxsize, piece: int = FILE_PIECE
+) -> Iterator[bytes]:
+    """Yield the next `size` bytes of a file, fewer at its end.  Raises OSError."""
+    while size > 0:
+        data = os.read(descriptor, min(size, piece))
+        if not data:
+            return
+        size -= len(data)
+        yield data
 
 
 # Magic numbers of binary formats, which may contain no NUL.
@@ -7337,7 +7348,7 @@ class TextSource:
     def read(self, check: Callable[[], None]) -> tuple[bytes, JsonObject]:
         """Return the text (a range of lines as UTF-8 with LF), and facts of the file.
 
-        `check` is called before each read.  Raises RpcError.
+        `check` is called after each read.  Raises RpcError.
         """
         try:
             descriptor = self._open()
@@ -7368,16 +7379,12 @@ class TextSource:
     ) -> tuple[bytes, JsonObject]:
         size = self._check(descriptor)
         digest, lines, whole, left = hashlib.sha256(), _Lines(self._part), [], size
-        while left:
+        for data in read_pieces(descriptor, size, 16 * FILE_PIECE):
             check()
-            data = os.read(descriptor, min(left, 16 * FILE_PIECE))
-            if not data:
-                break
-            if left == size:
-                kind = binary_type(data[:8192])
-                if kind:
-                    length = format_bytes(os.fstat(descriptor).st_size)
-                    raise self._refusal(f"{kind} ({length}), not text")
+            kind = binary_type(data[:8192]) if left == size else ""
+            if kind:
+                length = format_bytes(os.fstat(descriptor).st_size)
+                raise self._refusal(f"{kind} ({length}), not text")
             left -= len(data)
             digest.update(data)
             if self._part.first:
@@ -7446,10 +7453,7 @@ def hash_part(
 ) -> hashlib._Hash:
     """Return the SHA-256 of the next `size` bytes.  Raises OSError."""
     digest, done = hashlib.sha256(), 0
-    while done < size:
-        data = os.read(descriptor, min(size - done, 16 * FILE_PIECE))
-        if not data:
-            break
+    for data in read_pieces(descriptor, size, 16 * FILE_PIECE):
         digest.update(data)
         done += len(data)
         progress(done, size)
@@ -7688,10 +7692,15 @@ class FileSource:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
             raise OSError(errno.EINVAL, "was replaced while it was opened")
-        size, ready = facts.st_size, []
+        size = facts.st_size
+        pieces = read_pieces(descriptor, size)
         if size <= FILE_PIECE:  # /proc says 0, /sys a page
-            ready = self._to_end(descriptor, size)
-            size = sum(map(len, ready))
+            ready = list(read_pieces(descriptor, size or MAX_UNSIZED + 1))
+            size, pieces = sum(map(len, ready)), iter(ready)
+            if size > MAX_UNSIZED:
+                limit = format_bytes(MAX_UNSIZED)
+                problem = f"does not say its size, and has more than {limit}"
+                raise OSError(errno.EFBIG, problem)
         offset, digest = self._skip_known(descriptor, facts)
         is_only = len(self._paths) == 1 and "/" not in name
         identity = file_identity(self._paths[0], facts) if self._alone else ""
@@ -7699,17 +7708,14 @@ class FileSource:
             name, facts, b"0", size=size - offset, offset=offset, identity=identity
         )
         left, problem = size - offset, ""
-        while left and not problem:
+        while left:
             try:
-                data = (
-                    ready.pop(0)
-                    if ready
-                    else os.read(descriptor, min(left, FILE_PIECE))
-                )
+                data = next(pieces, b"")
             except OSError as error:
-                data, problem = b"", error.strerror or str(error)
+                problem = error.strerror or str(error)
+                break
             if not data:
-                problem = problem or "became shorter while it was read"
+                problem = "became shorter while it was read"
                 break
             left -= len(data)
             self.bytes += len(data)
@@ -7753,25 +7759,6 @@ class FileSource:
         os.lseek(descriptor, 0, os.SEEK_SET)
         self._hooks.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
-
-    def _to_end(self, descriptor: int, size: int) -> list[bytes]:
-        """Return the pieces of a file of `size` bytes or less; 0: it does not say.
-
-        Raises OSError.
-        """
-        pieces: list[bytes] = []
-        left = size or MAX_UNSIZED + 1
-        while left:
-            piece = os.read(descriptor, min(left, FILE_PIECE))
-            if not piece:
-                return pieces
-            pieces.append(piece)
-            left -= len(piece)
-        if not size:
-            limit = format_bytes(MAX_UNSIZED)
-            problem = f"does not say its size, and has more than {limit}"
-            raise OSError(errno.EFBIG, problem)
-        return pieces
 
 
 # -- writing -------------------------------------------------------------------
@@ -7867,24 +7854,6 @@ def _tar_text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-class _TarHeader:
-    """The fields of one header (POSIX ustar)."""
-
-    def __init__(self, block: bytes) -> None:
-        """Raises RpcError."""
-        name, mode, _, _, size, mtime, checksum, self.kind, link, _, prefix = (
-            TAR_HEADER.unpack(block)
-        )
-        # It counts its own field as spaces.
-        if _tar_number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
-            raise _not_an_archive("a header has a wrong checksum")
-        self.name, self.link = _tar_text(name), _tar_text(link)
-        if prefix[:1] != b"\0":
-            self.name = f"{_tar_text(prefix)}/{self.name}"
-        self.mode, self.size = _tar_number(mode), _tar_number(size)
-        self.mtime = _tar_number(mtime)
-
-
 def _pax_fields(data: bytes) -> dict[str, str]:
     """Return the records `LENGTH NAME=VALUE\\n` of an extended header."""
     fields: dict[str, str] = {}
@@ -7912,40 +7881,57 @@ def _mtime_ns(text: str) -> int:
     return -time_ns if match[1] else time_ns
 
 
+def _read_header(block: bytes, fields: Mapping[str, str]) -> Member:
+    """Return the member of a header (POSIX ustar); `fields` replace its own.
+
+    Raises RpcError.
+    """
+    name, mode, _, _, size, mtime, checksum, kind, link, _, prefix = TAR_HEADER.unpack(
+        block
+    )
+    # It counts its own field as spaces.
+    if _tar_number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
+        raise _not_an_archive("a header has a wrong checksum")
+    path = _tar_text(name)
+    if prefix[:1] != b"\0":
+        path = f"{_tar_text(prefix)}/{path}"
+    length = fields.get("size", str(_tar_number(size)))
+    offset = fields.get(PAX_OFFSET, "0")
+    if not all(re.fullmatch("[0-9]{1,18}", number) for number in (length, offset)):
+        raise _not_an_archive("a size is no number")
+    return Member(
+        fields.get("path", path),
+        kind,
+        int(length),
+        _tar_number(mode) & 0o777,
+        _mtime_ns(fields.get("mtime", str(_tar_number(mtime)))),
+        fields.get("linkpath", _tar_text(link)),
+        PAX_FAILED in fields,
+        int(offset),
+        fields.get(PAX_IDENTITY, ""),
+    )
+
+
 def read_members(stream: CheckedStream) -> Iterator[Member]:
     """Yield the members of an archive; the caller reads the content of each.
 
     Not with `tarfile`, which reads an extended header of any length into memory, and
     takes 19 µs for a header: a tenth of what a small file costs.  Raises RpcError.
     """
-    fields: dict[str, str] = {}
+    fields: Mapping[str, str] = NOTHING
     while True:
         block = stream.exactly(TAR_BLOCK)
         if not block.strip(b"\0"):
             return
-        header = _TarHeader(block)
-        if header.kind == PAX_HEADER:
-            if header.size > MAX_PAX:
-                raise _not_an_archive("an extended header is too long")
-            data = stream.exactly(header.size + -header.size % TAR_BLOCK)
-            fields = _pax_fields(data[: header.size])
-            continue
-        size = fields.get("size", str(header.size))
-        offset = fields.get(PAX_OFFSET, "0")
-        if not all(re.fullmatch("[0-9]{1,18}", number) for number in (size, offset)):
-            raise _not_an_archive("a size is no number")
-        yield Member(
-            fields.get("path", header.name),
-            header.kind,
-            int(size),
-            header.mode & 0o777,
-            _mtime_ns(fields.get("mtime", str(header.mtime))),
-            fields.get("linkpath", header.link),
-            PAX_FAILED in fields,
-            int(offset),
-            fields.get(PAX_IDENTITY, ""),
-        )
-        fields = {}
+        member = _read_header(block, fields)
+        if member.kind != PAX_HEADER:
+            fields = NOTHING
+            yield member
+        elif member.size > MAX_PAX:
+            raise _not_an_archive("an extended header is too long")
+        else:
+            data = stream.exactly(member.size + -member.size % TAR_BLOCK)
+            fields = _pax_fields(data[: member.size])
 
 
 def _components(name: str) -> tuple[str, ...]:
@@ -7994,22 +7980,12 @@ def _identity(facts: os.stat_result | None) -> object:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _old_bytes(
-    descriptor: int | None, count: int | None, digest: hashlib._Hash
-) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file (None: all); feed `digest` with them.
-
-    Raises OSError.
-    """
-    while descriptor is not None and (count is None or count > 0):
-        data = os.read(
-            descriptor, FILE_PIECE if count is None else min(count, FILE_PIECE)
-        )
-        if not data:
-            return
-        count = None if count is None else count - len(data)
-        digest.update(data)
-        yield data
+def _present(name: str, parent: int) -> os.stat_result | None:
+    """Return the facts of a file, None if it is not there.  Raises OSError."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def part_names(name: str, identity: str) -> tuple[str, str]:
@@ -8097,6 +8073,12 @@ class PartialFile:
             finally:
                 os.close(descriptor)
 
+    def writer(self, offset: int) -> int:
+        """Return a descriptor that writes from `offset` on.  Raises OSError."""
+        os.lseek(self.descriptor, offset, os.SEEK_SET)
+        os.ftruncate(self.descriptor, offset)
+        return os.dup(self.descriptor)
+
     def close(self) -> None:
         """Remove the part, unless it is kept or has its own name; release the lock."""
         with contextlib.suppress(OSError):
@@ -8108,406 +8090,86 @@ class PartialFile:
         os.close(self.descriptor)
 
 
-class FileTarget:
-    """Writes a stream of files, each whole or not at all."""
+Names: TypeAlias = "tuple[str, ...]"  # a path below the directory of a StagedTree
+
+
+class StagedTree:
+    """What arrives for one directory: files, links and directories without names.
+
+    Each has a partial name, or is in a new directory that has one, until commit().
+    """
 
     def __init__(
         self,
         spec: FileWrite,
         places: FilePlaces,
         note: Callable[[str], None],
-        *,
         umask: int,
-        hooks: TransferHooks = TransferHooks(),  # noqa: B008
+        hooks: TransferHooks,
     ) -> None:
-        """`note` gets a sentence for each file that is left out; `umask` is for
-        directories and files whose mode the stream does not say.
+        """`note` gets a sentence for what is left out; `umask` is for directories and
+        files whose mode is not given.
         """
         self._spec = spec
         self._places = places
         self._note = note
         self._umask = umask
+        self._hooks = hooks
+        # One file is copied: what leaves it out is an error.
+        self.alone = spec.bare or spec.splices is not None
+        self.part: PartialFile | None = None  # of that file
         self.files = 0  # that have their names, links included
-        self.bytes = 0
-        self._parent = ""  # where the first names of the archive are
-        self._first = ""  # name in the archive
-        self._last = ""  # the same, of what arrives now
-        self._latest: tuple[str, ...] = ()  # the file that has just been written
-        self._more = 0  # such names beside the first
-        self._name = ""  # in its place; "": as it is
-        self._root = -1  # descriptor of _parent
-        self._directory_names: tuple[str, ...] = ()
+        self.bytes = 0  # of all that arrived
+        self.path = ""  # of the directory
+        self.root = -1  # its descriptor; -1 before open()
+        self._directory_names: Names = ()
         self._directory_open = -1  # its descriptor: files mostly follow their siblings
-        # By their path from _parent; what is in _new has its own name in there already.
-        self._pending: dict[tuple[str, ...], _Pending] = {}
-        self._unflushed: dict[tuple[str, ...], str] = {}  # current names; see _flush()
-        self._links: list[tuple[tuple[str, ...], str]] = []
-        self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
+        self._pending: dict[Names, _Pending] = {}  # in directories with their names
+        self._unflushed: dict[Names, str] = {}  # current names; see flush()
+        self._links: list[tuple[Names, str]] = []
+        self._made: dict[Names, Member] = {}  # directories, the outer first
         # New directories in those that were there before: their names until the end.
-        self._new: dict[tuple[str, ...], str] = {}
-        self._new_files: collections.Counter[tuple[str, ...]] = collections.Counter()
-        self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
+        self._new: dict[Names, str] = {}
+        self._new_files: collections.Counter[Names] = collections.Counter()  # in those
+        self._blocked: set[Names] = set()  # directories that cannot be used
         # By device and inode: the path of a directory, () for a file or link that has
         # its own name.
-        self._written: dict[tuple[int, int], tuple[str, ...]] = {}
-        self._complete = False
-        # One file is copied: what leaves it out is an error.
-        self._alone = spec.bare or spec.splices is not None
-        self._hooks = hooks
-        self._part: PartialFile | None = None
-        self._part_digest = hashlib.sha256()  # of what it has
-        self._members = 0  # of the archive
-        self._file_digest = hashlib.sha256()  # of the first file
+        self._written: dict[tuple[int, int], Names] = {}
 
-    def find_part(
-        self, report: Callable[[FilePartial], None] = lambda _part: None
-    ) -> FilePartial:
-        """Return what an interrupted copy left of the file, for a source to go on.
+    def shown(self, names: Names) -> str:
+        return os.path.join(self.path, *names)
 
-        `report` is called with it before.  Until receive() ends no other copy writes
-        it.  Raises RpcError, OSError, and what `report` raises.
-        """
-        try:
-            part = self._find_part()
-            report(part)
-            return part
-        except BaseException:
-            self._discard()
-            raise
-
-    def receive(self, read: Callable[[int], bytes | memoryview]) -> JsonObject:
-        """Write all files; return what was written.  Raises RpcError, OSError."""
-        stream = CheckedStream(read)
-        try:
-            if self._spec.bare:
-                self._receive_bare(stream)
-            else:
-                for member in read_members(stream):
-                    self._take(member, stream)
-            stream.check()
-            self._flush()
-            self._hooks.commit()  # nothing that was given up gets its name
-            self._complete = True
-            self._commit()
-        finally:
-            if self._part is not None and (stream.is_wrong or self._complete):
-                self._part.is_kept = False
-            self._discard()
-        path = os.path.join(self._parent, self._name or self._first)
-        is_only = self._members == self.files == 1 and not self._links
-        return {
-            "files": self.files,
-            "bytes": self.bytes,
-            "sha256": self._file_digest.hexdigest() if is_only else stream.sha256,
-            "path": encode_path(path),
-            "more": self._more,
-        }
-
-    def splice(self) -> JsonObject:
-        """Rewrite one file with its splices applied; return what was written.
-
-        Raises RpcError if it is not the file that was expected, OSError.
-        """
-        try:
-            self._begin(is_directory=False)
-            present = self._open_present()
-            digest, content = hashlib.sha256(), hashlib.sha256()
-            try:
-                facts = None if present is None else os.fstat(present)
-                if facts is not None and not stat.S_ISREG(facts.st_mode):
-                    raise self._not_expected("is not a file")
-                pieces = self._spliced(present, digest, content)
-                names, mode = (self._name,), 0o666 & ~self._umask
-                self._write(names, mode, time.time_ns(), pieces)
-                self._flush()
-            finally:
-                if present is not None:
-                    os.close(present)
-            found = "" if present is None else digest.hexdigest()
-            now = self._present(self._name, self._root)
-            if found != self._spec.expects or _identity(facts) != _identity(now):
-                raise self._not_expected("is not the file that was read before")
-            self._hooks.commit()
-            self._complete = True
-            self._commit()
-        finally:
-            self._discard()
-        path = os.path.join(self._parent, self._name)
-        return {
-            "files": self.files,
-            "bytes": self.bytes,
-            "sha256": content.hexdigest(),
-            "path": encode_path(path),
-        }
-
-    def _open_present(self) -> int | None:
-        """Return a descriptor of the existing file.  Raises RpcError."""
-        try:
-            return open_file(self._name, self._root, follow=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            problem = file_problem(self._shown((self._name,)), error)
-            raise RpcError("FORBIDDEN", problem) from error
-
-    def _spliced(
-        self, present: int | None, digest: hashlib._Hash, content: hashlib._Hash
-    ) -> Iterator[bytes]:
-        """Yield the new bytes; feed `digest` with the old ones, `content` with these.
-
-        Raises RpcError for invalid splices, OSError.
-        """
-        at = 0
-        for splice in self._spec.splices or ():
-            try:
-                data = base64.b64decode(splice.data, validate=True)
-            except ValueError as error:
-                problem = "the data of a splice is not base64"
-                raise RpcError("INVALID_REQUEST", problem) from error
-            if splice.offset < at or splice.length < 0:
-                raise RpcError("INVALID_REQUEST", "splices overlap, or go backwards")
-            for piece in _old_bytes(present, splice.offset - at, digest):
-                content.update(piece)
-                yield piece
-            content.update(data)
-            yield data
-            for _ in _old_bytes(present, splice.length, digest):
-                pass
-            at = splice.offset + splice.length
-        for piece in _old_bytes(present, None, digest):
-            content.update(piece)
-            yield piece
-
-    def _not_expected(self, problem: str) -> RpcError:
-        path = self._shown((self._name,))
-        return RpcError(
-            "CONFLICT",
-            file_problem(path, f"{problem}; nothing was written: read it again"),
-        )
-
-    def _find_part(self) -> FilePartial:
-        """Raises RpcError, OSError."""
-        origin = self._spec.origin
-        assert origin is not None
-        self._first = _components(decode_path(origin.name))[0]
-        self._begin(is_directory=False)
-        name = self._name or self._first
-        try:
-            part = self._part = self._open_part(name, origin.identity)
-        except OSError as error:
-            problem = file_problem(self._shown((name,)), error)
-            busy = error.errno == errno.EWOULDBLOCK
-            raise RpcError("CONFLICT" if busy else "FORBIDDEN", problem) from error
-        shown = self._shown((name,))
-        if part.removed:
-            problem = "the source has changed since the copy was interrupted"
-            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
-        elif not part.size:
-            problem = "there is no part of it to resume; it is copied whole"
-            self._hooks.say(file_problem(shown, problem))
-        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
-        self._part_digest = digest
-        return FilePartial(origin.identity, part.size, digest.hexdigest())
-
-    def _open_part(self, name: str, identity: str) -> PartialFile:
-        """Return the part of a copy that is resumed.  Raises OSError."""
-        deadline = Deadline(PART_PATIENCE)
-        names = part_names(name, identity)
-        wanted = part_key(self._root, names[1])
-        try:
-            while True:
-                try:
-                    return PartialFile(self._root, names, resumes=True)
-                except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK:
-                        raise
-                    if deadline.expired:
-                        why = "another copy is writing it"
-                        way = "`moltis node jobs` lists it, and --cancel ends it"
-                        raise OSError(error.errno, f"{why}; {way}") from error
-                self._places.wanted_parts.add(wanted)
-                self._hooks.progress(0, 0)
-                time.sleep(0.1)
-        finally:
-            self._places.wanted_parts.discard(wanted)
-
-    def give_way(self, idle: float) -> None:
-        """Fail if nothing came for `idle` s, and another copy waits for our part.
-
-        The sender may have been killed.  No file system is asked, as the caller holds a
-        lock.  Raises RpcError.
-        """
-        if self._part is None or idle < PART_IDLE:
-            return
-        if self._part.key in self._places.wanted_parts:
-            problem = "nothing came, and another copy took over its part"
-            raise RpcError("CONFLICT", problem)
-
-    # -- where ---------------------------------------------------------------------
-
-    def _begin(self, *, is_directory: bool) -> None:
-        """Find the place of the first name in the archive, as cp does."""
-        spec, places = self._spec, self._places
-        typed = decode_path(spec.path)
-        path = places.absolute(typed)
-        into = (
-            spec.into or typed.endswith("/") or os.path.basename(typed) in (".", "..")
-        )
-        into = into or places.is_directory(path)
-        if into and (spec.bare or spec.splices is not None):
-            problem = file_problem(path, "is a directory; name the file in it as well")
-            raise RpcError("INVALID_REQUEST", problem)
-        if into:
-            self._open(path, make=spec.mkdir)
-        else:
-            path = places.target(path)
-            self._open(os.path.dirname(path), make=spec.mkdir)
-            self._name = os.path.basename(path)
-            try:
-                present = self._present(self._name, self._root)
-            except OSError as error:
-                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
-            if present is not None and is_directory:
-                problem = file_problem(path, IS_A_FILE)
-                raise RpcError("INVALID_REQUEST", problem)
-            if present is not None and file_kind(present.st_mode) == "other":
-                raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
-
-    def _open(self, path: str, *, make: bool = False) -> None:
-        """Raises RpcError for a directory that is not there."""
-        if make and not self._places.is_directory(path):
-            above = os.path.dirname(path)
-            if not self._places.contains(above):
-                problem = file_problem(path, "the directory that is allowed is missing")
-                raise RpcError("NOT_FOUND", problem)
-            if not self._places.is_directory(above):
-                self._open(above, make=True)
-            parent = self._places.open_directory(above)
-            try:
-                make_directory(parent, os.path.basename(path), self._umask)
-            except OSError as error:
-                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
-            finally:
-                os.close(parent)
-        try:
-            descriptor = self._places.open_directory(path)
-        except OSError as error:
-            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
-            problem = file_problem(path, error) + hint
-            raise RpcError("NOT_FOUND", problem) from error
-        if self._root >= 0:
-            os.close(self._root)
-        self._parent, self._root = path, descriptor
-
-    def _placed(self, name: str) -> tuple[str, ...]:
-        """Return where a member goes, as names below _parent.  Raises RpcError."""
-        first, *rest = _components(name)
-        if self._name and self._first != first:
-            raise RpcError(
-                "INVALID_REQUEST",
-                file_problem(self._spec.path, "is not a directory, for several files"),
-            )
-        return (self._name or first, *rest)
-
-    def _directory(self, names: tuple[str, ...]) -> int:
-        """Return a descriptor of a directory, open until the next call.
-
-        Raises OSError.
-        """
-        if names != self._directory_names or self._directory_open < 0:
-            self._leave_directory()
-            real, new = names, self._new_above(names)
-            if new is not None:
-                real = (*new[:-1], self._new[new], *names[len(new) :])
-            self._directory_open = descend(os.dup(self._root), real)
-            self._directory_names = names
-        return self._directory_open
-
-    def _leave_directory(self) -> None:
-        if self._directory_open >= 0:
-            os.close(self._directory_open)
-            self._directory_open = -1
-
-    def _new_above(self, names: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Return the one of _new that a path begins with."""
-        above = (names[:depth] for depth in range(1, len(names) + 1))
-        return next(filter(self._new.__contains__, above), None)
-
-    def _shown(self, names: tuple[str, ...]) -> str:
-        return os.path.join(self._parent, *names)
-
-    def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
+    def leave_out(self, names: Names, problem: OSError | str) -> None:
         """Raises RpcError if no other file is copied."""
         # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
         links = (errno.ELOOP, errno.ENOTDIR)
         if isinstance(problem, OSError) and problem.errno in links:
             problem = IN_THE_WAY
-        text = file_problem(self._shown(names), problem)
-        if self._alone:
+        text = file_problem(self.shown(names), problem)
+        if self.alone:
             raise RpcError("FORBIDDEN", text)
         self._note(text)
 
     # -- what arrives ----------------------------------------------------------------
 
-    def _take(self, member: Member, stream: CheckedStream) -> None:
-        if not self._members:
-            self._alone = bool(member.identity)
-        if self._root < 0:
-            self._first = _components(member.name)[0]
-            self._begin(is_directory=member.kind == b"5")
-            if self._alone:
-                # Optional: another copy may be writing the part, the file system may
-                # have no locks, or the directory may not be readable.
-                with contextlib.suppress(OSError):
-                    name = self._name or self._first
-                    parts = part_names(name, member.identity)
-                    self._part = PartialFile(self._root, parts, resumes=False)
-        self._hooks.alive(None)  # one message may hold many small files
-        self._members += 1
-        names = self._placed(member.name)
-        top = _components(member.name)[0]
-        self._more += top != (self._last or top)
-        self._last = top
-        content = stream.pieces(member.size)
-        latest, self._latest = self._latest, ()
-        if member.failed:
-            if names == latest:  # not an earlier file of the same name
-                self._forget(names)
-        elif any(names[:depth] in self._blocked for depth in range(1, len(names))):
-            pass  # its directory was left out, and said so
-        elif member.kind == b"5":
-            self._make_directory(names, member)
-        elif names in self._pending or names in self._new:
-            self._leave_out(names, NAMED_TWICE)
-        elif member.kind == b"2":
-            self._links.append((names, member.link))
-        elif member.kind in (b"0", b"\0"):
-            self._write(names, member.mode, member.mtime_ns, content, member.offset)
-        else:
-            self._leave_out(names, "is neither a file nor a directory")
-        for _ in content:
-            pass
-        stream.exactly(-member.size % TAR_BLOCK)
+    def has(self, names: Names) -> bool:
+        return names in self._pending or names in self._new
 
-    def _receive_bare(self, stream: CheckedStream) -> None:
-        self._begin(is_directory=False)
-        mode = 0o666 & ~self._umask
-        pieces = iter(partial(stream.some, FILE_PIECE), b"")
-        self._write((self._name,), mode, time.time_ns(), pieces)
+    def is_blocked(self, names: Names) -> bool:
+        """Whether a directory above was left out, which was noted."""
+        return any(names[:depth] in self._blocked for depth in range(1, len(names)))
 
-    def _make_directory(self, names: tuple[str, ...], member: Member) -> None:
+    def add_directory(self, names: Names, member: Member) -> None:
         try:
             self._make_or_find(names, self._directory(names[:-1]), member)
         except OSError as error:
             self._blocked.add(names)
-            self._leave_out(names, error)
+            self.leave_out(names, error)
 
-    def _make_or_find(
-        self, names: tuple[str, ...], parent: int, member: Member
-    ) -> None:
+    def _make_or_find(self, names: Names, parent: int, member: Member) -> None:
         """Make a directory, or check the one that is there.  Raises OSError."""
         name = self._new.get(names, names[-1])
-        if self._present(name, parent) is None:
+        if _present(name, parent) is None:
             if self._new_above(names) is None:
                 # Recorded first: an interrupt may come right after it was made.
                 name = self._new[names] = _partial_name()
@@ -8524,35 +8186,26 @@ class FileTarget:
             raise OSError(errno.EEXIST, SAME_NAME)
         self._record(facts, names)
 
-    def _is_another(self, facts: os.stat_result | None, names: tuple[str, ...]) -> bool:
-        """Whether the file at `names` is another one that has arrived.
+    def add_link(self, names: Names, link: str) -> None:
+        self._links.append((names, link))
 
-        Such names differ only in case, or in how an accent is composed.
-        """
-        key = (facts.st_dev, facts.st_ino) if facts else (0, 0)
-        return self._written.get(key, names) != names
-
-    def _record(self, facts: os.stat_result, names: tuple[str, ...] = ()) -> None:
-        self._written[facts.st_dev, facts.st_ino] = names
-
-    def _write(
+    def add_file(
         self,
-        names: tuple[str, ...],
-        mode: int,
-        mtime_ns: int,
+        names: Names,
         content: Iterable[bytes | memoryview],
-        offset: int = 0,
-    ) -> None:
-        """Write a file, from `offset` on.
+        member: Member | None = None,
+        part: PartialFile | None = None,
+    ) -> bool:
+        """Write a file; return whether it is whole.
 
-        It, or a directory above it, has a name that says that it is not complete.
+        `member` has its mode and time.  `part` has the first `member.offset` bytes of
+        the content, and gets the others.  Raises RpcError.
         """
-        is_first = names == (self._name or self._first,) and not self._pending
-        part = self._part if is_first else None
-        if offset != 0 and (part is None or offset != part.size):
-            raise _not_an_archive("it continues a file that is not there")
+        mode = 0o666 & ~self._umask if member is None else member.mode
+        mtime_ns = time.time_ns() if member is None else member.mtime_ns
+        offset = 0 if member is None else member.offset
         new = self._new_above(names)
-        # It gets its mode now, with which _flush() could not open it.
+        # It gets its mode now, with which flush() could not open it.
         is_flushed = new is not None and not mode & stat.S_IRUSR
         name = names[-1] if new else _partial_name() if part is None else part.name
         try:
@@ -8563,13 +8216,10 @@ class FileTarget:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 descriptor = os.open(name, flags, 0o600, dir_fd=parent)
             else:
-                os.lseek(part.descriptor, offset, os.SEEK_SET)
-                os.ftruncate(part.descriptor, offset)
-                descriptor = os.dup(part.descriptor)
+                descriptor = part.writer(offset)
                 self.bytes += offset
-                self._file_digest = self._part_digest if offset else hashlib.sha256()
             if new is not None:
-                self._count(names)
+                self._new_files[new] += 1
             try:
                 self._fill(descriptor, content)
                 times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
@@ -8582,37 +8232,153 @@ class FileTarget:
             finally:
                 os.close(descriptor)
         except FileExistsError:  # only where its directory is new
-            self._leave_out(names, NAMED_TWICE)
+            self.leave_out(names, NAMED_TWICE)
         except OSError as error:
-            self._forget(names)
+            self.forget(names)
             if len(names) == 1 and error.errno in (errno.EACCES, errno.EROFS):
-                problem = file_problem(self._parent, error)
+                problem = file_problem(self.path, error)
                 raise RpcError("FORBIDDEN", problem) from error
-            self._leave_out(names, error)
+            self.leave_out(names, error)
         else:
-            self._latest = names
             if not is_flushed and len(self._unflushed) <= MAX_FLUSHED:
                 self._unflushed[names] = name
+            return True
+        return False
 
     def _fill(self, descriptor: int, content: Iterable[bytes | memoryview]) -> None:
         """Write the content of a file.  Raises RpcError, OSError."""
         for piece in content:
+            self.bytes += len(piece)
             view = memoryview(piece)
             while view:
                 view = view[os.write(descriptor, view) :]
-            if self._members == 1:  # its own, where no other file follows
-                self._file_digest.update(piece)
-            self.bytes += len(piece)
 
-    def _count(self, names: tuple[str, ...], change: int = 1) -> None:
-        self.files += change
-        new = self._new_above(names)
-        if new is not None:
-            self._new_files[new] += change
+    def forget(self, names: Names) -> None:
+        """Remove a file that is not whole."""
+        self._unflushed.pop(names, None)
+        pending, new = self._pending.pop(names, None), self._new_above(names)
+        if pending and self.part and pending.partial == self.part.name:
+            self.part.is_kept = False
+        elif pending or new:
+            with contextlib.suppress(OSError):
+                name = pending.partial if pending else names[-1]
+                os.unlink(name, dir_fd=self._directory(names[:-1]))
+                if new:
+                    self._new_files[new] -= 1
+
+    # -- where -----------------------------------------------------------------------
+
+    def open(self, *, is_directory: bool = False) -> str:
+        """Open the directory, as cp does; return the name of the first in it.
+
+        "": it keeps its own.  `is_directory`: the first is one.  Raises RpcError.
+        """
+        spec, typed = self._spec, decode_path(self._spec.path)
+        path = self._places.absolute(typed)
+        is_named_so = os.path.basename(typed) in ("", ".", "..")
+        into = spec.into or is_named_so or self._places.is_directory(path)
+        if into and (spec.bare or spec.splices is not None):
+            problem = file_problem(path, "is a directory; name the file in it as well")
+            raise RpcError("INVALID_REQUEST", problem)
+        path = path if into else self._places.target(path)
+        self.path, name = (path, "") if into else os.path.split(path)
+        if spec.mkdir:
+            self._make_directories(self.path)
+        try:
+            self.root = self._places.open_directory(self.path)
+        except OSError as error:
+            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
+            problem = file_problem(self.path, error) + hint
+            raise RpcError("NOT_FOUND", problem) from error
+        try:
+            present = _present(name, self.root) if name else None
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+        if present is not None and is_directory:
+            raise RpcError("INVALID_REQUEST", file_problem(path, IS_A_FILE))
+        if present is not None and file_kind(present.st_mode) == "other":
+            raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
+        return name
+
+    def _make_directories(self, path: str) -> None:
+        """Make a directory, and those above it, where they are missing.
+
+        Raises RpcError.
+        """
+        if self._places.is_directory(path):
+            return
+        above, name = os.path.split(path)
+        if not self._places.contains(above):
+            problem = file_problem(path, "the directory that is allowed is missing")
+            raise RpcError("NOT_FOUND", problem)
+        self._make_directories(above)
+        try:
+            parent = self._places.open_directory(above)
+            try:
+                make_directory(parent, name, self._umask)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+
+    def _directory(self, names: Names) -> int:
+        """Return a descriptor of a directory, open until the next call.
+
+        Raises OSError.
+        """
+        if names != self._directory_names or self._directory_open < 0:
+            self._leave_directory()
+            real, new = names, self._new_above(names)
+            if new is not None:
+                real = (*new[:-1], self._new[new], *names[len(new) :])
+            self._directory_open = descend(os.dup(self.root), real)
+            self._directory_names = names
+        return self._directory_open
+
+    def _leave_directory(self) -> None:
+        if self._directory_open >= 0:
+            os.close(self._directory_open)
+            self._directory_open = -1
+
+    def _is_directory(self, names: Names) -> bool:
+        """Whether it is one of ours or was there before, reached through no link."""
+        try:
+            self._directory(names)
+        except OSError:
+            return False
+        return True
+
+    def _new_above(self, names: Names) -> Names | None:
+        """Return the one of _new that a path begins with."""
+        above = (names[:depth] for depth in range(1, len(names) + 1))
+        return next(filter(self._new.__contains__, above), None)
+
+    def _is_another(self, facts: os.stat_result | None, names: Names) -> bool:
+        """Whether the file at `names` is another one that has arrived.
+
+        Such names differ only in case, or in how an accent is composed.
+        """
+        key = (facts.st_dev, facts.st_ino) if facts else (0, 0)
+        return self._written.get(key, names) != names
+
+    def _record(self, facts: os.stat_result, names: Names = ()) -> None:
+        self._written[facts.st_dev, facts.st_ino] = names
+
+    def _set(self, names: Names, what: str, change: Callable[[], None]) -> None:
+        """Set a mode or time; note it where the file system refuses to.
+
+        Windows drives in WSL and the storage of phones have no modes.
+        """
+        try:
+            change()
+        except OSError as error:
+            problem = f"its {what} could not be set: {error.strerror}"
+            self._note(file_problem(self.shown(names), problem))
 
     # -- the end ---------------------------------------------------------------------
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what has arrived to the disk.  Raises RpcError."""
         self._hooks.alive(FLUSH_TIMEOUT)
         if len(self._unflushed) > MAX_FLUSHED:
             os.sync()
@@ -8626,52 +8392,52 @@ class FileTarget:
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                self._forget(names)
-                self._leave_out(names, error)
+                self.forget(names)
+                self.leave_out(names, error)
 
-    def _commit(self) -> None:
+    @contextlib.contextmanager
+    def _leaving_out(self, names: Names) -> Iterator[None]:
+        """Begin a step that leaves `names` out if it fails."""
+        self._hooks.alive(None)
+        try:
+            yield
+        except OSError as error:
+            self.leave_out(names, error)
+
+    def commit(self) -> None:
+        """Give all that has arrived its name.  Raises RpcError, what hooks raise."""
+        self._hooks.commit()  # nothing that was given up gets its name
+        if self.part is not None:
+            self.part.is_kept = False
+        self._give_names()
+
+    def _give_names(self) -> None:
         """Give every file its name; then make links, and finish directories."""
         for names, pending in list(self._pending.items()):
-            self._hooks.alive(None)
-            try:
+            with self._leaving_out(names):
                 self._name_file(names, pending, self._directory(names[:-1]))
-            except OSError as error:
-                self._leave_out(names, error)
         for names, link in self._links:
-            self._hooks.alive(None)
-            try:
+            with self._leaving_out(names):
                 self._make_link(names, link)
-            except OSError as error:
-                self._leave_out(names, error)
         for names, name in list(self._new.items()):
-            self._hooks.alive(None)
-            try:
+            with self._leaving_out(names):
                 self._name_directory(names, name)
-            except OSError as error:
-                self.files -= self._new_files[names]
-                self._leave_out(names, error)
         for names, member in reversed(list(self._made.items())):
-            self._hooks.alive(None)
             if self._new_above(names) is not None:
-                continue  # it is left out
-            try:
-                descriptor = self._directory(names)
-            except OSError as error:
-                self._leave_out(names, error)
-                continue
-            self._set(names, "mode", partial(os.fchmod, descriptor, member.mode))
-            times = (member.mtime_ns, member.mtime_ns)
-            self._set(names, "time", partial(os.utime, descriptor, ns=times))
+                continue  # it was left out
+            with self._leaving_out(names):
+                directory = self._directory(names)
+                self._set(names, "mode", partial(os.fchmod, directory, member.mode))
+                times = (member.mtime_ns, member.mtime_ns)
+                self._set(names, "time", partial(os.utime, directory, ns=times))
 
-    def _name_file(
-        self, names: tuple[str, ...], pending: _Pending, parent: int
-    ) -> None:
+    def _name_file(self, names: Names, pending: _Pending, parent: int) -> None:
         """Raises OSError."""
         name, mode = names[-1], pending.mode
-        present = self._present(name, parent)
+        present = _present(name, parent)
         problem = self._in_the_way(names, present)
         if problem:
-            self._leave_out(names, problem)
+            self.leave_out(names, problem)
             return
         if present is not None and stat.S_ISREG(present.st_mode):
             mode = stat.S_IMODE(present.st_mode) & 0o777
@@ -8691,9 +8457,7 @@ class FileTarget:
         del self._pending[names]
         self.files += 1
 
-    def _in_the_way(
-        self, names: tuple[str, ...], present: os.stat_result | None
-    ) -> str:
+    def _in_the_way(self, names: Names, present: os.stat_result | None) -> str:
         """Return why what is there keeps its name; "": it is replaced."""
         if present is None:
             return ""
@@ -8705,50 +8469,41 @@ class FileTarget:
             return "is there already, and stays as it is"
         return SAME_NAME if self._is_another(present, names) else ""
 
-    def _set(
-        self, names: tuple[str, ...], what: str, change: Callable[[], None]
-    ) -> None:
-        """Set a mode or time; note it where the file system refuses to.
-
-        Windows drives in WSL and the storage of phones have no modes.
-        """
-        try:
-            change()
-        except OSError as error:
-            problem = f"its {what} could not be set: {error.strerror}"
-            self._note(file_problem(self._shown(names), problem))
-
-    def _name_directory(self, names: tuple[str, ...], name: str) -> None:
+    def _name_directory(self, names: Names, name: str) -> None:
         """Give a new directory its own name.  Raises OSError."""
         parent = self._directory(names[:-1])
-        present = self._present(names[-1], parent)
+        present = _present(names[-1], parent)
         if present is not None:
             problem = SAME_NAME if self._is_another(present, names) else APPEARED
             raise FileExistsError(errno.EEXIST, problem)
         os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
         del self._new[names]
+        self.files += self._new_files[names]
 
-    def _make_link(self, names: tuple[str, ...], link: str) -> None:
+    def _make_link(self, names: Names, link: str) -> None:
         """Raises OSError."""
         if self._leads_out(names, link):
-            self._leave_out(
+            self.leave_out(
                 names, f"links to {shown_path(link)}, outside of what is copied"
             )
             return
-        parent = self._directory(names[:-1])
-        present = self._present(names[-1], parent)
-        is_ours = present is not None and self._new_above(names) is not None
+        parent, new = self._directory(names[:-1]), self._new_above(names)
+        present = _present(names[-1], parent)
+        is_ours = present is not None and new is not None
         problem = SAME_NAME if is_ours else self._in_the_way(names, present)
         if problem:
-            self._leave_out(names, problem)
+            self.leave_out(names, problem)
             return
         name = _partial_name()
         os.symlink(link, name, dir_fd=parent)
         os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
         self._record(os.stat(names[-1], dir_fd=parent, follow_symlinks=False))
-        self._count(names)
+        if new is None:
+            self.files += 1
+        else:
+            self._new_files[new] += 1
 
-    def _leads_out(self, names: tuple[str, ...], link: str) -> bool:
+    def _leads_out(self, names: Names, link: str) -> bool:
         """Whether a link at `names` points outside of its first directory.
 
         By its text, in which `..` follows real directories only: after a link, which
@@ -8757,7 +8512,7 @@ class FileTarget:
         top = names[:1] if len(names) > 1 else ()  # a link alone may name a sibling
         at = list(names[:-1])
         if link.startswith("/"):
-            above = self._parent.rstrip("/") + "/"
+            above = self.path.rstrip("/") + "/"
             if not link.startswith(above):
                 return True
             link, at = link[len(above) :], []
@@ -8772,51 +8527,314 @@ class FileTarget:
                 named = True
         return not link or tuple(at[: len(top)]) != top
 
-    def _is_directory(self, names: tuple[str, ...]) -> bool:
-        """Whether it is one of ours or was there before, reached through no link."""
-        try:
-            self._directory(names)
-        except OSError:
-            return False
-        return True
-
-    def _present(self, name: str, parent: int) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def _forget(self, names: tuple[str, ...]) -> None:
-        """Remove a file that is not complete."""
-        self._unflushed.pop(names, None)
-        pending = self._pending.pop(names, None)
-        if pending and self._part and pending.partial == self._part.name:
-            self._part.is_kept = False
-        elif pending or self._new_above(names):
-            with contextlib.suppress(OSError):
-                name = pending.partial if pending else names[-1]
-                os.unlink(name, dir_fd=self._directory(names[:-1]))
-                self._count(names, -1 if pending is None else 0)
-
-    def _discard(self) -> None:
+    def close(self) -> None:
         """Remove what has no name, and directories that were made for nothing."""
-        self._hooks.alive(None)  # read() may have failed in a wait without limit
-        part, self._part = self._part, None
+        self._hooks.alive(None)  # a wait without limit may have failed
+        part, self.part = self.part, None
+        for names, pending in list(self._pending.items()):
+            if part is None or pending.partial != part.name:
+                self.forget(names)
         if part is not None:
-            for names, pending in list(self._pending.items()):
-                if pending.partial == part.name:
-                    del self._pending[names]
             part.close()
-        for names in list(self._pending):
-            self._forget(names)
         for names, name in self._new.items():
             with contextlib.suppress(OSError):
                 alive = partial(self._hooks.alive, None)
                 remove_tree(self._directory(names[:-1]), name, alive)
         self._leave_directory()
-        if self._root >= 0:
-            os.close(self._root)
-            self._root = -1
+        if self.root >= 0:
+            os.close(self.root)
+            self.root = -1
+
+
+class FileTarget:
+    """Writes a stream of files, each whole or not at all."""
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        *,
+        umask: int,
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
+    ) -> None:
+        """`note` gets a sentence for each file that is left out; `umask` is for
+        directories and files whose mode the stream does not say.
+        """
+        self._spec = spec
+        self._wanted_parts = places.wanted_parts
+        self._hooks = hooks
+        self._tree = StagedTree(spec, places, note, umask, hooks)
+        self._members = 0  # of the archive
+        self._first = ""  # name in the archive
+        self._name = ""  # in its place; "": as it is
+        self._last = ""  # the first of the names of what arrives now
+        self._more = 0  # such names beside the first
+        self._latest: Names = ()  # the file that has just been written
+        self._part_digest = hashlib.sha256()  # of what the part has
+        self._digest = hashlib.sha256()  # of the first file
+
+    def find_part(
+        self, report: Callable[[FilePartial], None] = lambda _part: None
+    ) -> FilePartial:
+        """Return what an interrupted copy left of the file, for a source to go on.
+
+        `report` is called with it before.  Until receive() ends no other copy writes
+        it.  Raises RpcError, OSError, and what `report` raises.
+        """
+        try:
+            part = self._find_part()
+            report(part)
+            return part
+        except BaseException:
+            self._tree.close()
+            raise
+
+    def receive(self, read: Callable[[int], bytes | memoryview]) -> JsonObject:
+        """Write all files; return what was written.  Raises RpcError, OSError."""
+        stream, tree = CheckedStream(read), self._tree
+        try:
+            if self._spec.bare:
+                self._name = tree.open()
+                pieces = iter(partial(stream.some, FILE_PIECE), b"")
+                tree.add_file((self._name,), pieces)
+            else:
+                for member in read_members(stream):
+                    self._take(member, stream)
+            stream.check()
+            tree.flush()
+            tree.commit()
+        finally:
+            if tree.part is not None and stream.is_wrong:
+                tree.part.is_kept = False
+            tree.close()
+        is_only = self._members == tree.files == 1 and self._latest
+        return {
+            "files": tree.files,
+            "bytes": tree.bytes,
+            "sha256": self._digest.hexdigest() if is_only else stream.sha256,
+            "path": encode_path(tree.shown((self._name or self._first,))),
+            "more": self._more,
+        }
+
+    def give_way(self, idle: float) -> None:
+        """Fail if nothing came for `idle` s, and another copy waits for our part.
+
+        The sender may have been killed.  No file system is asked, as the caller holds a
+        lock.  Raises RpcError.
+        """
+        part = self._tree.part
+        if part and idle >= PART_IDLE and part.key in self._wanted_parts:
+            problem = "nothing came, and another copy took over its part"
+            raise RpcError("CONFLICT", problem)
+
+    def _find_part(self) -> FilePartial:
+        """Raises RpcError, OSError."""
+        origin, tree = self._spec.origin, self._tree
+        assert origin is not None
+        self._first = _components(decode_path(origin.name))[0]
+        self._name = tree.open()
+        name = self._name or self._first
+        shown = tree.shown((name,))
+        try:
+            part = tree.part = self._open_part(name, origin.identity)
+        except OSError as error:
+            busy = error.errno == errno.EWOULDBLOCK
+            problem = file_problem(shown, error)
+            raise RpcError("CONFLICT" if busy else "FORBIDDEN", problem) from error
+        if part.removed:
+            problem = "the source has changed since the copy was interrupted"
+            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
+        elif not part.size:
+            problem = "there is no part of it to resume; it is copied whole"
+            self._hooks.say(file_problem(shown, problem))
+        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
+        self._part_digest = digest
+        return FilePartial(origin.identity, part.size, digest.hexdigest())
+
+    def _open_part(self, name: str, identity: str) -> PartialFile:
+        """Return the part of a copy that is resumed.  Raises OSError."""
+        deadline = Deadline(PART_PATIENCE)
+        names = part_names(name, identity)
+        wanted = part_key(self._tree.root, names[1])
+        try:
+            while True:
+                try:
+                    return PartialFile(self._tree.root, names, resumes=True)
+                except OSError as error:
+                    if error.errno != errno.EWOULDBLOCK:
+                        raise
+                    if deadline.expired:
+                        why = "another copy is writing it"
+                        way = "`moltis node jobs` lists it, and --cancel ends it"
+                        raise OSError(error.errno, f"{why}; {way}") from error
+                self._wanted_parts.add(wanted)
+                self._hooks.progress(0, 0)
+                time.sleep(0.1)
+        finally:
+            self._wanted_parts.discard(wanted)
+
+    def _begin(self, top: str, member: Member) -> None:
+        """Open the place of the first member."""
+        self._first, tree = top, self._tree
+        self._name = tree.open(is_directory=member.kind == b"5")
+        if tree.alone:
+            # Optional: another copy may be writing the part, the file system may have
+            # no locks, or the directory may not be readable.
+            with contextlib.suppress(OSError):
+                parts = part_names(self._name or top, member.identity)
+                tree.part = PartialFile(tree.root, parts, resumes=False)
+
+    def _take(self, member: Member, stream: CheckedStream) -> None:
+        tree = self._tree
+        top, *rest = _components(member.name)
+        if not self._members:
+            tree.alone = bool(member.identity)
+            if tree.root < 0:
+                self._begin(top, member)
+        self._hooks.alive(None)  # one message may hold many small files
+        if self._name and self._first != top:
+            problem = "is not a directory, for several files"
+            raise RpcError("INVALID_REQUEST", file_problem(self._spec.path, problem))
+        names = (self._name or top, *rest)
+        self._members += 1
+        self._more += top != (self._last or top)
+        self._last = top
+        content = stream.pieces(member.size)
+        latest, self._latest = self._latest, ()
+        if member.failed:
+            if names == latest:  # not an earlier file of the same name
+                tree.forget(names)
+        elif tree.is_blocked(names):
+            pass
+        elif member.kind == b"5":
+            tree.add_directory(names, member)
+        elif tree.has(names):
+            tree.leave_out(names, NAMED_TWICE)
+        elif member.kind == b"2":
+            tree.add_link(names, member.link)
+        elif member.kind in (b"0", b"\0"):
+            self._write(names, member, content)
+        else:
+            tree.leave_out(names, "is neither a file nor a directory")
+        for _ in content:
+            pass
+        stream.exactly(-member.size % TAR_BLOCK)
+
+    def _write(
+        self, names: Names, member: Member, content: Iterable[memoryview]
+    ) -> None:
+        part = self._tree.part if self._members == 1 and len(names) == 1 else None
+        if member.offset:
+            if part is None or part.size != member.offset:
+                raise _not_an_archive("it continues a file that is not there")
+            self._digest = self._part_digest
+        if self._members == 1:  # its own digest, where no other file follows
+            content = self._hashed(content)
+        if self._tree.add_file(names, content, member, part):
+            self._latest = names
+
+    def _hashed(self, content: Iterable[memoryview]) -> Iterator[memoryview]:
+        for piece in content:
+            self._digest.update(piece)
+            yield piece
+
+
+class SplicedFile:
+    """Rewrites one file with some ranges of its bytes replaced."""
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        *,
+        umask: int,
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
+    ) -> None:
+        """As FileTarget."""
+        self._spec = spec
+        self._tree = StagedTree(spec, places, note, umask, hooks)
+        self._old = hashlib.sha256()  # of the file as it is there
+        self._new = hashlib.sha256()  # of what replaces it
+
+    def write(self) -> JsonObject:
+        """Return what was written.
+
+        Raises RpcError if it is not the file that was expected, OSError.
+        """
+        tree = self._tree
+        try:
+            name = tree.open()
+            path = tree.shown((name,))
+            before = self._rewrite(name, path)
+            found = "" if before is None else self._old.hexdigest()
+            now = _present(name, tree.root)
+            if found != self._spec.expects or _identity(before) != _identity(now):
+                raise self._not_expected(path, "is not the file that was read before")
+            tree.commit()
+        finally:
+            tree.close()
+        return {
+            "files": tree.files,
+            "bytes": tree.bytes,
+            "sha256": self._new.hexdigest(),
+            "path": encode_path(path),
+        }
+
+    def _rewrite(self, name: str, path: str) -> os.stat_result | None:
+        """Write the new content; return facts of the file there, None if it is missing.
+
+        Raises RpcError, OSError.
+        """
+        facts = None
+        try:
+            present = open_file(name, self._tree.root, follow=False)
+            facts = os.fstat(present)
+        except FileNotFoundError:
+            present = os.open(os.devnull, os.O_RDONLY)  # has no bytes either
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+        try:
+            if facts is not None and not stat.S_ISREG(facts.st_mode):
+                raise self._not_expected(path, "is not a file")
+            self._tree.add_file((name,), self._spliced(present))
+            self._tree.flush()
+        finally:
+            os.close(present)
+        return facts
+
+    def _spliced(self, present: int) -> Iterator[bytes]:
+        """Yield the new bytes.  Raises RpcError for invalid splices, OSError."""
+        at = 0
+        for splice in self._spec.splices or ():
+            try:
+                data = base64.b64decode(splice.data, validate=True)
+            except ValueError as error:
+                problem = "the data of a splice is not base64"
+                raise RpcError("INVALID_REQUEST", problem) from error
+            if splice.offset < at or splice.length < 0:
+                raise RpcError("INVALID_REQUEST", "splices overlap, or go backwards")
+            yield from self._kept(present, splice.offset - at)
+            self._new.update(data)
+            yield data
+            for piece in read_pieces(present, splice.length):
+                self._old.update(piece)
+            at = splice.offset + splice.length
+        yield from self._kept(present)
+
+    def _kept(self, present: int, count: int = sys.maxsize) -> Iterator[bytes]:
+        """Yield the next `count` bytes of the old file, for the new one."""
+        for piece in read_pieces(present, count):
+            self._old.update(piece)
+            self._new.update(piece)
+            yield piece
+
+    def _not_expected(self, path: str, problem: str) -> RpcError:
+        return RpcError(
+            "CONFLICT",
+            file_problem(path, f"{problem}; nothing was written: read it again"),
+        )
 
 
 # ==============================================================================
@@ -12005,8 +12023,8 @@ def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
     umask = file_umask(options.inherited)
-    changer = FileChanger(file_places(options), umask, errand.pause)
-    return errand.call_file_system(partial(changer.change, spec), spec.path)
+    change = partial(change_file, spec, file_places(options), umask, errand.pause)
+    return errand.call_file_system(change, spec.path)
 
 
 class Notes:
@@ -12089,10 +12107,11 @@ def _write_files(
 
     def write() -> JsonObject:
         hooks = notes.hooks()
+        if spec.splices is not None:
+            spliced = SplicedFile(spec, places, notes, umask=umask, hooks=hooks)
+            return {**spliced.write(), "notes": 0}
         target = FileTarget(spec, places, notes, umask=umask, hooks=hooks)
         errand.on_idle = target.give_way
-        if spec.splices is not None:
-            return {**target.splice(), "notes": 0}
         if spec.origin is not None and spec.origin.resumes:
             target.find_part(report)
         return notes.end(target.receive(errand.read))
