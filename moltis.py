@@ -1730,6 +1730,8 @@ def read_settings_file(path: Path) -> JsonObject | None:
     Raises BadConfiguration if it cannot be used.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe could take for ever
+            raise BadConfiguration(f"{path} is not a regular file; delete it")
         data = path.read_bytes()
         # Zeros are what a file system keeps of a file when the power fails.
         value = from_json(data) if data.strip(b"\0 \t\r\n") else None
