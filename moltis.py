@@ -3809,6 +3809,10 @@ def _why_unreached(name: str, error: Exception) -> str:
     return f"{name} cannot be reached: {reason or error}"
 
 
+def _plain_type(_headers: HttpHeaders) -> str:
+    return "text/plain"
+
+
 @contextlib.contextmanager
 def http_exchange(
     method: str,
@@ -3841,6 +3845,8 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
+    # In a type "multipart/…" its parser looks for a boundary, in quadratic time.
+    http.client.HTTPMessage.get_content_type = _plain_type  # type: ignore[assignment]
     # Without a port it would look for one in an IPv6 address.
     connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
