@@ -17218,7 +17218,7 @@ def _reopened(record: JobRecord) -> JobRecord:
 def _directory_sizes(directory: Path) -> dict[str, int]:
     """Return the size of the files in each subdirectory, by its name."""
     sizes = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(directory):
             with contextlib.suppress(OSError), os.scandir(directory / name) as files:
                 sizes[name] = sum(entry.stat().st_size for entry in files)

@@ -1181,6 +1181,21 @@ def test_the_oldest_logs_go_when_all_are_too_large(world):
     assert kept == set(ids[2:])
 
 
+def test_a_file_in_place_of_the_directory_of_logs_does_not_end_a_tick(world):
+    (world.directory / "jobs").write_text("")
+    jobs = moltis.Jobs(
+        world.store.jobs,
+        OneNodeFleet(world.node),
+        world.directory / "jobs",
+        keep_output=0,
+    )
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"x" * 100_000))
+    jobs.tick()
+    world.jobs.tick()
+    assert world.jobs.text(job).startswith("xxx")
+
+
 def test_text_for_a_model_has_head_and_tail(world):
     job = world.start(kept=True)
     for number in range(30):
