@@ -8868,6 +8868,7 @@ ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
 ANTHROPIC_CACHE = {"type": "ephemeral"}  # a breakpoint: the prefix before it is cached
 OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+OLLAMA_ANSWER = 2048  # tokens of a context that are left for the answer
 
 OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a model
     r"(?i)context.{0,24}(length|window|size|limit)|(prompt|input) is too long"
@@ -10125,10 +10126,16 @@ class OllamaProvider(ModelProvider):
             body["tools"] = function_tools(request.tools)
         if request.effort:
             body["think"] = request.effort != "off" and request.effort
-        # In doublings: another size makes Ollama load the model again.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
         wanted, trained = self._contexts.get(_tagged(request.model), (0, 0))
+        most = max(wanted, min(trained or OLLAMA_LAST_CONTEXT, OLLAMA_LAST_CONTEXT))
+        # Three characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + min(OLLAMA_ANSWER, most // 4)
+        turns = sum(message.role == "user" for message in request.messages)
+        if needed > most and turns > 1:
+            # Ollama would cut the beginning off without a word.  The last turn goes to
+            # it as it is: nothing before it is left out any more.
+            raise ContextTooLong(f"{request.model} takes {most:,} tokens at a time")
+        # In doublings: another size makes Ollama load the model again.
         size = least = max(OLLAMA_FIRST_CONTEXT, wanted)
         while size < min(needed, OLLAMA_LAST_CONTEXT):
             size *= 2
