@@ -5365,23 +5365,20 @@ class JobLog:
         return start
 
 
-JOINED_INPUT = 1024  # bytes; smaller pieces of input are joined
-
-
 class InputWindow:
     """Bytes that arrived for a command's standard input, not yet consumed."""
 
     def __init__(self, limit: int = LOG_WINDOW) -> None:
-        self.consumed = 0  # offset of the first byte of _pieces
+        self.consumed = 0  # offset of the first byte of _data
         self.arrived = 0  # offset; at most `limit` more, or it is refused
         self._limit = limit
-        self._pieces: collections.deque[bytes | memoryview] = collections.deque()
+        self._data = bytearray()
         self._ended = False
 
     @property
     def exhausted(self) -> bool:
         """Whether the end of input was reached."""
-        return self._ended and not self._pieces
+        return self._ended and not self._data
 
     def add(self, offset: int, data: bytes | memoryview) -> None:
         """Take `data`, or the end of input if it is empty.  Raises RpcError."""
@@ -5402,24 +5399,17 @@ class InputWindow:
             )
         self.arrived += len(fresh)
         self._ended = self._ended or not data
-        # An object for each key that is typed ahead would take more than the keys.
-        if self._pieces and len(self._pieces[-1]) + len(fresh) <= JOINED_INPUT:
-            fresh = b"".join((self._pieces.pop(), fresh))
-        if fresh:
-            self._pieces.append(fresh)
+        self._data += fresh
 
-    def peek(self) -> bytes | memoryview:
-        """Return what comes next, at most one message."""
-        return self._pieces[0] if self._pieces else b""
+    def peek(self) -> bytes:
+        """Return what comes next, at most as much as one message has."""
+        with memoryview(self._data) as view:
+            return bytes(view[:MAX_LOG_MESSAGE])
 
     def consume(self, count: int) -> None:
-        count = min(count, self.arrived - self.consumed)
+        count = min(count, len(self._data))
         self.consumed += count
-        while count:
-            piece = memoryview(self._pieces.popleft())
-            if count < len(piece):
-                self._pieces.appendleft(piece[count:])
-            count -= min(count, len(piece))
+        del self._data[:count]
 
 
 # -- what commands get ---------------------------------------------------------
