@@ -360,14 +360,12 @@ JSON_KINDS: Mapping[type, str] = {
 }
 
 
-def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, or None where it is absent or null.
+def checked(value: Any, name: str, kind: type) -> Any:
+    """Return `value`, which has to be of the JSON type `kind`.
 
-    Raises RpcError INVALID_REQUEST for a value of another type.
+    `float` takes whole numbers too; `name` is for the error.  Raises RpcError
+    INVALID_REQUEST.
     """
-    value = params.get(name)
-    if value is None:
-        return None
     accepted = (int, float) if kind is float else (kind,)
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
         found = JSON_KINDS.get(type(value), type(value).__name__)
@@ -377,15 +375,18 @@ def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, which has to be of the JSON type `kind`.
+def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]` as checked(), or None where it is absent or null."""
+    value = params.get(name)
+    return None if value is None else checked(value, name, kind)
 
-    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
-    """
-    value = optional(params, name, kind)
+
+def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]` as checked(); it must not be absent or null."""
+    value = params.get(name)
     if value is None:
         raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
-    return value
+    return checked(value, name, kind)
 
 
 def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
@@ -521,18 +522,17 @@ def encode_value(value: Any) -> Any:
 
 
 def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
-    items = required({name: value}, name, list)
-    return make(decode(item, name) for item in items)
+    return make(decode(item, name) for item in checked(value, name, list))
 
 
 def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
-    return kind.from_json(required({name: value}, name, dict))
+    return kind.from_json(checked(value, name, dict))
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
     if type(value) is kind or kind is object:
         return value
-    return required({name: value}, name, kind)
+    return checked(value, name, kind)
 
 
 def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
@@ -4528,7 +4528,7 @@ class Mark(Value):
 def decode_mark(data: bytes) -> Mark | None:
     """Return the Mark in a frame from a node, None if it is malformed."""
     with contextlib.suppress(ValueError, RpcError):
-        mark = Mark.from_json(required({"mark": from_json(data)}, "mark", dict))
+        mark = Mark.from_json(checked(from_json(data), "mark", dict))
         TerminalSize(mark.rows, mark.cols).check()
         known = mark.modes.keys() <= MODE_NAMES
         if (
@@ -4716,7 +4716,7 @@ def is_directory_name(text: str) -> bool:
 def decode_ending(data: bytes) -> Ending:
     """Return a node's ending, each field checked.  Raises RpcError PROTOCOL_ERROR."""
     try:
-        ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
+        ending = Ending.from_json(checked(from_json(data), "ending", dict))
         if ending.state not in JobState.BY_NODE:
             raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
@@ -10796,7 +10796,7 @@ class Provider(Value):
 
 def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
     """Return a JSON number in a range, which neither infinity nor NaN is."""
-    number: float = required({"": value}, "", float)
+    number: float = checked(value, "", float)
     if not low <= number <= high:
         raise ValueError("beyond reason")
     return number
@@ -10817,11 +10817,11 @@ def _celsius(value: Any) -> float:
 def _label(value: Any) -> str:
     # A node's words reach terminals.  printable() removes lone surrogates as well,
     # which cannot be encoded.
-    return printable(required({"": value}, "", str), MAX_LABEL)
+    return printable(checked(value, "", str), MAX_LABEL)
 
 
 def _items(value: Any, kind: type = list) -> Any:
-    return list(required({"": value}, "", kind))[:MAX_LISTED]
+    return list(checked(value, "", kind))[:MAX_LISTED]
 
 
 def _labels(value: Any) -> tuple[str, ...]:
@@ -11080,14 +11080,10 @@ def _read_cgroup(group: Path) -> CgroupLimits:
 def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
     """Return the tightest limits of all cgroups that this process is in."""
     limits = [_read_cgroup(group) for group in _cgroups(root)]
-    tightest = {
-        name: min(
-            (v for v in (getattr(one, name) for one in limits) if v), default=None
-        )
-        for name in ("memory", "cpus")
-    }
-    free = [one.memory_free for one in limits if one.memory_free is not None]
-    return CgroupLimits(**tightest, memory_free=min(free, default=None))
+    values = ([getattr(one, name) for one in limits] for name in CgroupLimits._names)
+    return CgroupLimits(
+        *(min((v for v in each if v is not None), default=None) for each in values)
+    )
 
 
 class ProcProbe:
