@@ -9157,6 +9157,11 @@ def fold_notes(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return folded
 
 
+def conversation(request: ChatRequest) -> list[ChatMessage]:
+    """Return the messages of a request as most servers accept them."""
+    return fold_notes(settle_tool_calls(request.messages))
+
+
 # --- reading a response ---
 
 
@@ -10107,8 +10112,7 @@ class OllamaProvider(ModelProvider):
         body: JsonObject = {
             "model": request.model,
             "messages": [
-                self._message(request, message)
-                for message in fold_notes(settle_tool_calls(request.messages))
+                self._message(request, message) for message in conversation(request)
             ],
             "stream": True,
         }
@@ -10176,8 +10180,7 @@ class OpenAiProvider(ModelProvider):
         body: JsonObject = {
             "model": request.model,
             "messages": [
-                self._message(request, message)
-                for message in fold_notes(settle_tool_calls(request.messages))
+                self._message(request, message) for message in conversation(request)
             ],
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -10300,7 +10303,7 @@ class ResponsesProvider(OpenAiProvider):
             "model": request.model,
             "input": [
                 item
-                for message in fold_notes(settle_tool_calls(request.messages))
+                for message in conversation(request)
                 for item in self._items(request, message)
             ],
             "stream": True,
@@ -10560,12 +10563,19 @@ def _tidy_url(protocol: str, base_url: str) -> str:
     return url + mark + query
 
 
-def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
-    """Return the variable that holds a provider's key, or the one that would."""
-    bearer = BEARER_VARIABLES.get(spec.id, "")
-    if spec.own or environ.get(bearer):
-        return "" if spec.own else bearer
-    return API_KEY_VARIABLES[spec.id]
+def _entries(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> Iterator[tuple[ProviderSpec, ProviderSettings, str]]:
+    """Yield each provider, its settings, and the variable of its key or ""."""
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        bearer = BEARER_VARIABLES.get(spec.id, "")
+        if spec.own:
+            yield spec, entered, ""
+        elif environ.get(bearer):
+            yield spec.replace(key_headers=("Authorization",)), entered, bearer
+        else:
+            yield spec, entered, API_KEY_VARIABLES[spec.id]
 
 
 def make_providers(
@@ -10573,21 +10583,17 @@ def make_providers(
 ) -> list[ModelProvider]:
     """Return the providers that can be used; the environment beats `settings`."""
     providers = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = _key_variable(spec, environ)
+    for spec, entered, variable in _entries(environ, settings):
         api_key = environ.get(variable) or entered.api_key
         base_url = environ.get(spec.url_variable) or entered.base_url
-        if spec.protocol == "ollama":
-            base_url = ollama_url(base_url or spec.base_url)
         protocol = spec.protocol
-        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
-            protocol = "openai"  # an imitation
-        if protocol != "ollama" and base_url:
+        if protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif base_url:
+            if protocol == "responses" and "api.openai.com" not in base_url:
+                protocol = "openai"  # an imitation
             base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
-            if variable in BEARER_VARIABLES.values():
-                spec = spec.replace(key_headers=("Authorization",))  # noqa: PLW2901
             make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
@@ -10598,10 +10604,10 @@ def describe_providers(
 ) -> list[JsonObject]:
     """Return each provider and where its key is from, for people; never the key."""
     descriptions = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = _key_variable(spec, environ)
+    for spec, entered, variable in _entries(environ, settings):
         source = "settings" if entered.api_key else ""
+        is_entered = entered != ProviderSettings()
+        is_named = bool(environ.get(variable) or environ.get(spec.url_variable))
         descriptions.append(
             {
                 "id": spec.id,
@@ -10611,9 +10617,8 @@ def describe_providers(
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
-                "isEntered": entered != ProviderSettings(),
-                "isSetUp": entered != ProviderSettings()
-                or bool(environ.get(variable) or environ.get(spec.url_variable)),
+                "isEntered": is_entered,
+                "isSetUp": is_entered or is_named,
             }
         )
     return descriptions
@@ -10644,29 +10649,6 @@ class ProviderModel:
         """Yield the answer as it comes; see ChatModel.stream."""
         request = ChatRequest(self._name, tuple(messages), tuple(tools), self._effort)
         return self._provider.stream(request, cancel)
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers side by side; return their models, and errors by provider.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 class ModelCatalog:
@@ -10718,13 +10700,24 @@ class ModelCatalog:
     ) -> tuple[list[ModelInfo], dict[str, str]]:
         """Return the models, and by provider why it could not be asked.
 
-        Both are remembered for a while.  Raises Cancelled.
+        All are asked side by side, and the answers remembered.  Raises Cancelled.
         """
         with self._lock:
             if not refresh and not self._fresh.expired:
                 return list(self._models), dict(self._errors)
             providers = list(self._providers.values())
-        models, errors = list_models(providers, cancel)
+        from concurrent.futures import ThreadPoolExecutor
+
+        models: list[ModelInfo] = []
+        errors: dict[str, str] = {}
+        size = max(1, len(providers))
+        with ThreadPoolExecutor(size, thread_name_prefix="moltis-models") as pool:
+            asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+            for provider, answer in asked:
+                try:
+                    models += answer.result()
+                except ModelError as error:
+                    errors[provider.spec.id] = str(error)
         with self._lock:
             if providers == list(self._providers.values()):
                 self._models, self._errors = models, errors
