@@ -6619,6 +6619,9 @@ NO_RESUME = (
     "cannot continue a copy: its moltis.py is too old; update it there, or leave out "
     "--resume"
 )
+PART_IN_USE = (
+    "another copy is writing it; `moltis node jobs` lists it, and --cancel ends it"
+)
 NAMED_TWICE = "two files of this name are copied; only the first is there"
 SAME_NAME = "names that differ only in case are the same here"
 APPEARED = "something with this name appeared meanwhile; it stays as it is"
@@ -6676,12 +6679,6 @@ def open_file(name: str, directory: int, *, follow: bool) -> int:
         raise OSError(errno.EBUSY, DATABASE_IN_USE)
     flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     return os.open(name, flags, dir_fd=directory)
-
-
-def silent_file_system(path: str, waited: float) -> RpcError:
-    """Return the error for a path of encode_path()."""
-    problem = f"its file system did not answer within {waited:.0f} s"
-    return RpcError("UNAVAILABLE", file_problem(decode_path(path), problem))
 
 
 class FilePart(Value):
@@ -6980,14 +6977,18 @@ class FileListing:
         self._away = 0  # entries whose file system does not answer
         self.path = places.absolute(decode_path(spec.path))
         self._follow = places.follows_links
-        self._parent = self.path
         self.is_directory = places.is_directory(self.path)
+        directory, name = os.path.split(self.path)
         try:
-            if not self.is_directory:
-                self._parent = os.path.dirname(self.path)
-            self._descriptor = places.open_directory(self._parent)
+            self._descriptor = places.open_directory(
+                self.path if self.is_directory else directory
+            )
             try:
-                self._names = self._find(whole=spec.names)
+                if not self.is_directory:
+                    os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+                    self._names = [name]
+                else:
+                    self._names = os.listdir(self._descriptor) if spec.names else []
             except OSError:
                 os.close(self._descriptor)
                 raise
@@ -6995,16 +6996,8 @@ class FileListing:
             raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
         self.left_out = max(0, len(self._names) - MAX_ENTRIES)
 
-    def _find(self, *, whole: bool) -> list[str]:
-        """Raises OSError."""
-        if self.is_directory:
-            return sorted(os.listdir(self._descriptor)) if whole else []
-        name = os.path.basename(self.path)
-        os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        return [name]
-
     def entries(self) -> Iterator[FileEntry]:
-        names = self._names[:MAX_ENTRIES]
+        names = sorted(self._names)[:MAX_ENTRIES]
         try:
             for start in range(0, len(names), LOOKED_AT_ONCE):
                 yield from self._look_at(names[start : start + LOOKED_AT_ONCE])
@@ -7299,8 +7292,7 @@ class _Lines:
 
     def take(self) -> tuple[bytes, JsonObject]:
         """Return the lines kept; the first, next and cut line, and the count of all."""
-        lines = bytes(self._kept).split(b"\n")
-        lines = [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
+        lines = io.BytesIO(self._kept).readlines()
         exceeds = len(self._kept) > MAX_READ_TEXT
         if exceeds and len(lines) > 1:
             lines.pop()
@@ -7349,7 +7341,11 @@ class TextSource:
         `check` is called after each read.  Raises RpcError.
         """
         try:
-            descriptor = self._open()
+            parent, name = self._places.open_parent(self.path)
+            try:
+                descriptor = open_file(name, parent, follow=self._places.follows_links)
+            finally:
+                os.close(parent)
         except FileNotFoundError as error:
             if self._part.first:
                 raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
@@ -7362,15 +7358,6 @@ class TextSource:
             raise RpcError("UNAVAILABLE", file_problem(self.path, error)) from error
         finally:
             os.close(descriptor)
-
-    def _open(self) -> int:
-        """Raises OSError."""
-        parent = self._places.open_directory(os.path.dirname(self.path))
-        try:
-            name = os.path.basename(self.path) or "/"
-            return open_file(name, parent, follow=self._places.follows_links)
-        finally:
-            os.close(parent)
 
     def _read(
         self, descriptor: int, check: Callable[[], None]
@@ -7796,13 +7783,7 @@ class CheckedStream:
 
     def exactly(self, size: int) -> bytes:
         """Raises RpcError if the content ends before."""
-        found = bytearray()
-        while len(found) < size:
-            data = self.some(size - len(found))
-            if not data:
-                raise RpcError("UNAVAILABLE", TOO_SHORT)
-            found += data
-        return bytes(found)
+        return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """Yield exactly `size` bytes.  Raises RpcError if the content ends before."""
@@ -8580,12 +8561,27 @@ class FileTarget:
         `report` is called with it before.  Until receive() ends no other copy writes
         it.  Raises RpcError, OSError, and what `report` raises.
         """
+        origin, tree = self._spec.origin, self._tree
+        assert origin is not None
         try:
-            part = self._find_part()
-            report(part)
-            return part
+            self._first = _components(decode_path(origin.name))[0]
+            self._name = tree.open()
+            name = self._name or self._first
+            part = tree.part = self._open_part(name, origin.identity)
+            shown = tree.shown((name,))
+            if part.removed:
+                problem = "the source has changed since the copy was interrupted"
+                self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
+            elif not part.size:
+                problem = "there is no part of it to resume; it is copied whole"
+                self._hooks.say(file_problem(shown, problem))
+            digest = hash_part(part.descriptor, part.size, self._hooks.progress)
+            self._part_digest = digest
+            found = FilePartial(origin.identity, part.size, digest.hexdigest())
+            report(found)
+            return found
         except BaseException:
-            self._tree.close()
+            tree.close()
             raise
 
     def receive(self, read: Callable[[int], bytes | memoryview]) -> JsonObject:
@@ -8626,46 +8622,23 @@ class FileTarget:
             problem = "nothing came, and another copy took over its part"
             raise RpcError("CONFLICT", problem)
 
-    def _find_part(self) -> FilePartial:
-        """Raises RpcError, OSError."""
-        origin, tree = self._spec.origin, self._tree
-        assert origin is not None
-        self._first = _components(decode_path(origin.name))[0]
-        self._name = tree.open()
-        name = self._name or self._first
-        shown = tree.shown((name,))
-        try:
-            part = tree.part = self._open_part(name, origin.identity)
-        except OSError as error:
-            busy = error.errno == errno.EWOULDBLOCK
-            problem = file_problem(shown, error)
-            raise RpcError("CONFLICT" if busy else "FORBIDDEN", problem) from error
-        if part.removed:
-            problem = "the source has changed since the copy was interrupted"
-            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
-        elif not part.size:
-            problem = "there is no part of it to resume; it is copied whole"
-            self._hooks.say(file_problem(shown, problem))
-        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
-        self._part_digest = digest
-        return FilePartial(origin.identity, part.size, digest.hexdigest())
-
     def _open_part(self, name: str, identity: str) -> PartialFile:
-        """Return the part of a copy that is resumed.  Raises OSError."""
+        """Return the part of a copy that is resumed.  Raises RpcError."""
         deadline = Deadline(PART_PATIENCE)
-        names = part_names(name, identity)
-        wanted = part_key(self._tree.root, names[1])
+        names, root = part_names(name, identity), self._tree.root
+        wanted = part_key(root, names[1])
         try:
             while True:
                 try:
-                    return PartialFile(self._tree.root, names, resumes=True)
+                    return PartialFile(root, names, resumes=True)
                 except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK:
-                        raise
-                    if deadline.expired:
-                        why = "another copy is writing it"
-                        way = "`moltis node jobs` lists it, and --cancel ends it"
-                        raise OSError(error.errno, f"{why}; {way}") from error
+                    code, problem = "FORBIDDEN", error.strerror or str(error)
+                    busy = error.errno == errno.EWOULDBLOCK
+                    if busy and deadline.expired:
+                        code, problem = "CONFLICT", PART_IN_USE
+                    if not busy or deadline.expired:
+                        text = file_problem(self._tree.shown((name,)), problem)
+                        raise RpcError(code, text) from error
                 self._wanted_parts.add(wanted)
                 self._hooks.progress(0, 0)
                 time.sleep(0.1)
@@ -11730,13 +11703,14 @@ class Errand:
 
     def __init__(
         self,
-        action: Callable[[MachineOptions, Any, Errand], JsonObject],
+        action: Callable[[MachineOptions, Any, Any], JsonObject],  # the errand itself
         options: MachineOptions,
         log: JobLog,
-        _on_input: object,
+        on_input: Callable[[int], None],
         spec: Any,
     ) -> None:
         self.cancellation = Cancellation()
+        self._on_input = on_input
         self._action = partial(action, options, spec, self)
         self._log = log
         self._reason = ""
@@ -11816,19 +11790,24 @@ class Errand:
         if not self._committed:
             self.cancellation.pause(0)
 
-    def call_file_system(self, action: Callable[[], Found], path: str) -> Found:
+    def call_file_system(
+        self, action: Callable[[], Found], path: str, limit: float | None = None
+    ) -> Found:
         """Return `action()`, which uses `path` (of encode_path()), or leave it behind.
 
-        Raises its error, Cancelled, RpcError UNAVAILABLE.
+        `limit` is that of its first step, as of alive().  Raises its error, Cancelled,
+        RpcError UNAVAILABLE.
         """
-        self.alive()
+        self.alive(limit)
         try:
             return call_file_system(action, path, self._remaining)
         except TimeoutError as error:
             if self._cancel_due < math.inf:
                 raise Cancelled from error
             self.cancellation.cancel()  # should it wake up, it begins nothing new
-            raise silent_file_system(path, self._held) from error
+            problem = f"its file system did not answer within {self._held:.0f} s"
+            text = file_problem(decode_path(path), problem)
+            raise RpcError("UNAVAILABLE", text) from error
 
     def _remaining(self) -> float:
         return min(self._due, self._cancel_due) - time.monotonic()
@@ -11855,19 +11834,11 @@ class Errand:
 class InputErrand(Errand):
     """An errand that reads input."""
 
-    def __init__(
-        self,
-        action: Callable[[MachineOptions, Any, InputErrand], JsonObject],
-        options: MachineOptions,
-        log: JobLog,
-        on_input: Callable[[int], None],
-        spec: Any,
-    ) -> None:
-        super().__init__(action, options, log, on_input, spec)  # type: ignore[arg-type]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.patience = INPUT_PATIENCE  # s
         # Called every second while nothing comes, with the seconds so far; may raise.
         self.on_idle: Callable[[float], None] = lambda _idle: None
-        self._on_input = on_input
         self._arrived = threading.Condition()  # guards _input
         self._input = InputWindow()
         self._reported = 0  # offset
@@ -11995,10 +11966,7 @@ def file_places(options: MachineOptions) -> FilePlaces:
 
 def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
     find = partial(FileListing, spec, file_places(options), errand.pause)
-    try:
-        listing = call_file_system(find, spec.path, Deadline(LOOK_TIMEOUT).remaining)
-    except TimeoutError as error:
-        raise silent_file_system(spec.path, LOOK_TIMEOUT) from error
+    listing = errand.call_file_system(find, spec.path, LOOK_TIMEOUT)
     lines: list[str] = []
     for entry in listing.entries():
         lines.append(to_json(entry))
@@ -12113,16 +12081,12 @@ def _write_files(
     return errand.call_file_system(write, spec.path)
 
 
-WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
-)
-
-
 class Work(Value):
     """One kind of job, with its limits."""
 
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
-    make: WorkFactory  # raises RpcError FORBIDDEN
+    # Raises RpcError FORBIDDEN.
+    make: Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]
     recorded: bool = False  # it has a row at the gateway
     takes_input: bool = False  # whatever its spec says
     side_by_side: int = 8  # jobs

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -2321,11 +2320,13 @@ def test_a_list_of_what_is_away_is_one_sentence(source, monkeypatch):
     monkeypatch.setattr(moltis, "LOOK_TIMEOUT", 0.2)
     options = moltis.MachineOptions({}, None, files=FilePlaces(str(source)))
     spec = moltis.FileList(moltis.encode_path(str(source)))
+    log = moltis.JobLog(moltis.new_id(), lambda _log: None)
+    errand = moltis.Errand(moltis._list_files, options, log, print, spec)
     try:
-        with pytest.raises(RpcError, match="source: its file system did not answer"):
-            moltis._list_files(options, spec, mock.Mock())
+        ending = errand.run()
     finally:
         answers.set()
+    assert "source: its file system did not answer" in ending.reason
 
 
 def once(world, node, work, **spec):
