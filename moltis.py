@@ -1060,6 +1060,15 @@ def write_private(path: Path, data: bytes) -> None:
     replace_file(path, data, 0o600)
 
 
+@contextlib.contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    """Yield a descriptor, and close it after the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def remove_file(path: Path) -> None:
     """Delete `path` if it is there.  Raises BadConfiguration."""
     try:
@@ -6894,12 +6903,10 @@ def make_directory(parent: int, name: str, umask: int) -> None:
     Our own umask is narrower.
     """
     os.mkdir(name, 0o700, dir_fd=parent)
-    made = descend(os.dup(parent), [name])
-    try:
-        with contextlib.suppress(PermissionError):  # no modes: see StagedTree._set()
-            os.fchmod(made, 0o777 & ~umask)
-    finally:
-        os.close(made)
+    # PermissionError where there are no modes: see StagedTree._set().
+    made = opened(descend(os.dup(parent), [name]))
+    with contextlib.suppress(PermissionError), made as descriptor:
+        os.fchmod(descriptor, 0o777 & ~umask)
 
 
 # -- listing -------------------------------------------------------------------
@@ -6998,11 +7005,9 @@ class FileListing:
 
     def entries(self) -> Iterator[FileEntry]:
         names = sorted(self._names)[:MAX_ENTRIES]
-        try:
+        with opened(self._descriptor):
             for start in range(0, len(names), LOOKED_AT_ONCE):
                 yield from self._look_at(names[start : start + LOOKED_AT_ONCE])
-        finally:
-            os.close(self._descriptor)
 
     def _look_at(self, names: Sequence[str]) -> list[FileEntry]:
         """Return the entries of those names that are still there.
@@ -7096,7 +7101,7 @@ def _open_changed(places: FilePlaces, path: str) -> tuple[int, str]:
 def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
     facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
     goal, new = _open_changed(places, target)
-    try:
+    with opened(goal):
         with contextlib.suppress(FileNotFoundError):
             there = os.stat(new, dir_fd=goal, follow_symlinks=False)
             # A case-insensitive file system finds the file itself.
@@ -7104,8 +7109,6 @@ def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
             if not (respelled and new.casefold() == name.casefold()):
                 raise RpcError("CONFLICT", file_problem(target, "is there already"))
         os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
-    finally:
-        os.close(goal)
 
 
 def _delete(
@@ -7130,7 +7133,7 @@ def change_file(
     path = places.absolute(decode_path(spec.path))
     try:
         parent, name = _open_changed(places, path)
-        try:
+        with opened(parent):
             if spec.action == "mkdir":
                 make_directory(parent, name, umask)
             elif spec.action == "rename":
@@ -7141,8 +7144,6 @@ def change_file(
                 known = "mkdir, rename, delete"
                 problem = f"action must be one of {known}, not {spec.action[:40]!r}"
                 raise RpcError("INVALID_REQUEST", problem)
-        finally:
-            os.close(parent)
     except OSError as error:
         code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
         raise RpcError(code, file_problem(path, error)) from error
@@ -7342,10 +7343,8 @@ class TextSource:
         """
         try:
             parent, name = self._places.open_parent(self.path)
-            try:
+            with opened(parent):
                 descriptor = open_file(name, parent, follow=self._places.follows_links)
-            finally:
-                os.close(parent)
         except FileNotFoundError as error:
             if self._part.first:
                 raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
@@ -7353,11 +7352,10 @@ class TextSource:
         except OSError as error:
             raise RpcError("FORBIDDEN", file_problem(self.path, error)) from error
         try:
-            return self._read(descriptor, check)
+            with opened(descriptor):
+                return self._read(descriptor, check)
         except OSError as error:
             raise RpcError("UNAVAILABLE", file_problem(self.path, error)) from error
-        finally:
-            os.close(descriptor)
 
     def _read(
         self, descriptor: int, check: Callable[[], None]
@@ -7543,10 +7541,8 @@ class FileSource:
             descriptor = self._places.open_directory(directory or "/")
         except OSError:
             return []
-        try:
+        with opened(descriptor):
             names = os.listdir(descriptor)
-        finally:
-            os.close(descriptor)
         hidden = pattern.startswith(".")
         return [
             name
@@ -7583,7 +7579,7 @@ class FileSource:
         except OSError:
             return 0
         total = 0
-        try:
+        with opened(top):
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
                 self._hooks.pause()
                 for name in names:
@@ -7591,18 +7587,14 @@ class FileSource:
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
-        finally:
-            os.close(top)
         return total
 
     def _stat(self, path: str, *, follow: bool = True) -> os.stat_result:
         """Raises OSError."""
         parent, name = self._places.open_parent(path)
-        try:
+        with opened(parent):
             follow = follow and self._places.follows_links
             return os.stat(name, dir_fd=parent, follow_symlinks=follow)
-        finally:
-            os.close(parent)
 
     def _archive(self) -> Iterator[bytes]:
         for path in self._paths:
@@ -7664,11 +7656,8 @@ class FileSource:
             yield tar_header(name, facts, b"5")
             return below
         elif stat.S_ISREG(facts.st_mode):
-            descriptor = open_file(entry, directory, follow=follow)
-            try:
+            with opened(open_file(entry, directory, follow=follow)) as descriptor:
                 yield from self._file(descriptor, name)
-            finally:
-                os.close(descriptor)
         else:
             self._leave_out(name, "is neither a file nor a directory")
         return None
@@ -8044,13 +8033,9 @@ class PartialFile:
         return os.path.samestat(named, facts)
 
     def _remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            descriptor = self._open(name)
-            try:
-                os.unlink(name, dir_fd=self._parent)
-                self.removed += name != self.name
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), opened(self._open(name)):
+            os.unlink(name, dir_fd=self._parent)
+            self.removed += name != self.name
 
     def writer(self, offset: int) -> int:
         """Return a descriptor that writes from `offset` on.  Raises OSError."""
@@ -8186,7 +8171,9 @@ class StagedTree:
         new = self._new_above(names)
         # It gets its mode now, with which flush() could not open it.
         is_flushed = new is not None and not mode & stat.S_IRUSR
-        name = names[-1] if new else _partial_name() if part is None else part.name
+        name = names[-1]
+        if new is None:
+            name = _partial_name() if part is None else part.name
         try:
             parent = self._directory(names[:-1])
             if new is None:
@@ -8199,7 +8186,7 @@ class StagedTree:
                 self.bytes += offset
             if new is not None:
                 self._new_files[new] += 1
-            try:
+            with opened(descriptor):
                 self._fill(descriptor, content)
                 times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
                 self._set(names, "time", times)
@@ -8208,8 +8195,6 @@ class StagedTree:
                     os.fsync(descriptor)
                 if new is not None:
                     self._set(names, "mode", partial(os.fchmod, descriptor, mode))
-            finally:
-                os.close(descriptor)
         except FileExistsError:  # only where its directory is new
             self.leave_out(names, NAMED_TWICE)
         except OSError as error:
@@ -8254,8 +8239,8 @@ class StagedTree:
         """
         spec, typed = self._spec, decode_path(self._spec.path)
         path = self._places.absolute(typed)
-        is_named_so = os.path.basename(typed) in ("", ".", "..")
-        into = spec.into or is_named_so or self._places.is_directory(path)
+        says_so = os.path.basename(typed) in ("", ".", "..")
+        into = spec.into or says_so or self._places.is_directory(path)
         if into and (spec.bare or spec.splices is not None):
             problem = file_problem(path, "is a directory; name the file in it as well")
             raise RpcError("INVALID_REQUEST", problem)
@@ -8292,11 +8277,8 @@ class StagedTree:
             raise RpcError("NOT_FOUND", problem)
         self._make_directories(above)
         try:
-            parent = self._places.open_directory(above)
-            try:
+            with opened(self._places.open_directory(above)) as parent:
                 make_directory(parent, name, self._umask)
-            finally:
-                os.close(parent)
         except OSError as error:
             raise RpcError("FORBIDDEN", file_problem(path, error)) from error
 
@@ -8365,11 +8347,9 @@ class StagedTree:
         for names, name in list(self._unflushed.items()):
             self._hooks.alive(FLUSH_TIMEOUT)
             try:
-                descriptor = open_written(name, self._directory(names[:-1]))
-                try:
+                parent = self._directory(names[:-1])
+                with opened(open_written(name, parent)) as descriptor:
                     os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
             except OSError as error:
                 self.forget(names)
                 self.leave_out(names, error)
@@ -8420,8 +8400,7 @@ class StagedTree:
             return
         if present is not None and stat.S_ISREG(present.st_mode):
             mode = stat.S_IMODE(present.st_mode) & 0o777
-        descriptor = open_written(pending.partial, parent)
-        try:
+        with opened(open_written(pending.partial, parent)) as descriptor:
             facts = os.fstat(descriptor)
             if present is not None and stat.S_ISREG(present.st_mode):
                 owner = present.st_uid, present.st_gid
@@ -8429,8 +8408,6 @@ class StagedTree:
                     with contextlib.suppress(PermissionError):
                         os.fchown(descriptor, *owner)
             self._set(names, "mode", partial(os.fchmod, descriptor, mode))
-        finally:
-            os.close(descriptor)
         os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
         self._record(facts)
         del self._pending[names]
@@ -8766,13 +8743,11 @@ class SplicedFile:
             present = os.open(os.devnull, os.O_RDONLY)  # has no bytes either
         except OSError as error:
             raise RpcError("FORBIDDEN", file_problem(path, error)) from error
-        try:
+        with opened(present):
             if facts is not None and not stat.S_ISREG(facts.st_mode):
                 raise self._not_expected(path, "is not a file")
             self._tree.add_file((name,), self._spliced(present))
             self._tree.flush()
-        finally:
-            os.close(present)
         return facts
 
     def _spliced(self, present: int) -> Iterator[bytes]:
