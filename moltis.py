@@ -6792,10 +6792,13 @@ class Transfer(Value):
         return "; ".join([facts, *notes])
 
 
+FILE_ACTIONS = ("mkdir", "rename", "delete")
+
+
 class FileChange(Value):
     """The spec of work `file.change`: what to make, to rename or to delete."""
 
-    action: str  # "mkdir", "rename" or "delete"
+    action: str  # of FILE_ACTIONS
     path: str  # of encode_path(); relative to the working directory
     to: str = ""  # the same, of a rename
     recursive: bool = False  # delete a directory with all that is in it
@@ -7130,6 +7133,10 @@ def change_file(
 
     `pause` is called before each entry is deleted.  Raises RpcError.
     """
+    if spec.action not in FILE_ACTIONS:
+        known = ", ".join(FILE_ACTIONS)
+        problem = f"action must be one of {known}, not {spec.action[:40]!r}"
+        raise RpcError("INVALID_REQUEST", problem)
     path = places.absolute(decode_path(spec.path))
     try:
         parent, name = _open_changed(places, path)
@@ -7138,12 +7145,8 @@ def change_file(
                 make_directory(parent, name, umask)
             elif spec.action == "rename":
                 _rename(parent, name, places, places.absolute(decode_path(spec.to)))
-            elif spec.action == "delete":
-                _delete(parent, name, pause, recursive=spec.recursive)
             else:
-                known = "mkdir, rename, delete"
-                problem = f"action must be one of {known}, not {spec.action[:40]!r}"
-                raise RpcError("INVALID_REQUEST", problem)
+                _delete(parent, name, pause, recursive=spec.recursive)
     except OSError as error:
         code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
         raise RpcError(code, file_problem(path, error)) from error
@@ -7666,11 +7669,10 @@ class FileSource:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):  # replaced since it was looked at
             raise OSError(errno.EINVAL, "was replaced while it was opened")
-        size = facts.st_size
-        pieces = read_pieces(descriptor, size)
+        size, ready = facts.st_size, []
         if size <= FILE_PIECE:  # /proc says 0, /sys a page
             ready = list(read_pieces(descriptor, size or MAX_UNSIZED + 1))
-            size, pieces = sum(map(len, ready)), iter(ready)
+            size = sum(map(len, ready))
             if size > MAX_UNSIZED:
                 limit = format_bytes(MAX_UNSIZED)
                 problem = f"does not say its size, and has more than {limit}"
@@ -7682,6 +7684,7 @@ class FileSource:
             name, facts, b"0", size=size - offset, offset=offset, identity=identity
         )
         left, problem = size - offset, ""
+        pieces = iter(ready) if ready else read_pieces(descriptor, left)
         while left:
             try:
                 data = next(pieces, b"")

@@ -2027,6 +2027,26 @@ def test_the_rest_of_a_file_is_whole_blocks_wherever_its_part_ends(big):
     assert size % moltis.TAR_BLOCK == 0
 
 
+def test_the_rest_of_a_file_that_grows_ends_where_its_header_says(big):
+    part = moltis.FilePartial(
+        origin(big).identity, 7, hashlib.sha256(big.read_bytes()[:7]).hexdigest()
+    )
+    spec, notes = FileRead([str(big)], after=part), []
+    pieces = FileSource(spec, FilePlaces("/"), notes.append).pieces()
+    begin = next(pieces)
+    with big.open("ab") as file:
+        file.write(bytes(100_000))
+    rest = moltis.one_by_one(itertools.chain([begin], pieces))
+    stream = moltis.CheckedStream(rest)
+    [length] = [
+        sum(map(len, [*stream.pieces(m.size), stream.exactly(-m.size % 512)]))
+        for m in moltis.read_members(stream)
+    ]
+    stream.check()
+    assert length == BIG - 7 + -(BIG - 7) % 512
+    assert "changed while it was read" in notes[0]
+
+
 def test_a_stream_continues_no_file_that_is_not_there(tmp_path):
     info = member("f")
     info.pax_headers = {moltis.PAX_OFFSET: "5"}
