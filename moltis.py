@@ -360,14 +360,12 @@ JSON_KINDS: Mapping[type, str] = {
 }
 
 
-def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, or None where it is absent or null.
+def checked(value: Any, name: str, kind: type) -> Any:
+    """Return `value`, which has to be of the JSON type `kind`.
 
-    Raises RpcError INVALID_REQUEST for a value of another type.
+    `float` takes whole numbers too; `name` is for the error.  Raises RpcError
+    INVALID_REQUEST.
     """
-    value = params.get(name)
-    if value is None:
-        return None
     accepted = (int, float) if kind is float else (kind,)
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
         found = JSON_KINDS.get(type(value), type(value).__name__)
@@ -377,15 +375,18 @@ def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, which has to be of the JSON type `kind`.
+def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]` as checked(), or None where it is absent or null."""
+    value = params.get(name)
+    return None if value is None else checked(value, name, kind)
 
-    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
-    """
-    value = optional(params, name, kind)
+
+def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]` as checked(); it must not be absent or null."""
+    value = params.get(name)
     if value is None:
         raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
-    return value
+    return checked(value, name, kind)
 
 
 def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
@@ -521,18 +522,17 @@ def encode_value(value: Any) -> Any:
 
 
 def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
-    items = required({name: value}, name, list)
-    return make(decode(item, name) for item in items)
+    return make(decode(item, name) for item in checked(value, name, list))
 
 
 def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
-    return kind.from_json(required({name: value}, name, dict))
+    return kind.from_json(checked(value, name, dict))
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
     if type(value) is kind or kind is object:
         return value
-    return required({name: value}, name, kind)
+    return checked(value, name, kind)
 
 
 def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
@@ -1058,6 +1058,15 @@ def write_private(path: Path, data: bytes) -> None:
     """
     make_private_directory(path.parent)
     replace_file(path, data, 0o600)
+
+
+@contextlib.contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    """Yield a descriptor, and close it after the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path: Path) -> None:
@@ -1730,6 +1739,8 @@ def read_settings_file(path: Path) -> JsonObject | None:
     Raises BadConfiguration if it cannot be used.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe could take for ever
+            raise BadConfiguration(f"{path} is not a regular file; delete it")
         data = path.read_bytes()
         # Zeros are what a file system keeps of a file when the power fails.
         value = from_json(data) if data.strip(b"\0 \t\r\n") else None
@@ -3807,6 +3818,10 @@ def _why_unreached(name: str, error: Exception) -> str:
     return f"{name} cannot be reached: {reason or error}"
 
 
+def _plain_type(_headers: HttpHeaders) -> str:
+    return "text/plain"
+
+
 @contextlib.contextmanager
 def http_exchange(
     method: str,
@@ -3839,6 +3854,8 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
+    # In a type "multipart/…" its parser looks for a boundary, in quadratic time.
+    http.client.HTTPMessage.get_content_type = _plain_type  # type: ignore[assignment]
     # Without a port it would look for one in an IPv6 address.
     connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
@@ -4520,7 +4537,7 @@ class Mark(Value):
 def decode_mark(data: bytes) -> Mark | None:
     """Return the Mark in a frame from a node, None if it is malformed."""
     with contextlib.suppress(ValueError, RpcError):
-        mark = Mark.from_json(required({"mark": from_json(data)}, "mark", dict))
+        mark = Mark.from_json(checked(from_json(data), "mark", dict))
         TerminalSize(mark.rows, mark.cols).check()
         known = mark.modes.keys() <= MODE_NAMES
         if (
@@ -4708,7 +4725,7 @@ def is_directory_name(text: str) -> bool:
 def decode_ending(data: bytes) -> Ending:
     """Return a node's ending, each field checked.  Raises RpcError PROTOCOL_ERROR."""
     try:
-        ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
+        ending = Ending.from_json(checked(from_json(data), "ending", dict))
         if ending.state not in JobState.BY_NODE:
             raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
@@ -5357,23 +5374,20 @@ class JobLog:
         return start
 
 
-JOINED_INPUT = 1024  # bytes; smaller pieces of input are joined
-
-
 class InputWindow:
     """Bytes that arrived for a command's standard input, not yet consumed."""
 
     def __init__(self, limit: int = LOG_WINDOW) -> None:
-        self.consumed = 0  # offset of the first byte of _pieces
+        self.consumed = 0  # offset of the first byte of _data
         self.arrived = 0  # offset; at most `limit` more, or it is refused
         self._limit = limit
-        self._pieces: collections.deque[bytes | memoryview] = collections.deque()
+        self._data = bytearray()
         self._ended = False
 
     @property
     def exhausted(self) -> bool:
         """Whether the end of input was reached."""
-        return self._ended and not self._pieces
+        return self._ended and not self._data
 
     def add(self, offset: int, data: bytes | memoryview) -> None:
         """Take `data`, or the end of input if it is empty.  Raises RpcError."""
@@ -5394,24 +5408,17 @@ class InputWindow:
             )
         self.arrived += len(fresh)
         self._ended = self._ended or not data
-        # An object for each key that is typed ahead would take more than the keys.
-        if self._pieces and len(self._pieces[-1]) + len(fresh) <= JOINED_INPUT:
-            fresh = b"".join((self._pieces.pop(), fresh))
-        if fresh:
-            self._pieces.append(fresh)
+        self._data += fresh
 
-    def peek(self) -> bytes | memoryview:
-        """Return what comes next, at most one message."""
-        return self._pieces[0] if self._pieces else b""
+    def peek(self) -> bytes:
+        """Return what comes next, at most as much as one message has."""
+        with memoryview(self._data) as view:
+            return bytes(view[:MAX_LOG_MESSAGE])
 
     def consume(self, count: int) -> None:
-        count = min(count, self.arrived - self.consumed)
+        count = min(count, len(self._data))
         self.consumed += count
-        while count:
-            piece = memoryview(self._pieces.popleft())
-            if count < len(piece):
-                self._pieces.appendleft(piece[count:])
-            count -= min(count, len(piece))
+        del self._data[:count]
 
 
 # -- what commands get ---------------------------------------------------------
@@ -6628,6 +6635,9 @@ NO_RESUME = (
     "cannot continue a copy: its moltis.py is too old; update it there, or leave out "
     "--resume"
 )
+PART_IN_USE = (
+    "another copy is writing it; `moltis node jobs` lists it, and --cancel ends it"
+)
 NAMED_TWICE = "two files of this name are copied; only the first is there"
 SAME_NAME = "names that differ only in case are the same here"
 APPEARED = "something with this name appeared meanwhile; it stays as it is"
@@ -6685,12 +6695,6 @@ def open_file(name: str, directory: int, *, follow: bool) -> int:
         raise OSError(errno.EBUSY, DATABASE_IN_USE)
     flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     return os.open(name, flags, dir_fd=directory)
-
-
-def silent_file_system(path: str, waited: float) -> RpcError:
-    """Return the error for a path of encode_path()."""
-    problem = f"its file system did not answer within {waited:.0f} s"
-    return RpcError("UNAVAILABLE", file_problem(decode_path(path), problem))
 
 
 class FilePart(Value):
@@ -6795,10 +6799,13 @@ class Transfer(Value):
         return "; ".join([facts, *notes])
 
 
+FILE_ACTIONS = ("mkdir", "rename", "delete")
+
+
 class FileChange(Value):
     """The spec of work `file.change`: what to make, to rename or to delete."""
 
-    action: str  # "mkdir", "rename" or "delete"
+    action: str  # of FILE_ACTIONS
     path: str  # of encode_path(); relative to the working directory
     to: str = ""  # the same, of a rename
     recursive: bool = False  # delete a directory with all that is in it
@@ -6906,12 +6913,10 @@ def make_directory(parent: int, name: str, umask: int) -> None:
     Our own umask is narrower.
     """
     os.mkdir(name, 0o700, dir_fd=parent)
-    made = descend(os.dup(parent), [name])
-    try:
-        with contextlib.suppress(PermissionError):  # no modes: see FileTarget._set()
-            os.fchmod(made, 0o777 & ~umask)
-    finally:
-        os.close(made)
+    # PermissionError where there are no modes: see StagedTree._set().
+    made = opened(descend(os.dup(parent), [name]))
+    with contextlib.suppress(PermissionError), made as descriptor:
+        os.fchmod(descriptor, 0o777 & ~umask)
 
 
 # -- listing -------------------------------------------------------------------
@@ -6989,14 +6994,18 @@ class FileListing:
         self._away = 0  # entries whose file system does not answer
         self.path = places.absolute(decode_path(spec.path))
         self._follow = places.follows_links
-        self._parent = self.path
         self.is_directory = places.is_directory(self.path)
+        directory, name = os.path.split(self.path)
         try:
-            if not self.is_directory:
-                self._parent = os.path.dirname(self.path)
-            self._descriptor = places.open_directory(self._parent)
+            self._descriptor = places.open_directory(
+                self.path if self.is_directory else directory
+            )
             try:
-                self._names = self._find(whole=spec.names)
+                if not self.is_directory:
+                    os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+                    self._names = [name]
+                else:
+                    self._names = os.listdir(self._descriptor) if spec.names else []
             except OSError:
                 os.close(self._descriptor)
                 raise
@@ -7004,21 +7013,11 @@ class FileListing:
             raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
         self.left_out = max(0, len(self._names) - MAX_ENTRIES)
 
-    def _find(self, *, whole: bool) -> list[str]:
-        """Raises OSError."""
-        if self.is_directory:
-            return sorted(os.listdir(self._descriptor)) if whole else []
-        name = os.path.basename(self.path)
-        os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        return [name]
-
     def entries(self) -> Iterator[FileEntry]:
-        names = self._names[:MAX_ENTRIES]
-        try:
+        names = sorted(self._names)[:MAX_ENTRIES]
+        with opened(self._descriptor):
             for start in range(0, len(names), LOOKED_AT_ONCE):
                 yield from self._look_at(names[start : start + LOOKED_AT_ONCE])
-        finally:
-            os.close(self._descriptor)
 
     def _look_at(self, names: Sequence[str]) -> list[FileEntry]:
         """Return the entries of those names that are still there.
@@ -7096,74 +7095,69 @@ def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
             os.close(directory)
 
 
-class FileChanger:
-    """Makes, renames and deletes files without replacing any."""
+def _open_changed(places: FilePlaces, path: str) -> tuple[int, str]:
+    """Return a descriptor of the parent directory, and the name of `path` in it.
 
-    def __init__(
-        self, places: FilePlaces, umask: int, pause: Callable[[], None] = lambda: None
-    ) -> None:
-        """`pause` is called before each entry is deleted."""
-        self._places = places
-        self._umask = umask
-        self._pause = pause
+    Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
+    """
+    parent, name = places.open_parent(path)
+    if name == ".":
+        os.close(parent)
+        problem = file_problem(path, "stays as it is: all files here are below it")
+        raise RpcError("FORBIDDEN", problem)
+    return parent, name
 
-    def change(self, spec: FileChange) -> JsonObject:
-        """Return the path of what was changed.  Raises RpcError."""
-        actions = {"mkdir": self._make, "rename": self._rename, "delete": self._delete}
-        if spec.action not in actions:
-            known = ", ".join(actions)
-            problem = f"action must be one of {known}, not {spec.action[:40]!r}"
-            raise RpcError("INVALID_REQUEST", problem)
-        path = self._places.absolute(decode_path(spec.path))
-        try:
-            parent, name = self._open(path)
-            try:
-                actions[spec.action](spec, parent, name)
-            finally:
-                os.close(parent)
-        except OSError as error:
-            code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
-            raise RpcError(code, file_problem(path, error)) from error
-        return {"path": encode_path(path)}
 
-    def _open(self, path: str) -> tuple[int, str]:
-        """Return a descriptor of the parent directory, and the name of `path` in it.
+def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
+    facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    goal, new = _open_changed(places, target)
+    with opened(goal):
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(new, dir_fd=goal, follow_symlinks=False)
+            # A case-insensitive file system finds the file itself.
+            respelled = os.path.samestat(there, facts) and new != name
+            if not (respelled and new.casefold() == name.casefold()):
+                raise RpcError("CONFLICT", file_problem(target, "is there already"))
+        os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
 
-        Raises RpcError FORBIDDEN for an allowed directory itself, OSError.
-        """
-        parent, name = self._places.open_parent(path)
-        if name == ".":
-            os.close(parent)
-            problem = file_problem(path, "stays as it is: all files here are below it")
-            raise RpcError("FORBIDDEN", problem)
-        return parent, name
 
-    def _make(self, _spec: FileChange, parent: int, name: str) -> None:
-        make_directory(parent, name, self._umask)
+def _delete(
+    parent: int, name: str, pause: Callable[[], None], *, recursive: bool
+) -> None:
+    facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(facts.st_mode):
+        os.unlink(name, dir_fd=parent)
+    elif recursive:
+        remove_tree(parent, name, pause)
+    else:
+        os.rmdir(name, dir_fd=parent)
 
-    def _rename(self, spec: FileChange, parent: int, name: str) -> None:
-        target = self._places.absolute(decode_path(spec.to))
-        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        goal, new = self._open(target)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                there = os.stat(new, dir_fd=goal, follow_symlinks=False)
-                # A case-insensitive file system finds the file itself.
-                respelled = os.path.samestat(there, facts) and new != name
-                if not (respelled and new.casefold() == name.casefold()):
-                    raise RpcError("CONFLICT", file_problem(target, "is there already"))
-            os.rename(name, new, src_dir_fd=parent, dst_dir_fd=goal)
-        finally:
-            os.close(goal)
 
-    def _delete(self, spec: FileChange, parent: int, name: str) -> None:
-        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if not stat.S_ISDIR(facts.st_mode):
-            os.unlink(name, dir_fd=parent)
-        elif spec.recursive:
-            remove_tree(parent, name, self._pause)
-        else:
-            os.rmdir(name, dir_fd=parent)
+def change_file(
+    spec: FileChange, places: FilePlaces, umask: int, pause: Callable[[], None]
+) -> JsonObject:
+    """Make, rename or delete a file, replacing none; return its path.
+
+    `pause` is called before each entry is deleted.  Raises RpcError.
+    """
+    if spec.action not in FILE_ACTIONS:
+        known = ", ".join(FILE_ACTIONS)
+        problem = f"action must be one of {known}, not {spec.action[:40]!r}"
+        raise RpcError("INVALID_REQUEST", problem)
+    path = places.absolute(decode_path(spec.path))
+    try:
+        parent, name = _open_changed(places, path)
+        with opened(parent):
+            if spec.action == "mkdir":
+                make_directory(parent, name, umask)
+            elif spec.action == "rename":
+                _rename(parent, name, places, places.absolute(decode_path(spec.to)))
+            else:
+                _delete(parent, name, pause, recursive=spec.recursive)
+    except OSError as error:
+        code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
+        raise RpcError(code, file_problem(path, error)) from error
+    return {"path": encode_path(path)}
 
 
 # -- reading -------------------------------------------------------------------
@@ -7243,6 +7237,18 @@ def tar_header(
     )
 
 
+def read_pieces(
+    descriptor: int, size: int = sys.maxsize, piece: int = FILE_PIECE
+) -> Iterator[bytes]:
+    """Yield the next `size` bytes of a file, fewer at its end.  Raises OSError."""
+    while size > 0:
+        data = os.read(descriptor, min(size, piece))
+        if not data:
+            return
+        size -= len(data)
+        yield data
+
+
 # Magic numbers of binary formats, which may contain no NUL.
 FILE_TYPES: Mapping[bytes, str] = {
     b"\x89PNG": "a PNG image",
@@ -7297,8 +7303,7 @@ class _Lines:
 
     def take(self) -> tuple[bytes, JsonObject]:
         """Return the lines kept; the first, next and cut line, and the count of all."""
-        lines = bytes(self._kept).split(b"\n")
-        lines = [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
+        lines = io.BytesIO(self._kept).readlines()
         exceeds = len(self._kept) > MAX_READ_TEXT
         if exceeds and len(lines) > 1:
             lines.pop()
@@ -7344,10 +7349,12 @@ class TextSource:
     def read(self, check: Callable[[], None]) -> tuple[bytes, JsonObject]:
         """Return the text (a range of lines as UTF-8 with LF), and facts of the file.
 
-        `check` is called before each read.  Raises RpcError.
+        `check` is called after each read.  Raises RpcError.
         """
         try:
-            descriptor = self._open()
+            parent, name = self._places.open_parent(self.path)
+            with opened(parent):
+                descriptor = open_file(name, parent, follow=self._places.follows_links)
         except FileNotFoundError as error:
             if self._part.first:
                 raise RpcError("NOT_FOUND", file_problem(self.path, error)) from error
@@ -7355,36 +7362,22 @@ class TextSource:
         except OSError as error:
             raise RpcError("FORBIDDEN", file_problem(self.path, error)) from error
         try:
-            return self._read(descriptor, check)
+            with opened(descriptor):
+                return self._read(descriptor, check)
         except OSError as error:
             raise RpcError("UNAVAILABLE", file_problem(self.path, error)) from error
-        finally:
-            os.close(descriptor)
-
-    def _open(self) -> int:
-        """Raises OSError."""
-        parent = self._places.open_directory(os.path.dirname(self.path))
-        try:
-            name = os.path.basename(self.path) or "/"
-            return open_file(name, parent, follow=self._places.follows_links)
-        finally:
-            os.close(parent)
 
     def _read(
         self, descriptor: int, check: Callable[[], None]
     ) -> tuple[bytes, JsonObject]:
         size = self._check(descriptor)
         digest, lines, whole, left = hashlib.sha256(), _Lines(self._part), [], size
-        while left:
+        for data in read_pieces(descriptor, size, 16 * FILE_PIECE):
             check()
-            data = os.read(descriptor, min(left, 16 * FILE_PIECE))
-            if not data:
-                break
-            if left == size:
-                kind = binary_type(data[:8192])
-                if kind:
-                    length = format_bytes(os.fstat(descriptor).st_size)
-                    raise self._refusal(f"{kind} ({length}), not text")
+            kind = binary_type(data[:8192]) if left == size else ""
+            if kind:
+                length = format_bytes(os.fstat(descriptor).st_size)
+                raise self._refusal(f"{kind} ({length}), not text")
             left -= len(data)
             digest.update(data)
             if self._part.first:
@@ -7453,10 +7446,7 @@ def hash_part(
 ) -> hashlib._Hash:
     """Return the SHA-256 of the next `size` bytes.  Raises OSError."""
     digest, done = hashlib.sha256(), 0
-    while done < size:
-        data = os.read(descriptor, min(size - done, 16 * FILE_PIECE))
-        if not data:
-            break
+    for data in read_pieces(descriptor, size, 16 * FILE_PIECE):
         digest.update(data)
         done += len(data)
         progress(done, size)
@@ -7561,10 +7551,8 @@ class FileSource:
             descriptor = self._places.open_directory(directory or "/")
         except OSError:
             return []
-        try:
+        with opened(descriptor):
             names = os.listdir(descriptor)
-        finally:
-            os.close(descriptor)
         hidden = pattern.startswith(".")
         return [
             name
@@ -7601,7 +7589,7 @@ class FileSource:
         except OSError:
             return 0
         total = 0
-        try:
+        with opened(top):
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
                 self._hooks.pause()
                 for name in names:
@@ -7609,18 +7597,14 @@ class FileSource:
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
-        finally:
-            os.close(top)
         return total
 
     def _stat(self, path: str, *, follow: bool = True) -> os.stat_result:
         """Raises OSError."""
         parent, name = self._places.open_parent(path)
-        try:
+        with opened(parent):
             follow = follow and self._places.follows_links
             return os.stat(name, dir_fd=parent, follow_symlinks=follow)
-        finally:
-            os.close(parent)
 
     def _archive(self) -> Iterator[bytes]:
         for path in self._paths:
@@ -7682,11 +7666,8 @@ class FileSource:
             yield tar_header(name, facts, b"5")
             return below
         elif stat.S_ISREG(facts.st_mode):
-            descriptor = open_file(entry, directory, follow=follow)
-            try:
+            with opened(open_file(entry, directory, follow=follow)) as descriptor:
                 yield from self._file(descriptor, name)
-            finally:
-                os.close(descriptor)
         else:
             self._leave_out(name, "is neither a file nor a directory")
         return None
@@ -7697,8 +7678,12 @@ class FileSource:
             raise OSError(errno.EINVAL, "was replaced while it was opened")
         size, ready = facts.st_size, []
         if size <= FILE_PIECE:  # /proc says 0, /sys a page
-            ready = self._to_end(descriptor, size)
+            ready = list(read_pieces(descriptor, size or MAX_UNSIZED + 1))
             size = sum(map(len, ready))
+            if size > MAX_UNSIZED:
+                limit = format_bytes(MAX_UNSIZED)
+                problem = f"does not say its size, and has more than {limit}"
+                raise OSError(errno.EFBIG, problem)
         offset, digest = self._skip_known(descriptor, facts)
         is_only = len(self._paths) == 1 and "/" not in name
         identity = file_identity(self._paths[0], facts) if self._alone else ""
@@ -7706,17 +7691,15 @@ class FileSource:
             name, facts, b"0", size=size - offset, offset=offset, identity=identity
         )
         left, problem = size - offset, ""
-        while left and not problem:
+        pieces = iter(ready) if ready else read_pieces(descriptor, left)
+        while left:
             try:
-                data = (
-                    ready.pop(0)
-                    if ready
-                    else os.read(descriptor, min(left, FILE_PIECE))
-                )
+                data = next(pieces, b"")
             except OSError as error:
-                data, problem = b"", error.strerror or str(error)
+                problem = error.strerror or str(error)
+                break
             if not data:
-                problem = problem or "became shorter while it was read"
+                problem = "became shorter while it was read"
                 break
             left -= len(data)
             self.bytes += len(data)
@@ -7761,25 +7744,6 @@ class FileSource:
         self._hooks.say(file_problem(path, f"{problem}; it is copied anew"))
         return 0, hashlib.sha256()
 
-    def _to_end(self, descriptor: int, size: int) -> list[bytes]:
-        """Return the pieces of a file of `size` bytes or less; 0: it does not say.
-
-        Raises OSError.
-        """
-        pieces: list[bytes] = []
-        left = size or MAX_UNSIZED + 1
-        while left:
-            piece = os.read(descriptor, min(left, FILE_PIECE))
-            if not piece:
-                return pieces
-            pieces.append(piece)
-            left -= len(piece)
-        if not size:
-            limit = format_bytes(MAX_UNSIZED)
-            problem = f"does not say its size, and has more than {limit}"
-            raise OSError(errno.EFBIG, problem)
-        return pieces
-
 
 # -- writing -------------------------------------------------------------------
 
@@ -7818,13 +7782,7 @@ class CheckedStream:
 
     def exactly(self, size: int) -> bytes:
         """Raises RpcError if the content ends before."""
-        found = bytearray()
-        while len(found) < size:
-            data = self.some(size - len(found))
-            if not data:
-                raise RpcError("UNAVAILABLE", TOO_SHORT)
-            found += data
-        return bytes(found)
+        return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """Yield exactly `size` bytes.  Raises RpcError if the content ends before."""
@@ -7874,24 +7832,6 @@ def _tar_text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-class _TarHeader:
-    """The fields of one header (POSIX ustar)."""
-
-    def __init__(self, block: bytes) -> None:
-        """Raises RpcError."""
-        name, mode, _, _, size, mtime, checksum, self.kind, link, _, prefix = (
-            TAR_HEADER.unpack(block)
-        )
-        # It counts its own field as spaces.
-        if _tar_number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
-            raise _not_an_archive("a header has a wrong checksum")
-        self.name, self.link = _tar_text(name), _tar_text(link)
-        if prefix[:1] != b"\0":
-            self.name = f"{_tar_text(prefix)}/{self.name}"
-        self.mode, self.size = _tar_number(mode), _tar_number(size)
-        self.mtime = _tar_number(mtime)
-
-
 def _pax_fields(data: bytes) -> dict[str, str]:
     """Return the records `LENGTH NAME=VALUE\\n` of an extended header."""
     fields: dict[str, str] = {}
@@ -7919,40 +7859,57 @@ def _mtime_ns(text: str) -> int:
     return -time_ns if match[1] else time_ns
 
 
+def _read_header(block: bytes, fields: Mapping[str, str]) -> Member:
+    """Return the member of a header (POSIX ustar); `fields` replace its own.
+
+    Raises RpcError.
+    """
+    name, mode, _, _, size, mtime, checksum, kind, link, _, prefix = TAR_HEADER.unpack(
+        block
+    )
+    # It counts its own field as spaces.
+    if _tar_number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
+        raise _not_an_archive("a header has a wrong checksum")
+    path = _tar_text(name)
+    if prefix[:1] != b"\0":
+        path = f"{_tar_text(prefix)}/{path}"
+    length = fields.get("size", str(_tar_number(size)))
+    offset = fields.get(PAX_OFFSET, "0")
+    if not all(re.fullmatch("[0-9]{1,18}", number) for number in (length, offset)):
+        raise _not_an_archive("a size is no number")
+    return Member(
+        fields.get("path", path),
+        kind,
+        int(length),
+        _tar_number(mode) & 0o777,
+        _mtime_ns(fields.get("mtime", str(_tar_number(mtime)))),
+        fields.get("linkpath", _tar_text(link)),
+        PAX_FAILED in fields,
+        int(offset),
+        fields.get(PAX_IDENTITY, ""),
+    )
+
+
 def read_members(stream: CheckedStream) -> Iterator[Member]:
     """Yield the members of an archive; the caller reads the content of each.
 
     Not with `tarfile`, which reads an extended header of any length into memory, and
     takes 19 µs for a header: a tenth of what a small file costs.  Raises RpcError.
     """
-    fields: dict[str, str] = {}
+    fields: Mapping[str, str] = NOTHING
     while True:
         block = stream.exactly(TAR_BLOCK)
         if not block.strip(b"\0"):
             return
-        header = _TarHeader(block)
-        if header.kind == PAX_HEADER:
-            if header.size > MAX_PAX:
-                raise _not_an_archive("an extended header is too long")
-            data = stream.exactly(header.size + -header.size % TAR_BLOCK)
-            fields = _pax_fields(data[: header.size])
-            continue
-        size = fields.get("size", str(header.size))
-        offset = fields.get(PAX_OFFSET, "0")
-        if not all(re.fullmatch("[0-9]{1,18}", number) for number in (size, offset)):
-            raise _not_an_archive("a size is no number")
-        yield Member(
-            fields.get("path", header.name),
-            header.kind,
-            int(size),
-            header.mode & 0o777,
-            _mtime_ns(fields.get("mtime", str(header.mtime))),
-            fields.get("linkpath", header.link),
-            PAX_FAILED in fields,
-            int(offset),
-            fields.get(PAX_IDENTITY, ""),
-        )
-        fields = {}
+        member = _read_header(block, fields)
+        if member.kind != PAX_HEADER:
+            fields = NOTHING
+            yield member
+        elif member.size > MAX_PAX:
+            raise _not_an_archive("an extended header is too long")
+        else:
+            data = stream.exactly(member.size + -member.size % TAR_BLOCK)
+            fields = _pax_fields(data[: member.size])
 
 
 def _components(name: str) -> tuple[str, ...]:
@@ -8001,22 +7958,12 @@ def _identity(facts: os.stat_result | None) -> object:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _old_bytes(
-    descriptor: int | None, count: int | None, digest: hashlib._Hash
-) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file (None: all); feed `digest` with them.
-
-    Raises OSError.
-    """
-    while descriptor is not None and (count is None or count > 0):
-        data = os.read(
-            descriptor, FILE_PIECE if count is None else min(count, FILE_PIECE)
-        )
-        if not data:
-            return
-        count = None if count is None else count - len(data)
-        digest.update(data)
-        yield data
+def _present(name: str, parent: int) -> os.stat_result | None:
+    """Return the facts of a file, None if it is not there.  Raises OSError."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def part_names(name: str, identity: str) -> tuple[str, str]:
@@ -8096,13 +8043,15 @@ class PartialFile:
         return os.path.samestat(named, facts)
 
     def _remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            descriptor = self._open(name)
-            try:
-                os.unlink(name, dir_fd=self._parent)
-                self.removed += name != self.name
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), opened(self._open(name)):
+            os.unlink(name, dir_fd=self._parent)
+            self.removed += name != self.name
+
+    def writer(self, offset: int) -> int:
+        """Return a descriptor that writes from `offset` on.  Raises OSError."""
+        os.lseek(self.descriptor, offset, os.SEEK_SET)
+        os.ftruncate(self.descriptor, offset)
+        return os.dup(self.descriptor)
 
     def close(self) -> None:
         """Remove the part, unless it is kept or has its own name; release the lock."""
@@ -8113,6 +8062,454 @@ class PartialFile:
             if not is_kept and self._has_name(self.name, facts):
                 os.unlink(self.name, dir_fd=self._parent)
         os.close(self.descriptor)
+
+
+Names: TypeAlias = "tuple[str, ...]"  # a path below the directory of a StagedTree
+
+
+class StagedTree:
+    """What arrives for one directory: files, links and directories without names.
+
+    Each has a partial name, or is in a new directory that has one, until commit().
+    """
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        umask: int,
+        hooks: TransferHooks,
+    ) -> None:
+        """`note` gets a sentence for what is left out; `umask` is for directories and
+        files whose mode is not given.
+        """
+        self._spec = spec
+        self._places = places
+        self._note = note
+        self._umask = umask
+        self._hooks = hooks
+        # One file is copied: what leaves it out is an error.
+        self.alone = spec.bare or spec.splices is not None
+        self.part: PartialFile | None = None  # of that file
+        self.files = 0  # that have their names, links included
+        self.bytes = 0  # of all that arrived
+        self.path = ""  # of the directory
+        self.root = -1  # its descriptor; -1 before open()
+        self._directory_names: Names = ()
+        self._directory_open = -1  # its descriptor: files mostly follow their siblings
+        self._pending: dict[Names, _Pending] = {}  # in directories with their names
+        self._unflushed: dict[Names, str] = {}  # current names; see flush()
+        self._links: list[tuple[Names, str]] = []
+        self._made: dict[Names, Member] = {}  # directories, the outer first
+        # New directories in those that were there before: their names until the end.
+        self._new: dict[Names, str] = {}
+        self._new_files: collections.Counter[Names] = collections.Counter()  # in those
+        self._blocked: set[Names] = set()  # directories that cannot be used
+        # By device and inode: the path of a directory, () for a file or link that has
+        # its own name.
+        self._written: dict[tuple[int, int], Names] = {}
+
+    def shown(self, names: Names) -> str:
+        return os.path.join(self.path, *names)
+
+    def leave_out(self, names: Names, problem: OSError | str) -> None:
+        """Raises RpcError if no other file is copied."""
+        # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
+        links = (errno.ELOOP, errno.ENOTDIR)
+        if isinstance(problem, OSError) and problem.errno in links:
+            problem = IN_THE_WAY
+        text = file_problem(self.shown(names), problem)
+        if self.alone:
+            raise RpcError("FORBIDDEN", text)
+        self._note(text)
+
+    # -- what arrives ----------------------------------------------------------------
+
+    def has(self, names: Names) -> bool:
+        return names in self._pending or names in self._new
+
+    def is_blocked(self, names: Names) -> bool:
+        """Whether a directory above was left out, which was noted."""
+        return any(names[:depth] in self._blocked for depth in range(1, len(names)))
+
+    def add_directory(self, names: Names, member: Member) -> None:
+        try:
+            self._make_or_find(names, self._directory(names[:-1]), member)
+        except OSError as error:
+            self._blocked.add(names)
+            self.leave_out(names, error)
+
+    def _make_or_find(self, names: Names, parent: int, member: Member) -> None:
+        """Make a directory, or check the one that is there.  Raises OSError."""
+        name = self._new.get(names, names[-1])
+        if _present(name, parent) is None:
+            if self._new_above(names) is None:
+                # Recorded first: an interrupt may come right after it was made.
+                name = self._new[names] = _partial_name()
+            try:
+                os.mkdir(name, 0o700, dir_fd=parent)
+            except OSError:
+                self._new.pop(names, None)
+                raise
+            self._made[names] = member
+        else:
+            os.close(descend(os.dup(parent), [name]))
+        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if self._is_another(facts, names):
+            raise OSError(errno.EEXIST, SAME_NAME)
+        self._record(facts, names)
+
+    def add_link(self, names: Names, link: str) -> None:
+        self._links.append((names, link))
+
+    def add_file(
+        self,
+        names: Names,
+        content: Iterable[bytes | memoryview],
+        member: Member | None = None,
+        part: PartialFile | None = None,
+    ) -> bool:
+        """Write a file; return whether it is whole.
+
+        `member` has its mode and time.  `part` has the first `member.offset` bytes of
+        the content, and gets the others.  Raises RpcError.
+        """
+        mode = 0o666 & ~self._umask if member is None else member.mode
+        mtime_ns = time.time_ns() if member is None else member.mtime_ns
+        offset = 0 if member is None else member.offset
+        new = self._new_above(names)
+        # It gets its mode now, with which flush() could not open it.
+        is_flushed = new is not None and not mode & stat.S_IRUSR
+        name = names[-1]
+        if new is None:
+            name = _partial_name() if part is None else part.name
+        try:
+            parent = self._directory(names[:-1])
+            if new is None:
+                self._pending[names] = _Pending(name, mode)  # first, as in _new
+            if part is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                descriptor = os.open(name, flags, 0o600, dir_fd=parent)
+            else:
+                descriptor = part.writer(offset)
+                self.bytes += offset
+            if new is not None:
+                self._new_files[new] += 1
+            with opened(descriptor):
+                self._fill(descriptor, content)
+                times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
+                self._set(names, "time", times)
+                if is_flushed:
+                    self._hooks.alive(FLUSH_TIMEOUT)
+                    os.fsync(descriptor)
+                if new is not None:
+                    self._set(names, "mode", partial(os.fchmod, descriptor, mode))
+        except FileExistsError:  # only where its directory is new
+            self.leave_out(names, NAMED_TWICE)
+        except OSError as error:
+            self.forget(names)
+            if len(names) == 1 and error.errno in (errno.EACCES, errno.EROFS):
+                problem = file_problem(self.path, error)
+                raise RpcError("FORBIDDEN", problem) from error
+            self.leave_out(names, error)
+        else:
+            if not is_flushed and len(self._unflushed) <= MAX_FLUSHED:
+                self._unflushed[names] = name
+            return True
+        return False
+
+    def _fill(self, descriptor: int, content: Iterable[bytes | memoryview]) -> None:
+        """Write the content of a file.  Raises RpcError, OSError."""
+        for piece in content:
+            self.bytes += len(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(descriptor, view) :]
+
+    def forget(self, names: Names) -> None:
+        """Remove a file that is not whole."""
+        self._unflushed.pop(names, None)
+        pending, new = self._pending.pop(names, None), self._new_above(names)
+        if pending and self.part and pending.partial == self.part.name:
+            self.part.is_kept = False
+        elif pending or new:
+            with contextlib.suppress(OSError):
+                name = pending.partial if pending else names[-1]
+                os.unlink(name, dir_fd=self._directory(names[:-1]))
+                if new:
+                    self._new_files[new] -= 1
+
+    # -- where -----------------------------------------------------------------------
+
+    def open(self, *, is_directory: bool = False) -> str:
+        """Open the directory, as cp does; return the name of the first in it.
+
+        "": it keeps its own.  `is_directory`: the first is one.  Raises RpcError.
+        """
+        spec, typed = self._spec, decode_path(self._spec.path)
+        path = self._places.absolute(typed)
+        says_so = os.path.basename(typed) in ("", ".", "..")
+        into = spec.into or says_so or self._places.is_directory(path)
+        if into and (spec.bare or spec.splices is not None):
+            problem = file_problem(path, "is a directory; name the file in it as well")
+            raise RpcError("INVALID_REQUEST", problem)
+        path = path if into else self._places.target(path)
+        self.path, name = (path, "") if into else os.path.split(path)
+        if spec.mkdir:
+            self._make_directories(self.path)
+        try:
+            self.root = self._places.open_directory(self.path)
+        except OSError as error:
+            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
+            problem = file_problem(self.path, error) + hint
+            raise RpcError("NOT_FOUND", problem) from error
+        try:
+            present = _present(name, self.root) if name else None
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+        if present is not None and is_directory:
+            raise RpcError("INVALID_REQUEST", file_problem(path, IS_A_FILE))
+        if present is not None and file_kind(present.st_mode) == "other":
+            raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
+        return name
+
+    def _make_directories(self, path: str) -> None:
+        """Make a directory, and those above it, where they are missing.
+
+        Raises RpcError.
+        """
+        if self._places.is_directory(path):
+            return
+        above, name = os.path.split(path)
+        if not self._places.contains(above):
+            problem = file_problem(path, "the directory that is allowed is missing")
+            raise RpcError("NOT_FOUND", problem)
+        self._make_directories(above)
+        try:
+            with opened(self._places.open_directory(above)) as parent:
+                make_directory(parent, name, self._umask)
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+
+    def _directory(self, names: Names) -> int:
+        """Return a descriptor of a directory, open until the next call.
+
+        Raises OSError.
+        """
+        if names != self._directory_names or self._directory_open < 0:
+            self._leave_directory()
+            real, new = names, self._new_above(names)
+            if new is not None:
+                real = (*new[:-1], self._new[new], *names[len(new) :])
+            self._directory_open = descend(os.dup(self.root), real)
+            self._directory_names = names
+        return self._directory_open
+
+    def _leave_directory(self) -> None:
+        if self._directory_open >= 0:
+            os.close(self._directory_open)
+            self._directory_open = -1
+
+    def _is_directory(self, names: Names) -> bool:
+        """Whether it is one of ours or was there before, reached through no link."""
+        try:
+            self._directory(names)
+        except OSError:
+            return False
+        return True
+
+    def _new_above(self, names: Names) -> Names | None:
+        """Return the one of _new that a path begins with."""
+        above = (names[:depth] for depth in range(1, len(names) + 1))
+        return next(filter(self._new.__contains__, above), None)
+
+    def _is_another(self, facts: os.stat_result | None, names: Names) -> bool:
+        """Whether the file at `names` is another one that has arrived.
+
+        Such names differ only in case, or in how an accent is composed.
+        """
+        key = (facts.st_dev, facts.st_ino) if facts else (0, 0)
+        return self._written.get(key, names) != names
+
+    def _record(self, facts: os.stat_result, names: Names = ()) -> None:
+        self._written[facts.st_dev, facts.st_ino] = names
+
+    def _set(self, names: Names, what: str, change: Callable[[], None]) -> None:
+        """Set a mode or time; note it where the file system refuses to.
+
+        Windows drives in WSL and the storage of phones have no modes.
+        """
+        try:
+            change()
+        except OSError as error:
+            problem = f"its {what} could not be set: {error.strerror}"
+            self._note(file_problem(self.shown(names), problem))
+
+    # -- the end ---------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write what has arrived to the disk.  Raises RpcError."""
+        self._hooks.alive(FLUSH_TIMEOUT)
+        if len(self._unflushed) > MAX_FLUSHED:
+            os.sync()
+            return
+        for names, name in list(self._unflushed.items()):
+            self._hooks.alive(FLUSH_TIMEOUT)
+            try:
+                parent = self._directory(names[:-1])
+                with opened(open_written(name, parent)) as descriptor:
+                    os.fsync(descriptor)
+            except OSError as error:
+                self.forget(names)
+                self.leave_out(names, error)
+
+    @contextlib.contextmanager
+    def _leaving_out(self, names: Names) -> Iterator[None]:
+        """Begin a step that leaves `names` out if it fails."""
+        self._hooks.alive(None)
+        try:
+            yield
+        except OSError as error:
+            self.leave_out(names, error)
+
+    def commit(self) -> None:
+        """Give all that has arrived its name.  Raises RpcError, what hooks raise."""
+        self._hooks.commit()  # nothing that was given up gets its name
+        if self.part is not None:
+            self.part.is_kept = False
+        self._give_names()
+
+    def _give_names(self) -> None:
+        """Give every file its name; then make links, and finish directories."""
+        for names, pending in list(self._pending.items()):
+            with self._leaving_out(names):
+                self._name_file(names, pending, self._directory(names[:-1]))
+        for names, link in self._links:
+            with self._leaving_out(names):
+                self._make_link(names, link)
+        for names, name in list(self._new.items()):
+            with self._leaving_out(names):
+                self._name_directory(names, name)
+        for names, member in reversed(list(self._made.items())):
+            if self._new_above(names) is not None:
+                continue  # it was left out
+            with self._leaving_out(names):
+                directory = self._directory(names)
+                self._set(names, "mode", partial(os.fchmod, directory, member.mode))
+                times = (member.mtime_ns, member.mtime_ns)
+                self._set(names, "time", partial(os.utime, directory, ns=times))
+
+    def _name_file(self, names: Names, pending: _Pending, parent: int) -> None:
+        """Raises OSError."""
+        name, mode = names[-1], pending.mode
+        present = _present(name, parent)
+        problem = self._in_the_way(names, present)
+        if problem:
+            self.leave_out(names, problem)
+            return
+        if present is not None and stat.S_ISREG(present.st_mode):
+            mode = stat.S_IMODE(present.st_mode) & 0o777
+        with opened(open_written(pending.partial, parent)) as descriptor:
+            facts = os.fstat(descriptor)
+            if present is not None and stat.S_ISREG(present.st_mode):
+                owner = present.st_uid, present.st_gid
+                if owner != (facts.st_uid, facts.st_gid):
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(descriptor, *owner)
+            self._set(names, "mode", partial(os.fchmod, descriptor, mode))
+        os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
+        self._record(facts)
+        del self._pending[names]
+        self.files += 1
+
+    def _in_the_way(self, names: Names, present: os.stat_result | None) -> str:
+        """Return why what is there keeps its name; "": it is replaced."""
+        if present is None:
+            return ""
+        if stat.S_ISDIR(present.st_mode):
+            return "is a directory, which a file does not replace"
+        if file_kind(present.st_mode) == "other":
+            return NO_FILE_THERE
+        if self._spec.keep:
+            return "is there already, and stays as it is"
+        return SAME_NAME if self._is_another(present, names) else ""
+
+    def _name_directory(self, names: Names, name: str) -> None:
+        """Give a new directory its own name.  Raises OSError."""
+        parent = self._directory(names[:-1])
+        present = _present(names[-1], parent)
+        if present is not None:
+            problem = SAME_NAME if self._is_another(present, names) else APPEARED
+            raise FileExistsError(errno.EEXIST, problem)
+        os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
+        del self._new[names]
+        self.files += self._new_files[names]
+
+    def _make_link(self, names: Names, link: str) -> None:
+        """Raises OSError."""
+        if self._leads_out(names, link):
+            self.leave_out(
+                names, f"links to {shown_path(link)}, outside of what is copied"
+            )
+            return
+        parent, new = self._directory(names[:-1]), self._new_above(names)
+        present = _present(names[-1], parent)
+        is_ours = present is not None and new is not None
+        problem = SAME_NAME if is_ours else self._in_the_way(names, present)
+        if problem:
+            self.leave_out(names, problem)
+            return
+        name = _partial_name()
+        os.symlink(link, name, dir_fd=parent)
+        os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
+        self._record(os.stat(names[-1], dir_fd=parent, follow_symlinks=False))
+        if new is None:
+            self.files += 1
+        else:
+            self._new_files[new] += 1
+
+    def _leads_out(self, names: Names, link: str) -> bool:
+        """Whether a link at `names` points outside of its first directory.
+
+        By its text, in which `..` follows real directories only: after a link, which
+        may be one of this copy, it would lead elsewhere than it says.
+        """
+        top = names[:1] if len(names) > 1 else ()  # a link alone may name a sibling
+        at = list(names[:-1])
+        if link.startswith("/"):
+            above = self.path.rstrip("/") + "/"
+            if not link.startswith(above):
+                return True
+            link, at = link[len(above) :], []
+        named = False  # whether the end of `at` is from the text
+        for part in link.split("/"):
+            if part == "..":
+                if not at or (named and not self._is_directory(tuple(at))):
+                    return True
+                at.pop()
+            elif part not in ("", "."):
+                at.append(part)
+                named = True
+        return not link or tuple(at[: len(top)]) != top
+
+    def close(self) -> None:
+        """Remove what has no name, and directories that were made for nothing."""
+        self._hooks.alive(None)  # a wait without limit may have failed
+        part, self.part = self.part, None
+        for names, pending in list(self._pending.items()):
+            if part is None or pending.partial != part.name:
+                self.forget(names)
+        if part is not None:
+            part.close()
+        for names, name in self._new.items():
+            with contextlib.suppress(OSError):
+                alive = partial(self._hooks.alive, None)
+                remove_tree(self._directory(names[:-1]), name, alive)
+        self._leave_directory()
+        if self.root >= 0:
+            os.close(self.root)
+            self.root = -1
 
 
 class FileTarget:
@@ -8131,40 +8528,17 @@ class FileTarget:
         directories and files whose mode the stream does not say.
         """
         self._spec = spec
-        self._places = places
-        self._note = note
-        self._umask = umask
-        self.files = 0  # that have their names, links included
-        self.bytes = 0
-        self._parent = ""  # where the first names of the archive are
-        self._first = ""  # name in the archive
-        self._last = ""  # the same, of what arrives now
-        self._latest: tuple[str, ...] = ()  # the file that has just been written
-        self._more = 0  # such names beside the first
-        self._name = ""  # in its place; "": as it is
-        self._root = -1  # descriptor of _parent
-        self._directory_names: tuple[str, ...] = ()
-        self._directory_open = -1  # its descriptor: files mostly follow their siblings
-        # By their path from _parent; what is in _new has its own name in there already.
-        self._pending: dict[tuple[str, ...], _Pending] = {}
-        self._unflushed: dict[tuple[str, ...], str] = {}  # current names; see _flush()
-        self._links: list[tuple[tuple[str, ...], str]] = []
-        self._made: dict[tuple[str, ...], Member] = {}  # directories, the outer first
-        # New directories in those that were there before: their names until the end.
-        self._new: dict[tuple[str, ...], str] = {}
-        self._new_files: collections.Counter[tuple[str, ...]] = collections.Counter()
-        self._blocked: set[tuple[str, ...]] = set()  # directories that cannot be used
-        # By device and inode: the path of a directory, () for a file or link that has
-        # its own name.
-        self._written: dict[tuple[int, int], tuple[str, ...]] = {}
-        self._complete = False
-        # One file is copied: what leaves it out is an error.
-        self._alone = spec.bare or spec.splices is not None
+        self._wanted_parts = places.wanted_parts
         self._hooks = hooks
-        self._part: PartialFile | None = None
-        self._part_digest = hashlib.sha256()  # of what it has
+        self._tree = StagedTree(spec, places, note, umask, hooks)
         self._members = 0  # of the archive
-        self._file_digest = hashlib.sha256()  # of the first file
+        self._first = ""  # name in the archive
+        self._name = ""  # in its place; "": as it is
+        self._last = ""  # the first of the names of what arrives now
+        self._more = 0  # such names beside the first
+        self._latest: Names = ()  # the file that has just been written
+        self._part_digest = hashlib.sha256()  # of what the part has
+        self._digest = hashlib.sha256()  # of the first file
 
     def find_part(
         self, report: Callable[[FilePartial], None] = lambda _part: None
@@ -8174,96 +8548,220 @@ class FileTarget:
         `report` is called with it before.  Until receive() ends no other copy writes
         it.  Raises RpcError, OSError, and what `report` raises.
         """
+        origin, tree = self._spec.origin, self._tree
+        assert origin is not None
         try:
-            part = self._find_part()
-            report(part)
-            return part
+            self._first = _components(decode_path(origin.name))[0]
+            self._name = tree.open()
+            name = self._name or self._first
+            part = tree.part = self._open_part(name, origin.identity)
+            shown = tree.shown((name,))
+            if part.removed:
+                problem = "the source has changed since the copy was interrupted"
+                self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
+            elif not part.size:
+                problem = "there is no part of it to resume; it is copied whole"
+                self._hooks.say(file_problem(shown, problem))
+            digest = hash_part(part.descriptor, part.size, self._hooks.progress)
+            self._part_digest = digest
+            found = FilePartial(origin.identity, part.size, digest.hexdigest())
+            report(found)
+            return found
         except BaseException:
-            self._discard()
+            tree.close()
             raise
 
     def receive(self, read: Callable[[int], bytes | memoryview]) -> JsonObject:
         """Write all files; return what was written.  Raises RpcError, OSError."""
-        stream = CheckedStream(read)
+        stream, tree = CheckedStream(read), self._tree
         try:
             if self._spec.bare:
-                self._receive_bare(stream)
+                self._name = tree.open()
+                pieces = iter(partial(stream.some, FILE_PIECE), b"")
+                tree.add_file((self._name,), pieces)
             else:
                 for member in read_members(stream):
                     self._take(member, stream)
             stream.check()
-            self._flush()
-            self._hooks.commit()  # nothing that was given up gets its name
-            self._complete = True
-            self._commit()
+            tree.flush()
+            tree.commit()
         finally:
-            if self._part is not None and (stream.is_wrong or self._complete):
-                self._part.is_kept = False
-            self._discard()
-        path = os.path.join(self._parent, self._name or self._first)
-        is_only = self._members == self.files == 1 and not self._links
+            if tree.part is not None and stream.is_wrong:
+                tree.part.is_kept = False
+            tree.close()
+        is_only = self._members == tree.files == 1 and self._latest
         return {
-            "files": self.files,
-            "bytes": self.bytes,
-            "sha256": self._file_digest.hexdigest() if is_only else stream.sha256,
-            "path": encode_path(path),
+            "files": tree.files,
+            "bytes": tree.bytes,
+            "sha256": self._digest.hexdigest() if is_only else stream.sha256,
+            "path": encode_path(tree.shown((self._name or self._first,))),
             "more": self._more,
         }
 
-    def splice(self) -> JsonObject:
-        """Rewrite one file with its splices applied; return what was written.
+    def give_way(self, idle: float) -> None:
+        """Fail if nothing came for `idle` s, and another copy waits for our part.
+
+        The sender may have been killed.  No file system is asked, as the caller holds a
+        lock.  Raises RpcError.
+        """
+        part = self._tree.part
+        if part and idle >= PART_IDLE and part.key in self._wanted_parts:
+            problem = "nothing came, and another copy took over its part"
+            raise RpcError("CONFLICT", problem)
+
+    def _open_part(self, name: str, identity: str) -> PartialFile:
+        """Return the part of a copy that is resumed.  Raises RpcError."""
+        deadline = Deadline(PART_PATIENCE)
+        names, root = part_names(name, identity), self._tree.root
+        wanted = part_key(root, names[1])
+        try:
+            while True:
+                try:
+                    return PartialFile(root, names, resumes=True)
+                except OSError as error:
+                    code, problem = "FORBIDDEN", error.strerror or str(error)
+                    busy = error.errno == errno.EWOULDBLOCK
+                    if busy and deadline.expired:
+                        code, problem = "CONFLICT", PART_IN_USE
+                    if not busy or deadline.expired:
+                        text = file_problem(self._tree.shown((name,)), problem)
+                        raise RpcError(code, text) from error
+                self._wanted_parts.add(wanted)
+                self._hooks.progress(0, 0)
+                time.sleep(0.1)
+        finally:
+            self._wanted_parts.discard(wanted)
+
+    def _begin(self, top: str, member: Member) -> None:
+        """Open the place of the first member."""
+        self._first, tree = top, self._tree
+        self._name = tree.open(is_directory=member.kind == b"5")
+        if tree.alone:
+            # Optional: another copy may be writing the part, the file system may have
+            # no locks, or the directory may not be readable.
+            with contextlib.suppress(OSError):
+                parts = part_names(self._name or top, member.identity)
+                tree.part = PartialFile(tree.root, parts, resumes=False)
+
+    def _take(self, member: Member, stream: CheckedStream) -> None:
+        tree = self._tree
+        top, *rest = _components(member.name)
+        if not self._members:
+            tree.alone = bool(member.identity)
+            if tree.root < 0:
+                self._begin(top, member)
+        self._hooks.alive(None)  # one message may hold many small files
+        if self._name and self._first != top:
+            problem = "is not a directory, for several files"
+            raise RpcError("INVALID_REQUEST", file_problem(self._spec.path, problem))
+        names = (self._name or top, *rest)
+        self._members += 1
+        self._more += top != (self._last or top)
+        self._last = top
+        content = stream.pieces(member.size)
+        latest, self._latest = self._latest, ()
+        if member.failed:
+            if names == latest:  # not an earlier file of the same name
+                tree.forget(names)
+        elif tree.is_blocked(names):
+            pass
+        elif member.kind == b"5":
+            tree.add_directory(names, member)
+        elif tree.has(names):
+            tree.leave_out(names, NAMED_TWICE)
+        elif member.kind == b"2":
+            tree.add_link(names, member.link)
+        elif member.kind in (b"0", b"\0"):
+            self._write(names, member, content)
+        else:
+            tree.leave_out(names, "is neither a file nor a directory")
+        for _ in content:
+            pass
+        stream.exactly(-member.size % TAR_BLOCK)
+
+    def _write(
+        self, names: Names, member: Member, content: Iterable[memoryview]
+    ) -> None:
+        part = self._tree.part if self._members == 1 and len(names) == 1 else None
+        if member.offset:
+            if part is None or part.size != member.offset:
+                raise _not_an_archive("it continues a file that is not there")
+            self._digest = self._part_digest
+        if self._members == 1:  # its own digest, where no other file follows
+            content = self._hashed(content)
+        if self._tree.add_file(names, content, member, part):
+            self._latest = names
+
+    def _hashed(self, content: Iterable[memoryview]) -> Iterator[memoryview]:
+        for piece in content:
+            self._digest.update(piece)
+            yield piece
+
+
+class SplicedFile:
+    """Rewrites one file with some ranges of its bytes replaced."""
+
+    def __init__(
+        self,
+        spec: FileWrite,
+        places: FilePlaces,
+        note: Callable[[str], None],
+        *,
+        umask: int,
+        hooks: TransferHooks = TransferHooks(),  # noqa: B008
+    ) -> None:
+        """As FileTarget."""
+        self._spec = spec
+        self._tree = StagedTree(spec, places, note, umask, hooks)
+        self._old = hashlib.sha256()  # of the file as it is there
+        self._new = hashlib.sha256()  # of what replaces it
+
+    def write(self) -> JsonObject:
+        """Return what was written.
 
         Raises RpcError if it is not the file that was expected, OSError.
         """
+        tree = self._tree
         try:
-            self._begin(is_directory=False)
-            present = self._open_present()
-            digest, content = hashlib.sha256(), hashlib.sha256()
-            try:
-                facts = None if present is None else os.fstat(present)
-                if facts is not None and not stat.S_ISREG(facts.st_mode):
-                    raise self._not_expected("is not a file")
-                pieces = self._spliced(present, digest, content)
-                names, mode = (self._name,), 0o666 & ~self._umask
-                self._write(names, mode, time.time_ns(), pieces)
-                self._flush()
-            finally:
-                if present is not None:
-                    os.close(present)
-            found = "" if present is None else digest.hexdigest()
-            now = self._present(self._name, self._root)
-            if found != self._spec.expects or _identity(facts) != _identity(now):
-                raise self._not_expected("is not the file that was read before")
-            self._hooks.commit()
-            self._complete = True
-            self._commit()
+            name = tree.open()
+            path = tree.shown((name,))
+            before = self._rewrite(name, path)
+            found = "" if before is None else self._old.hexdigest()
+            now = _present(name, tree.root)
+            if found != self._spec.expects or _identity(before) != _identity(now):
+                raise self._not_expected(path, "is not the file that was read before")
+            tree.commit()
         finally:
-            self._discard()
-        path = os.path.join(self._parent, self._name)
+            tree.close()
         return {
-            "files": self.files,
-            "bytes": self.bytes,
-            "sha256": content.hexdigest(),
+            "files": tree.files,
+            "bytes": tree.bytes,
+            "sha256": self._new.hexdigest(),
             "path": encode_path(path),
         }
 
-    def _open_present(self) -> int | None:
-        """Return a descriptor of the existing file.  Raises RpcError."""
-        try:
-            return open_file(self._name, self._root, follow=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            problem = file_problem(self._shown((self._name,)), error)
-            raise RpcError("FORBIDDEN", problem) from error
+    def _rewrite(self, name: str, path: str) -> os.stat_result | None:
+        """Write the new content; return facts of the file there, None if it is missing.
 
-    def _spliced(
-        self, present: int | None, digest: hashlib._Hash, content: hashlib._Hash
-    ) -> Iterator[bytes]:
-        """Yield the new bytes; feed `digest` with the old ones, `content` with these.
-
-        Raises RpcError for invalid splices, OSError.
+        Raises RpcError, OSError.
         """
+        facts = None
+        try:
+            present = open_file(name, self._tree.root, follow=False)
+            facts = os.fstat(present)
+        except FileNotFoundError:
+            present = os.open(os.devnull, os.O_RDONLY)  # has no bytes either
+        except OSError as error:
+            raise RpcError("FORBIDDEN", file_problem(path, error)) from error
+        with opened(present):
+            if facts is not None and not stat.S_ISREG(facts.st_mode):
+                raise self._not_expected(path, "is not a file")
+            self._tree.add_file((name,), self._spliced(present))
+            self._tree.flush()
+        return facts
+
+    def _spliced(self, present: int) -> Iterator[bytes]:
+        """Yield the new bytes.  Raises RpcError for invalid splices, OSError."""
         at = 0
         for splice in self._spec.splices or ():
             try:
@@ -8273,557 +8771,26 @@ class FileTarget:
                 raise RpcError("INVALID_REQUEST", problem) from error
             if splice.offset < at or splice.length < 0:
                 raise RpcError("INVALID_REQUEST", "splices overlap, or go backwards")
-            for piece in _old_bytes(present, splice.offset - at, digest):
-                content.update(piece)
-                yield piece
-            content.update(data)
+            yield from self._kept(present, splice.offset - at)
+            self._new.update(data)
             yield data
-            for _ in _old_bytes(present, splice.length, digest):
-                pass
+            for piece in read_pieces(present, splice.length):
+                self._old.update(piece)
             at = splice.offset + splice.length
-        for piece in _old_bytes(present, None, digest):
-            content.update(piece)
+        yield from self._kept(present)
+
+    def _kept(self, present: int, count: int = sys.maxsize) -> Iterator[bytes]:
+        """Yield the next `count` bytes of the old file, for the new one."""
+        for piece in read_pieces(present, count):
+            self._old.update(piece)
+            self._new.update(piece)
             yield piece
 
-    def _not_expected(self, problem: str) -> RpcError:
-        path = self._shown((self._name,))
+    def _not_expected(self, path: str, problem: str) -> RpcError:
         return RpcError(
             "CONFLICT",
             file_problem(path, f"{problem}; nothing was written: read it again"),
         )
-
-    def _find_part(self) -> FilePartial:
-        """Raises RpcError, OSError."""
-        origin = self._spec.origin
-        assert origin is not None
-        self._first = _components(decode_path(origin.name))[0]
-        self._begin(is_directory=False)
-        name = self._name or self._first
-        try:
-            part = self._part = self._open_part(name, origin.identity)
-        except OSError as error:
-            problem = file_problem(self._shown((name,)), error)
-            busy = error.errno == errno.EWOULDBLOCK
-            raise RpcError("CONFLICT" if busy else "FORBIDDEN", problem) from error
-        shown = self._shown((name,))
-        if part.removed:
-            problem = "the source has changed since the copy was interrupted"
-            self._hooks.say(file_problem(shown, f"{problem}; it is copied anew"))
-        elif not part.size:
-            problem = "there is no part of it to resume; it is copied whole"
-            self._hooks.say(file_problem(shown, problem))
-        digest = hash_part(part.descriptor, part.size, self._hooks.progress)
-        self._part_digest = digest
-        return FilePartial(origin.identity, part.size, digest.hexdigest())
-
-    def _open_part(self, name: str, identity: str) -> PartialFile:
-        """Return the part of a copy that is resumed.  Raises OSError."""
-        deadline = Deadline(PART_PATIENCE)
-        names = part_names(name, identity)
-        wanted = part_key(self._root, names[1])
-        try:
-            while True:
-                try:
-                    return PartialFile(self._root, names, resumes=True)
-                except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK:
-                        raise
-                    if deadline.expired:
-                        why = "another copy is writing it"
-                        way = "`moltis node jobs` lists it, and --cancel ends it"
-                        raise OSError(error.errno, f"{why}; {way}") from error
-                self._places.wanted_parts.add(wanted)
-                self._hooks.progress(0, 0)
-                time.sleep(0.1)
-        finally:
-            self._places.wanted_parts.discard(wanted)
-
-    def give_way(self, idle: float) -> None:
-        """Fail if nothing came for `idle` s, and another copy waits for our part.
-
-        The sender may have been killed.  No file system is asked, as the caller holds a
-        lock.  Raises RpcError.
-        """
-        if self._part is None or idle < PART_IDLE:
-            return
-        if self._part.key in self._places.wanted_parts:
-            problem = "nothing came, and another copy took over its part"
-            raise RpcError("CONFLICT", problem)
-
-    # -- where ---------------------------------------------------------------------
-
-    def _begin(self, *, is_directory: bool) -> None:
-        """Find the place of the first name in the archive, as cp does."""
-        spec, places = self._spec, self._places
-        typed = decode_path(spec.path)
-        path = places.absolute(typed)
-        into = (
-            spec.into or typed.endswith("/") or os.path.basename(typed) in (".", "..")
-        )
-        into = into or places.is_directory(path)
-        if into and (spec.bare or spec.splices is not None):
-            problem = file_problem(path, "is a directory; name the file in it as well")
-            raise RpcError("INVALID_REQUEST", problem)
-        if into:
-            self._open(path, make=spec.mkdir)
-        else:
-            path = places.target(path)
-            self._open(os.path.dirname(path), make=spec.mkdir)
-            self._name = os.path.basename(path)
-            try:
-                present = self._present(self._name, self._root)
-            except OSError as error:
-                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
-            if present is not None and is_directory:
-                problem = file_problem(path, IS_A_FILE)
-                raise RpcError("INVALID_REQUEST", problem)
-            if present is not None and file_kind(present.st_mode) == "other":
-                raise RpcError("INVALID_REQUEST", file_problem(path, NO_FILE_THERE))
-
-    def _open(self, path: str, *, make: bool = False) -> None:
-        """Raises RpcError for a directory that is not there."""
-        if make and not self._places.is_directory(path):
-            above = os.path.dirname(path)
-            if not self._places.contains(above):
-                problem = file_problem(path, "the directory that is allowed is missing")
-                raise RpcError("NOT_FOUND", problem)
-            if not self._places.is_directory(above):
-                self._open(above, make=True)
-            parent = self._places.open_directory(above)
-            try:
-                make_directory(parent, os.path.basename(path), self._umask)
-            except OSError as error:
-                raise RpcError("FORBIDDEN", file_problem(path, error)) from error
-            finally:
-                os.close(parent)
-        try:
-            descriptor = self._places.open_directory(path)
-        except OSError as error:
-            hint = "; --mkdir makes it" if error.errno == errno.ENOENT else ""
-            problem = file_problem(path, error) + hint
-            raise RpcError("NOT_FOUND", problem) from error
-        if self._root >= 0:
-            os.close(self._root)
-        self._parent, self._root = path, descriptor
-
-    def _placed(self, name: str) -> tuple[str, ...]:
-        """Return where a member goes, as names below _parent.  Raises RpcError."""
-        first, *rest = _components(name)
-        if self._name and self._first != first:
-            raise RpcError(
-                "INVALID_REQUEST",
-                file_problem(self._spec.path, "is not a directory, for several files"),
-            )
-        return (self._name or first, *rest)
-
-    def _directory(self, names: tuple[str, ...]) -> int:
-        """Return a descriptor of a directory, open until the next call.
-
-        Raises OSError.
-        """
-        if names != self._directory_names or self._directory_open < 0:
-            self._leave_directory()
-            real, new = names, self._new_above(names)
-            if new is not None:
-                real = (*new[:-1], self._new[new], *names[len(new) :])
-            self._directory_open = descend(os.dup(self._root), real)
-            self._directory_names = names
-        return self._directory_open
-
-    def _leave_directory(self) -> None:
-        if self._directory_open >= 0:
-            os.close(self._directory_open)
-            self._directory_open = -1
-
-    def _new_above(self, names: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Return the one of _new that a path begins with."""
-        above = (names[:depth] for depth in range(1, len(names) + 1))
-        return next(filter(self._new.__contains__, above), None)
-
-    def _shown(self, names: tuple[str, ...]) -> str:
-        return os.path.join(self._parent, *names)
-
-    def _leave_out(self, names: tuple[str, ...], problem: OSError | str) -> None:
-        """Raises RpcError if no other file is copied."""
-        # ELOOP or ENOTDIR: which one says that a link is there depends on the system.
-        links = (errno.ELOOP, errno.ENOTDIR)
-        if isinstance(problem, OSError) and problem.errno in links:
-            problem = IN_THE_WAY
-        text = file_problem(self._shown(names), problem)
-        if self._alone:
-            raise RpcError("FORBIDDEN", text)
-        self._note(text)
-
-    # -- what arrives ----------------------------------------------------------------
-
-    def _take(self, member: Member, stream: CheckedStream) -> None:
-        if not self._members:
-            self._alone = bool(member.identity)
-        if self._root < 0:
-            self._first = _components(member.name)[0]
-            self._begin(is_directory=member.kind == b"5")
-            if self._alone:
-                # Optional: another copy may be writing the part, the file system may
-                # have no locks, or the directory may not be readable.
-                with contextlib.suppress(OSError):
-                    name = self._name or self._first
-                    parts = part_names(name, member.identity)
-                    self._part = PartialFile(self._root, parts, resumes=False)
-        self._hooks.alive(None)  # one message may hold many small files
-        self._members += 1
-        names = self._placed(member.name)
-        top = _components(member.name)[0]
-        self._more += top != (self._last or top)
-        self._last = top
-        content = stream.pieces(member.size)
-        latest, self._latest = self._latest, ()
-        if member.failed:
-            if names == latest:  # not an earlier file of the same name
-                self._forget(names)
-        elif any(names[:depth] in self._blocked for depth in range(1, len(names))):
-            pass  # its directory was left out, and said so
-        elif member.kind == b"5":
-            self._make_directory(names, member)
-        elif names in self._pending or names in self._new:
-            self._leave_out(names, NAMED_TWICE)
-        elif member.kind == b"2":
-            self._links.append((names, member.link))
-        elif member.kind in (b"0", b"\0"):
-            self._write(names, member.mode, member.mtime_ns, content, member.offset)
-        else:
-            self._leave_out(names, "is neither a file nor a directory")
-        for _ in content:
-            pass
-        stream.exactly(-member.size % TAR_BLOCK)
-
-    def _receive_bare(self, stream: CheckedStream) -> None:
-        self._begin(is_directory=False)
-        mode = 0o666 & ~self._umask
-        pieces = iter(partial(stream.some, FILE_PIECE), b"")
-        self._write((self._name,), mode, time.time_ns(), pieces)
-
-    def _make_directory(self, names: tuple[str, ...], member: Member) -> None:
-        try:
-            self._make_or_find(names, self._directory(names[:-1]), member)
-        except OSError as error:
-            self._blocked.add(names)
-            self._leave_out(names, error)
-
-    def _make_or_find(
-        self, names: tuple[str, ...], parent: int, member: Member
-    ) -> None:
-        """Make a directory, or check the one that is there.  Raises OSError."""
-        name = self._new.get(names, names[-1])
-        if self._present(name, parent) is None:
-            if self._new_above(names) is None:
-                # Recorded first: an interrupt may come right after it was made.
-                name = self._new[names] = _partial_name()
-            try:
-                os.mkdir(name, 0o700, dir_fd=parent)
-            except OSError:
-                self._new.pop(names, None)
-                raise
-            self._made[names] = member
-        else:
-            os.close(descend(os.dup(parent), [name]))
-        facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if self._is_another(facts, names):
-            raise OSError(errno.EEXIST, SAME_NAME)
-        self._record(facts, names)
-
-    def _is_another(self, facts: os.stat_result | None, names: tuple[str, ...]) -> bool:
-        """Whether the file at `names` is another one that has arrived.
-
-        Such names differ only in case, or in how an accent is composed.
-        """
-        key = (facts.st_dev, facts.st_ino) if facts else (0, 0)
-        return self._written.get(key, names) != names
-
-    def _record(self, facts: os.stat_result, names: tuple[str, ...] = ()) -> None:
-        self._written[facts.st_dev, facts.st_ino] = names
-
-    def _write(
-        self,
-        names: tuple[str, ...],
-        mode: int,
-        mtime_ns: int,
-        content: Iterable[bytes | memoryview],
-        offset: int = 0,
-    ) -> None:
-        """Write a file, from `offset` on.
-
-        It, or a directory above it, has a name that says that it is not complete.
-        """
-        is_first = names == (self._name or self._first,) and not self._pending
-        part = self._part if is_first else None
-        if offset != 0 and (part is None or offset != part.size):
-            raise _not_an_archive("it continues a file that is not there")
-        new = self._new_above(names)
-        # It gets its mode now, with which _flush() could not open it.
-        is_flushed = new is not None and not mode & stat.S_IRUSR
-        name = names[-1] if new else _partial_name() if part is None else part.name
-        try:
-            parent = self._directory(names[:-1])
-            if new is None:
-                self._pending[names] = _Pending(name, mode)  # first, as in _new
-            if part is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-                descriptor = os.open(name, flags, 0o600, dir_fd=parent)
-            else:
-                os.lseek(part.descriptor, offset, os.SEEK_SET)
-                os.ftruncate(part.descriptor, offset)
-                descriptor = os.dup(part.descriptor)
-                self.bytes += offset
-                self._file_digest = self._part_digest if offset else hashlib.sha256()
-            if new is not None:
-                self._count(names)
-            try:
-                self._fill(descriptor, content)
-                times = partial(os.utime, descriptor, ns=(mtime_ns, mtime_ns))
-                self._set(names, "time", times)
-                if is_flushed:
-                    self._hooks.alive(FLUSH_TIMEOUT)
-                    os.fsync(descriptor)
-                if new is not None:
-                    self._set(names, "mode", partial(os.fchmod, descriptor, mode))
-            finally:
-                os.close(descriptor)
-        except FileExistsError:  # only where its directory is new
-            self._leave_out(names, NAMED_TWICE)
-        except OSError as error:
-            self._forget(names)
-            if len(names) == 1 and error.errno in (errno.EACCES, errno.EROFS):
-                problem = file_problem(self._parent, error)
-                raise RpcError("FORBIDDEN", problem) from error
-            self._leave_out(names, error)
-        else:
-            self._latest = names
-            if not is_flushed and len(self._unflushed) <= MAX_FLUSHED:
-                self._unflushed[names] = name
-
-    def _fill(self, descriptor: int, content: Iterable[bytes | memoryview]) -> None:
-        """Write the content of a file.  Raises RpcError, OSError."""
-        for piece in content:
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            if self._members == 1:  # its own, where no other file follows
-                self._file_digest.update(piece)
-            self.bytes += len(piece)
-
-    def _count(self, names: tuple[str, ...], change: int = 1) -> None:
-        self.files += change
-        new = self._new_above(names)
-        if new is not None:
-            self._new_files[new] += change
-
-    # -- the end ---------------------------------------------------------------------
-
-    def _flush(self) -> None:
-        self._hooks.alive(FLUSH_TIMEOUT)
-        if len(self._unflushed) > MAX_FLUSHED:
-            os.sync()
-            return
-        for names, name in list(self._unflushed.items()):
-            self._hooks.alive(FLUSH_TIMEOUT)
-            try:
-                descriptor = open_written(name, self._directory(names[:-1]))
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                self._forget(names)
-                self._leave_out(names, error)
-
-    def _commit(self) -> None:
-        """Give every file its name; then make links, and finish directories."""
-        for names, pending in list(self._pending.items()):
-            self._hooks.alive(None)
-            try:
-                self._name_file(names, pending, self._directory(names[:-1]))
-            except OSError as error:
-                self._leave_out(names, error)
-        for names, link in self._links:
-            self._hooks.alive(None)
-            try:
-                self._make_link(names, link)
-            except OSError as error:
-                self._leave_out(names, error)
-        for names, name in list(self._new.items()):
-            self._hooks.alive(None)
-            try:
-                self._name_directory(names, name)
-            except OSError as error:
-                self.files -= self._new_files[names]
-                self._leave_out(names, error)
-        for names, member in reversed(list(self._made.items())):
-            self._hooks.alive(None)
-            if self._new_above(names) is not None:
-                continue  # it is left out
-            try:
-                descriptor = self._directory(names)
-            except OSError as error:
-                self._leave_out(names, error)
-                continue
-            self._set(names, "mode", partial(os.fchmod, descriptor, member.mode))
-            times = (member.mtime_ns, member.mtime_ns)
-            self._set(names, "time", partial(os.utime, descriptor, ns=times))
-
-    def _name_file(
-        self, names: tuple[str, ...], pending: _Pending, parent: int
-    ) -> None:
-        """Raises OSError."""
-        name, mode = names[-1], pending.mode
-        present = self._present(name, parent)
-        problem = self._in_the_way(names, present)
-        if problem:
-            self._leave_out(names, problem)
-            return
-        if present is not None and stat.S_ISREG(present.st_mode):
-            mode = stat.S_IMODE(present.st_mode) & 0o777
-        descriptor = open_written(pending.partial, parent)
-        try:
-            facts = os.fstat(descriptor)
-            if present is not None and stat.S_ISREG(present.st_mode):
-                owner = present.st_uid, present.st_gid
-                if owner != (facts.st_uid, facts.st_gid):
-                    with contextlib.suppress(PermissionError):
-                        os.fchown(descriptor, *owner)
-            self._set(names, "mode", partial(os.fchmod, descriptor, mode))
-        finally:
-            os.close(descriptor)
-        os.rename(pending.partial, name, src_dir_fd=parent, dst_dir_fd=parent)
-        self._record(facts)
-        del self._pending[names]
-        self.files += 1
-
-    def _in_the_way(
-        self, names: tuple[str, ...], present: os.stat_result | None
-    ) -> str:
-        """Return why what is there keeps its name; "": it is replaced."""
-        if present is None:
-            return ""
-        if stat.S_ISDIR(present.st_mode):
-            return "is a directory, which a file does not replace"
-        if file_kind(present.st_mode) == "other":
-            return NO_FILE_THERE
-        if self._spec.keep:
-            return "is there already, and stays as it is"
-        return SAME_NAME if self._is_another(present, names) else ""
-
-    def _set(
-        self, names: tuple[str, ...], what: str, change: Callable[[], None]
-    ) -> None:
-        """Set a mode or time; note it where the file system refuses to.
-
-        Windows drives in WSL and the storage of phones have no modes.
-        """
-        try:
-            change()
-        except OSError as error:
-            problem = f"its {what} could not be set: {error.strerror}"
-            self._note(file_problem(self._shown(names), problem))
-
-    def _name_directory(self, names: tuple[str, ...], name: str) -> None:
-        """Give a new directory its own name.  Raises OSError."""
-        parent = self._directory(names[:-1])
-        present = self._present(names[-1], parent)
-        if present is not None:
-            problem = SAME_NAME if self._is_another(present, names) else APPEARED
-            raise FileExistsError(errno.EEXIST, problem)
-        os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
-        del self._new[names]
-
-    def _make_link(self, names: tuple[str, ...], link: str) -> None:
-        """Raises OSError."""
-        if self._leads_out(names, link):
-            self._leave_out(
-                names, f"links to {shown_path(link)}, outside of what is copied"
-            )
-            return
-        parent = self._directory(names[:-1])
-        present = self._present(names[-1], parent)
-        is_ours = present is not None and self._new_above(names) is not None
-        problem = SAME_NAME if is_ours else self._in_the_way(names, present)
-        if problem:
-            self._leave_out(names, problem)
-            return
-        name = _partial_name()
-        os.symlink(link, name, dir_fd=parent)
-        os.rename(name, names[-1], src_dir_fd=parent, dst_dir_fd=parent)
-        self._record(os.stat(names[-1], dir_fd=parent, follow_symlinks=False))
-        self._count(names)
-
-    def _leads_out(self, names: tuple[str, ...], link: str) -> bool:
-        """Whether a link at `names` points outside of its first directory.
-
-        By its text, in which `..` follows real directories only: after a link, which
-        may be one of this copy, it would lead elsewhere than it says.
-        """
-        top = names[:1] if len(names) > 1 else ()  # a link alone may name a sibling
-        at = list(names[:-1])
-        if link.startswith("/"):
-            above = self._parent.rstrip("/") + "/"
-            if not link.startswith(above):
-                return True
-            link, at = link[len(above) :], []
-        named = False  # whether the end of `at` is from the text
-        for part in link.split("/"):
-            if part == "..":
-                if not at or (named and not self._is_directory(tuple(at))):
-                    return True
-                at.pop()
-            elif part not in ("", "."):
-                at.append(part)
-                named = True
-        return not link or tuple(at[: len(top)]) != top
-
-    def _is_directory(self, names: tuple[str, ...]) -> bool:
-        """Whether it is one of ours or was there before, reached through no link."""
-        try:
-            self._directory(names)
-        except OSError:
-            return False
-        return True
-
-    def _present(self, name: str, parent: int) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def _forget(self, names: tuple[str, ...]) -> None:
-        """Remove a file that is not complete."""
-        self._unflushed.pop(names, None)
-        pending = self._pending.pop(names, None)
-        if pending and self._part and pending.partial == self._part.name:
-            self._part.is_kept = False
-        elif pending or self._new_above(names):
-            with contextlib.suppress(OSError):
-                name = pending.partial if pending else names[-1]
-                os.unlink(name, dir_fd=self._directory(names[:-1]))
-                self._count(names, -1 if pending is None else 0)
-
-    def _discard(self) -> None:
-        """Remove what has no name, and directories that were made for nothing."""
-        self._hooks.alive(None)  # read() may have failed in a wait without limit
-        part, self._part = self._part, None
-        if part is not None:
-            for names, pending in list(self._pending.items()):
-                if pending.partial == part.name:
-                    del self._pending[names]
-            part.close()
-        for names in list(self._pending):
-            self._forget(names)
-        for names, name in self._new.items():
-            with contextlib.suppress(OSError):
-                alive = partial(self._hooks.alive, None)
-                remove_tree(self._directory(names[:-1]), name, alive)
-        self._leave_directory()
-        if self._root >= 0:
-            os.close(self._root)
-            self._root = -1
 
 
 # ==============================================================================
@@ -8849,6 +8816,7 @@ ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
 ANTHROPIC_CACHE = {"type": "ephemeral"}  # a breakpoint: the prefix before it is cached
 OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+OLLAMA_ANSWER = 2048  # tokens of a context that are left for the answer
 
 OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a model
     r"(?i)context.{0,24}(length|window|size|limit)|(prompt|input) is too long"
@@ -9145,6 +9113,11 @@ def fold_notes(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         else:
             folded.append(message)
     return folded
+
+
+def conversation(request: ChatRequest) -> list[ChatMessage]:
+    """Return the messages of a request as most servers accept them."""
+    return fold_notes(settle_tool_calls(request.messages))
 
 
 # --- reading a response ---
@@ -10097,8 +10070,7 @@ class OllamaProvider(ModelProvider):
         body: JsonObject = {
             "model": request.model,
             "messages": [
-                self._message(request, message)
-                for message in fold_notes(settle_tool_calls(request.messages))
+                self._message(request, message) for message in conversation(request)
             ],
             "stream": True,
         }
@@ -10106,10 +10078,16 @@ class OllamaProvider(ModelProvider):
             body["tools"] = function_tools(request.tools)
         if request.effort:
             body["think"] = request.effort != "off" and request.effort
-        # In doublings: another size makes Ollama load the model again.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
         wanted, trained = self._contexts.get(_tagged(request.model), (0, 0))
+        most = max(wanted, min(trained or OLLAMA_LAST_CONTEXT, OLLAMA_LAST_CONTEXT))
+        # Three characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + min(OLLAMA_ANSWER, most // 4)
+        turns = sum(message.role == "user" for message in request.messages)
+        if needed > most and turns > 1:
+            # Ollama would cut the beginning off without a word.  The last turn goes to
+            # it as it is: nothing before it is left out any more.
+            raise ContextTooLong(f"{request.model} takes {most:,} tokens at a time")
+        # In doublings: another size makes Ollama load the model again.
         size = least = max(OLLAMA_FIRST_CONTEXT, wanted)
         while size < min(needed, OLLAMA_LAST_CONTEXT):
             size *= 2
@@ -10160,8 +10138,7 @@ class OpenAiProvider(ModelProvider):
         body: JsonObject = {
             "model": request.model,
             "messages": [
-                self._message(request, message)
-                for message in fold_notes(settle_tool_calls(request.messages))
+                self._message(request, message) for message in conversation(request)
             ],
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -10284,7 +10261,7 @@ class ResponsesProvider(OpenAiProvider):
             "model": request.model,
             "input": [
                 item
-                for message in fold_notes(settle_tool_calls(request.messages))
+                for message in conversation(request)
                 for item in self._items(request, message)
             ],
             "stream": True,
@@ -10544,12 +10521,19 @@ def _tidy_url(protocol: str, base_url: str) -> str:
     return url + mark + query
 
 
-def _key_variable(spec: ProviderSpec, environ: Mapping[str, str]) -> str:
-    """Return the variable that holds a provider's key, or the one that would."""
-    bearer = BEARER_VARIABLES.get(spec.id, "")
-    if spec.own or environ.get(bearer):
-        return "" if spec.own else bearer
-    return API_KEY_VARIABLES[spec.id]
+def _entries(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> Iterator[tuple[ProviderSpec, ProviderSettings, str]]:
+    """Yield each provider, its settings, and the variable of its key or ""."""
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        bearer = BEARER_VARIABLES.get(spec.id, "")
+        if spec.own:
+            yield spec, entered, ""
+        elif environ.get(bearer):
+            yield spec.replace(key_headers=("Authorization",)), entered, bearer
+        else:
+            yield spec, entered, API_KEY_VARIABLES[spec.id]
 
 
 def make_providers(
@@ -10557,21 +10541,17 @@ def make_providers(
 ) -> list[ModelProvider]:
     """Return the providers that can be used; the environment beats `settings`."""
     providers = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = _key_variable(spec, environ)
+    for spec, entered, variable in _entries(environ, settings):
         api_key = environ.get(variable) or entered.api_key
         base_url = environ.get(spec.url_variable) or entered.base_url
-        if spec.protocol == "ollama":
-            base_url = ollama_url(base_url or spec.base_url)
         protocol = spec.protocol
-        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
-            protocol = "openai"  # an imitation
-        if protocol != "ollama" and base_url:
+        if protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif base_url:
+            if protocol == "responses" and "api.openai.com" not in base_url:
+                protocol = "openai"  # an imitation
             base_url = _tidy_url(protocol, base_url)
         if api_key or base_url:
-            if variable in BEARER_VARIABLES.values():
-                spec = spec.replace(key_headers=("Authorization",))  # noqa: PLW2901
             make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
@@ -10582,10 +10562,10 @@ def describe_providers(
 ) -> list[JsonObject]:
     """Return each provider and where its key is from, for people; never the key."""
     descriptions = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = _key_variable(spec, environ)
+    for spec, entered, variable in _entries(environ, settings):
         source = "settings" if entered.api_key else ""
+        is_entered = entered != ProviderSettings()
+        is_named = bool(environ.get(variable) or environ.get(spec.url_variable))
         descriptions.append(
             {
                 "id": spec.id,
@@ -10595,9 +10575,8 @@ def describe_providers(
                 "keyVariable": variable,
                 "keyFrom": "environment" if environ.get(variable) else source,
                 "baseUrl": entered.base_url or spec.base_url,
-                "isEntered": entered != ProviderSettings(),
-                "isSetUp": entered != ProviderSettings()
-                or bool(environ.get(variable) or environ.get(spec.url_variable)),
+                "isEntered": is_entered,
+                "isSetUp": is_entered or is_named,
             }
         )
     return descriptions
@@ -10628,29 +10607,6 @@ class ProviderModel:
         """Yield the answer as it comes; see ChatModel.stream."""
         request = ChatRequest(self._name, tuple(messages), tuple(tools), self._effort)
         return self._provider.stream(request, cancel)
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers side by side; return their models, and errors by provider.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 class ModelCatalog:
@@ -10702,13 +10658,24 @@ class ModelCatalog:
     ) -> tuple[list[ModelInfo], dict[str, str]]:
         """Return the models, and by provider why it could not be asked.
 
-        Both are remembered for a while.  Raises Cancelled.
+        All are asked side by side, and the answers remembered.  Raises Cancelled.
         """
         with self._lock:
             if not refresh and not self._fresh.expired:
                 return list(self._models), dict(self._errors)
             providers = list(self._providers.values())
-        models, errors = list_models(providers, cancel)
+        from concurrent.futures import ThreadPoolExecutor
+
+        models: list[ModelInfo] = []
+        errors: dict[str, str] = {}
+        size = max(1, len(providers))
+        with ThreadPoolExecutor(size, thread_name_prefix="moltis-models") as pool:
+            asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+            for provider, answer in asked:
+                try:
+                    models += answer.result()
+                except ModelError as error:
+                    errors[provider.spec.id] = str(error)
         with self._lock:
             if providers == list(self._providers.values()):
                 self._models, self._errors = models, errors
@@ -10780,7 +10747,7 @@ class Provider(Value):
 
 def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
     """Return a JSON number in a range, which neither infinity nor NaN is."""
-    number: float = required({"": value}, "", float)
+    number: float = checked(value, "", float)
     if not low <= number <= high:
         raise ValueError("beyond reason")
     return number
@@ -10801,11 +10768,11 @@ def _celsius(value: Any) -> float:
 def _label(value: Any) -> str:
     # A node's words reach terminals.  printable() removes lone surrogates as well,
     # which cannot be encoded.
-    return printable(required({"": value}, "", str), MAX_LABEL)
+    return printable(checked(value, "", str), MAX_LABEL)
 
 
 def _items(value: Any, kind: type = list) -> Any:
-    return list(required({"": value}, "", kind))[:MAX_LISTED]
+    return list(checked(value, "", kind))[:MAX_LISTED]
 
 
 def _labels(value: Any) -> tuple[str, ...]:
@@ -11064,14 +11031,10 @@ def _read_cgroup(group: Path) -> CgroupLimits:
 def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
     """Return the tightest limits of all cgroups that this process is in."""
     limits = [_read_cgroup(group) for group in _cgroups(root)]
-    tightest = {
-        name: min(
-            (v for v in (getattr(one, name) for one in limits) if v), default=None
-        )
-        for name in ("memory", "cpus")
-    }
-    free = [one.memory_free for one in limits if one.memory_free is not None]
-    return CgroupLimits(**tightest, memory_free=min(free, default=None))
+    values = ([getattr(one, name) for one in limits] for name in CgroupLimits._names)
+    return CgroupLimits(
+        *(min((v for v in each if v is not None), default=None) for each in values)
+    )
 
 
 class ProcProbe:
@@ -11725,13 +11688,14 @@ class Errand:
 
     def __init__(
         self,
-        action: Callable[[MachineOptions, Any, Errand], JsonObject],
+        action: Callable[[MachineOptions, Any, Any], JsonObject],  # the errand itself
         options: MachineOptions,
         log: JobLog,
-        _on_input: object,
+        on_input: Callable[[int], None],
         spec: Any,
     ) -> None:
         self.cancellation = Cancellation()
+        self._on_input = on_input
         self._action = partial(action, options, spec, self)
         self._log = log
         self._reason = ""
@@ -11811,19 +11775,24 @@ class Errand:
         if not self._committed:
             self.cancellation.pause(0)
 
-    def call_file_system(self, action: Callable[[], Found], path: str) -> Found:
+    def call_file_system(
+        self, action: Callable[[], Found], path: str, limit: float | None = None
+    ) -> Found:
         """Return `action()`, which uses `path` (of encode_path()), or leave it behind.
 
-        Raises its error, Cancelled, RpcError UNAVAILABLE.
+        `limit` is that of its first step, as of alive().  Raises its error, Cancelled,
+        RpcError UNAVAILABLE.
         """
-        self.alive()
+        self.alive(limit)
         try:
             return call_file_system(action, path, self._remaining)
         except TimeoutError as error:
             if self._cancel_due < math.inf:
                 raise Cancelled from error
             self.cancellation.cancel()  # should it wake up, it begins nothing new
-            raise silent_file_system(path, self._held) from error
+            problem = f"its file system did not answer within {self._held:.0f} s"
+            text = file_problem(decode_path(path), problem)
+            raise RpcError("UNAVAILABLE", text) from error
 
     def _remaining(self) -> float:
         return min(self._due, self._cancel_due) - time.monotonic()
@@ -11850,19 +11819,11 @@ class Errand:
 class InputErrand(Errand):
     """An errand that reads input."""
 
-    def __init__(
-        self,
-        action: Callable[[MachineOptions, Any, InputErrand], JsonObject],
-        options: MachineOptions,
-        log: JobLog,
-        on_input: Callable[[int], None],
-        spec: Any,
-    ) -> None:
-        super().__init__(action, options, log, on_input, spec)  # type: ignore[arg-type]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.patience = INPUT_PATIENCE  # s
         # Called every second while nothing comes, with the seconds so far; may raise.
         self.on_idle: Callable[[float], None] = lambda _idle: None
-        self._on_input = on_input
         self._arrived = threading.Condition()  # guards _input
         self._input = InputWindow()
         self._reported = 0  # offset
@@ -11990,10 +11951,7 @@ def file_places(options: MachineOptions) -> FilePlaces:
 
 def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
     find = partial(FileListing, spec, file_places(options), errand.pause)
-    try:
-        listing = call_file_system(find, spec.path, Deadline(LOOK_TIMEOUT).remaining)
-    except TimeoutError as error:
-        raise silent_file_system(spec.path, LOOK_TIMEOUT) from error
+    listing = errand.call_file_system(find, spec.path, LOOK_TIMEOUT)
     lines: list[str] = []
     for entry in listing.entries():
         lines.append(to_json(entry))
@@ -12012,8 +11970,8 @@ def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
     umask = file_umask(options.inherited)
-    changer = FileChanger(file_places(options), umask, errand.pause)
-    return errand.call_file_system(partial(changer.change, spec), spec.path)
+    change = partial(change_file, spec, file_places(options), umask, errand.pause)
+    return errand.call_file_system(change, spec.path)
 
 
 class Notes:
@@ -12096,10 +12054,11 @@ def _write_files(
 
     def write() -> JsonObject:
         hooks = notes.hooks()
+        if spec.splices is not None:
+            spliced = SplicedFile(spec, places, notes, umask=umask, hooks=hooks)
+            return {**spliced.write(), "notes": 0}
         target = FileTarget(spec, places, notes, umask=umask, hooks=hooks)
         errand.on_idle = target.give_way
-        if spec.splices is not None:
-            return {**target.splice(), "notes": 0}
         if spec.origin is not None and spec.origin.resumes:
             target.find_part(report)
         return notes.end(target.receive(errand.read))
@@ -12107,16 +12066,12 @@ def _write_files(
     return errand.call_file_system(write, spec.path)
 
 
-WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
-)
-
-
 class Work(Value):
     """One kind of job, with its limits."""
 
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
-    make: WorkFactory  # raises RpcError FORBIDDEN
+    # Raises RpcError FORBIDDEN.
+    make: Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]
     recorded: bool = False  # it has a row at the gateway
     takes_input: bool = False  # whatever its spec says
     side_by_side: int = 8  # jobs
@@ -17126,7 +17081,7 @@ def _reopened(record: JobRecord) -> JobRecord:
 def _directory_sizes(directory: Path) -> dict[str, int]:
     """Return the size of the files in each subdirectory, by its name."""
     sizes = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(directory):
             with contextlib.suppress(OSError), os.scandir(directory / name) as files:
                 sizes[name] = sum(entry.stat().st_size for entry in files)

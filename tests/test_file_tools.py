@@ -19,7 +19,7 @@ from test_agent import Chat, Scripted, approve, calls, open_questions, says
 from test_mcp import McpClient
 
 import moltis
-from moltis import FilePart, FilePlaces, FileRead, FileTarget, FileWrite, RpcError
+from moltis import FilePart, FilePlaces, FileRead, FileWrite, RpcError
 
 # -- lines -----------------------------------------------------------------------
 
@@ -247,8 +247,8 @@ def test_a_diff_of_any_files_is_made_or_refused():
 
 def splice(base, path, splices, expects, **changes):
     spec = FileWrite(path, splices=splices, expects=expects)
-    target = FileTarget(spec, FilePlaces(str(base)), lambda _: None, umask=0o022)
-    return target.splice()
+    places = FilePlaces(str(base))
+    return moltis.SplicedFile(spec, places, lambda _: None, umask=0o022).write()
 
 
 def piece(offset, length, data):

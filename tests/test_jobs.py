@@ -1194,6 +1194,16 @@ def test_the_oldest_logs_go_when_all_are_too_large(world):
     assert kept == set(ids[2:])
 
 
+def test_a_file_in_place_of_the_directory_of_logs_does_not_end_a_tick(world):
+    (world.directory / "jobs").rmdir()
+    (world.directory / "jobs").write_text("")
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"x" * 100_000))
+    world.jobs._unswept = world.jobs._keep_output  # look at the size of all logs
+    world.jobs.tick()
+    assert text_of(job).startswith("xxx")
+
+
 def test_many_threads_follow_and_leave_while_a_node_writes(world):
     job = world.start(kept=True)
     holder = Reader(world.jobs, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -2219,6 +2220,25 @@ def test_the_context_of_a_modelfile_counts_from_the_first_request(
         asked = [path for _, path, _, _ in server.requests]
     assert sizes == [("m", size), ("m:latest", size)]
     assert asked.count("/api/show") == (2 if listed else 1)
+
+
+@pytest.mark.parametrize("trained", [4096, 8192, 32768])
+def test_a_conversation_that_ollama_would_cut_is_too_long_for_it(trained):
+    """Its last turn, which cannot be shortened, is sent as it is."""
+    facts = {"general.architecture": "q", "q.context_length": trained}
+    sizes = []
+    with ollama({"model_info": facts}, sizes) as server:
+        provider = moltis.OllamaProvider(moltis.PROVIDERS[0], server.url, "")
+        model = moltis.ProviderModel(provider, "m")
+        last = ChatMessage("user", "and now?")
+        for length, fits in ((trained, True), (3 * trained, False)):
+            before = ChatMessage("user", "x" * length), ChatMessage("assistant", "yes")
+            stream = model.stream((*before, last), (), Cancellation())
+            with contextlib.nullcontext() if fits else pytest.raises(ContextTooLong):
+                list(stream)
+        long = ChatMessage("user", "x" * 3 * trained)
+        list(model.stream((long,), (), Cancellation()))
+    assert sizes == [("m", max(8192, trained))] * 2 or trained == 32768
 
 
 def test_an_ollama_that_describes_no_model_is_asked_once(monkeypatch):

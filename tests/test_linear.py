@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from peers import InProcessGateway
+from support import ScriptedServer
 
 import moltis
 
@@ -440,6 +441,20 @@ def test_the_head_of_an_answer_is_read_in_time():
             writer.join()
 
     check_growth(read, 60_000)
+
+
+def test_the_type_of_an_answer_is_read_in_time():
+    def answer(handler):
+        headers = {"Content-Type": 'multipart/a;"' + ";" * int(handler.path[1:])}
+        return 200, headers, [b"ok"]
+
+    with ScriptedServer(answer) as server:
+
+        def read(size):
+            with moltis.http_exchange("GET", f"{server.url}/{size}") as response:
+                assert response.read() == b"ok"
+
+        check_growth(read, 60_000, clock=time.process_time, noise=0.05)
 
 
 def der(tag, content):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 import moltis
 
@@ -142,6 +144,22 @@ def test_a_file_that_a_crash_emptied_is_made_anew(tmp_path, text):
         assert kind.load(tmp_path) is None
     moltis.GatewayFile("http://127.0.0.1:1", "mk_x", 42).save(tmp_path)
     assert moltis.GatewayFile.load(tmp_path).pid == 42
+
+
+@pytest.mark.parametrize("kind", [moltis.GatewayFile, moltis.NodeSettings])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_read(tmp_path, kind):
+    os.mkfifo(tmp_path / kind.FILE)
+    problems = []
+
+    def load():
+        try:
+            kind.load(tmp_path)
+        except moltis.BadConfiguration as error:
+            problems.append(str(error))
+
+    threading.Thread(target=load, daemon=True).start()
+    wait_for(lambda: problems)
+    assert "is not a regular file; delete it" in problems[0]
 
 
 def test_a_half_written_file_is_named_with_what_to_do(tmp_path):
