@@ -21720,13 +21720,30 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
     converted: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
-        try:
-            converted.set_result(convert(done.result()))
-        except Exception as error:  # noqa: BLE001  whoever waits gets it
-            converted.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # whoever waited has left
+            try:
+                converted.set_result(convert(done.result()))
+            except Exception as error:  # noqa: BLE001  whoever waits gets it
+                converted.set_exception(error)
 
     future.add_done_callback(settle)
     return converted
+
+
+def after_wait(wait: Future[Job], convert: Callable[[Job], Any]) -> Future[Any]:
+    """Return what mapped() does; to cancel that ends the wait."""
+    import weakref
+
+    answer = mapped(wait, convert)
+    known = weakref.ref(wait)  # a cycle would leave the job to the garbage collector
+
+    def end_wait(_answer: object) -> None:
+        waiting = known()
+        if waiting is not None:
+            waiting.cancel()
+
+    answer.add_done_callback(end_wait)
+    return answer
 
 
 class NodeMethods:
@@ -22020,11 +22037,11 @@ class JobMethods:
                 "pieces": log_pieces(data, encoding),
             }
 
-        return mapped(self._jobs.news(job, offset, wait), answer)
+        return after_wait(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
         """Answer with the job once it has ended, or after `wait` s."""
-        return mapped(self._jobs.ended(job, wait), job_view)
+        return after_wait(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
         self._jobs.cancel(job, by.name)
@@ -22070,7 +22087,7 @@ class JobMethods:
         job = self._jobs.start(record)
         if background:
             return {"invokeId": job.id, "nodeId": node[0], "node": node[1]}
-        return mapped(self._jobs.ended(job, None), invoke_result)
+        return after_wait(self._jobs.ended(job, None), invoke_result)
 
 
 class ChatMethods:
@@ -24706,28 +24723,46 @@ def job_recording(job: Job) -> Generator[bytes, None, None]:
         yield "".join(f"{line}\n" for line in lines).encode("utf-8")
 
 
+ABANDONED_LOOK = 1.0  # s between two looks whether a client has left
+
+
 class OperatorCalls:
     """The methods of this gateway for the operator of one request: GatewayCalls."""
 
     def __init__(
-        self, rpc: Rpc, caller: Caller, is_current: Callable[[Caller], bool]
+        self,
+        rpc: Rpc,
+        caller: Caller,
+        is_current: Callable[[Caller], bool],
+        is_abandoned: Callable[[], bool],
     ) -> None:
         self._rpc = rpc
         self._caller = caller
         self._is_current = is_current
+        self._is_abandoned = is_abandoned
         self.may = caller.may
 
     def call(
         self, method: str, params: JsonObject, cancel: Cancellation | None = None
     ) -> Any:
-        """Return the payload of the answer.  Raises RpcError, Cancelled."""
+        """Return the payload of the answer.  Raises RpcError, Cancelled, ClientGone."""
         payload = self._rpc.call(self._caller, method, params)
         if isinstance(payload, Future):
-            payload = payload.result() if cancel is None else cancel.result_of(payload)
+            wait = self._result_of if cancel is None else cancel.result_of
+            payload = wait(payload)
             # That may have taken hours, and revoking a key closes WebSockets only.
             if not self._is_current(self._caller):
                 raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         return payload
+
+    def _result_of(self, answer: Future[Any]) -> Any:
+        while True:
+            try:
+                return answer.result(ABANDONED_LOOK)
+            except FutureTimeout:
+                if self._is_abandoned():
+                    answer.cancel()
+                    raise ClientGone from None
 
 
 # HTTP statuses of JSON-RPC errors; all others have 200.  To a client of the older era
@@ -25438,14 +25473,19 @@ class HttpApp:
         kind = "text/csv; charset=utf-8"
         return download_reply("moltis-audit.csv", audit_csv(pages), kind)
 
+    def _calls(self, request: HttpRequest, caller: Caller) -> OperatorCalls:
+        rpc, is_current = self._gateway.rpc, self._access.is_current
+        return OperatorCalls(rpc, caller, is_current, request.is_abandoned)
+
     def _rpc(self, request: HttpRequest) -> Reply:
         caller, value = self.caller(request), json_body(request)
         request_id = optional(value, "id", str) or new_id()
         method = required(value, "method", str)
         params = optional(value, "params", dict) or {}
-        calls = OperatorCalls(self._gateway.rpc, caller, self._access.is_current)
         try:
-            payload = calls.call(method, params)
+            payload = self._calls(request, caller).call(method, params)
+        except ClientGone:
+            return Reply(202)
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
             failure = as_rpc_error(error, method)
             return rpc_reply(Response(request_id, error=failure))
@@ -25466,7 +25506,7 @@ class HttpApp:
                 headers.append(("WWW-Authenticate", 'Bearer realm="moltis"'))
             return json_reply(reply.status, refusal, headers)
         server = McpServer(
-            OperatorCalls(self._gateway.rpc, caller, self._access.is_current),
+            self._calls(request, caller),
             self._mcp_calls,
             *(caller.id, request.public.client),
             version=request.headers.get("MCP-Protocol-Version", HEADERLESS_MCP),
