@@ -36676,6 +36676,34 @@ def user_error(error: RpcError) -> UserError:
     return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
+class Nonsense(MoltisError):
+    """An answer of the gateway lacks fields, or they have other types."""
+
+    def __init__(self, found: BaseException) -> None:
+        """`found` was raised by the code that read the answer."""
+        import traceback
+
+        line = traceback.extract_tb(found.__traceback__)[-1].lineno
+        what = clip(f"{type(found).__name__}: {visible(str(found))}", 200)
+        super().__init__(
+            f"the gateway's answer makes no sense here (line {line}: {what}); it may "
+            "be of another version, or no gateway of moltis"
+        )
+
+
+# Raised by code that reads such an answer.
+MISREADING = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def making_sense() -> Iterator[None]:
+    """Raise Nonsense where the code within cannot read an answer."""
+    try:
+        yield
+    except MISREADING as error:
+        raise Nonsense(error) from error
+
+
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
 
 
@@ -36814,8 +36842,8 @@ class OperatorClient:
             while message is not None:
                 self._take(message)
                 message = self._ws.receive()
-        except MoltisError as error:
-            ended = error
+        except (MoltisError, *MISREADING) as error:
+            ended = error if isinstance(error, ConnectionClosed) else Nonsense(error)
             self._ws.abort()
         finally:
             self.ended_at = time.monotonic()
@@ -37239,6 +37267,8 @@ class JobFeed(LastingClient):
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
+            elif isinstance(item, Nonsense):
+                raise item  # the next connection would end likewise
             elif client is self.client:
                 self._lost = True
 
@@ -40475,7 +40505,7 @@ class Finding(Value):
     advice: str = ""
 
 
-def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
+def found_error(check: str, error: MoltisError, state: str = WRONG) -> Finding:
     """Return an error as a finding; the advice follows its semicolon."""
     words, _, advice = str(error).partition("; ")
     return Finding(check, state, words, advice)
@@ -40649,16 +40679,17 @@ def check_gateway(args: argparse.Namespace, context: Context) -> Iterator[Findin
     url, _ = gateway_address(args, context)
     trust = operator_trust(args, context, url)
     try:
-        with operator_client(args, context) as client:
+        with making_sense(), operator_client(args, context) as client:
             nodes = client.call("node.list", {})
             models = client.call("models.list", {})
-    except UserError as error:
+            there = sum(node["connected"] for node in nodes)
+            words = f"{url} answers; {there} of {len(nodes)} machines are connected"
+            count = len(models) - 1  # but for Shell
+    except (UserError, Nonsense) as error:
         yield found_error(name, error)
     else:
-        there = sum(node["connected"] for node in nodes)
-        words = f"{url} answers; {there} of {len(nodes)} machines are connected"
         yield Finding(name, WELL, words)
-        yield Finding("models", WELL, models_words(len(models) - 1))  # but for Shell
+        yield Finding("models", WELL, models_words(count))
         yield from check_outside(context, url)
     yield from check_way("", websocket_url(url), trust)
 
@@ -41266,7 +41297,7 @@ class FileCopy:
         def send() -> None:
             try:
                 feed.feed_input(one_by_one(pieces))
-            except (MoltisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  the main thread raises it
                 problems.append(error)
                 remote.stopped = True
 
@@ -42105,10 +42136,11 @@ complete -c moltis -f -a '(__moltis_complete)'""",
 def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
     """Return the names of the nodes; none where the gateway does not say them."""
     try:
-        nodes = call_gateway(args, context, "node.list")
-    except (UserError, RpcError):
+        with making_sense():
+            nodes = call_gateway(args, context, "node.list")
+            return [str(node["displayName"]) for node in nodes]
+    except MoltisError:
         return []
-    return [node["displayName"] for node in nodes]
 
 
 def glob_names(part: str) -> Iterator[str]:
@@ -42146,12 +42178,13 @@ def copied_paths(
     spec = encode_value(FileList(encode_path(above)))
     request = {"nodeId": node.split(",")[0], "work": "file.list", "spec": spec}
     try:
-        with operator_client(args, context) as client:
+        with making_sense(), operator_client(args, context) as client:
             answer = client.call("job.once", request, COMPLETION_PATIENCE)
-    except UserError:
+            entries = listed_entries(base64.b64decode(answer["output"]))
+    except MoltisError:
         return
     rest, count = path[len(above) :], 0
-    for entry in listed_entries(base64.b64decode(answer["output"])):
+    for entry in entries:
         name = decode_path(entry.name)
         if name.startswith(rest) and (rest or not name.startswith(".")):
             slash = "/" if entry.kind == "directory" else ""
@@ -42886,7 +42919,9 @@ def run_subcommand(
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
-    status: int = args.run(args, context)
+    asks_gateway = "api_key" in args
+    with making_sense() if asks_gateway else contextlib.nullcontext():
+        status: int = args.run(args, context)
     return status
 
 
@@ -42936,7 +42971,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error
         return status
-    except (UserError, RpcError) as error:
+    except (UserError, RpcError, Nonsense) as error:
         output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt as error:

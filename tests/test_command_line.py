@@ -2632,3 +2632,83 @@ def test_a_job_says_through_which_client_it_was_asked_for(gateway, home, capsys)
     assert "owner (shell)" in out
     _, out, _ = said(capsys, "node", "jobs", "--json")
     assert {job["callerKind"] for job in json.loads(out)} >= {"shell", "chat"}
+
+
+# -- gateways that answer nonsense ---------------------------------------------
+
+ASKING = (  # subcommands that read what a gateway answers
+    "node list --wide",
+    "node revoke far",
+    "node jobs",
+    "node exec local -- true",
+    "node exec local far -- true",
+    "node exec --all -- true",
+    "node exec --detach local -- true",
+    "node attach 1234",
+    "node recording 1234",
+    "node generate-token",
+    "node cp {home}/file far:{home}/copy",
+    "node cp far:{home}/file {home}/copy",
+    "key list",
+    "key create --name other --scope read",
+    "key revoke other",
+    "model list",
+    "model list --providers",
+    "model add box --url http://127.0.0.1:9/v1",
+    "audit",
+    "audit --who nobody",
+    "audit --json",
+    "doctor",
+    "chat hello",
+)
+
+
+@pytest.mark.parametrize("words", ASKING)
+def test_an_answer_that_makes_no_sense_is_said_in_one_sentence(
+    gateway, home, monkeypatch, capsys, words
+):
+    (home / "file").write_text("text")
+    answers = (7, "x", [7], [{}], {"jobs": 7}, {"jobs": [{}]}, {"id": []})
+    with monkeypatch.context() as nonsense:
+        for answer in answers:
+            nonsense.setattr(moltis.Rpc, "call", lambda *_, answer=answer: answer)
+            status = moltis.main(words.format(home=home).split())
+            printed = capsys.readouterr()
+            said = [line for line in printed.err.splitlines() if line[:8] == "moltis: "]
+            assert "Traceback" not in printed.err
+            if words == "doctor":
+                assert "wrong  gateway         the gateway's answer" in printed.out
+            elif status:
+                assert len(said) == 1, printed.err
+
+
+def test_completion_offers_nothing_where_an_answer_makes_no_sense(
+    gateway, monkeypatch, capsys
+):
+    with monkeypatch.context() as nonsense:
+        for answer in (7, "x", [7], [{}], {"output": 7}):
+            nonsense.setattr(moltis.Rpc, "call", lambda *_, answer=answer: answer)
+            for words in ("node exec ", "node cp far:/e"):
+                line = ["completion", "fish", "--", *words.split(" ")]
+                assert moltis.main(line) == moltis.EXIT_OK
+                assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", [moltis.JOB_STATE, moltis.JOB_INPUT])
+def test_an_event_that_makes_no_sense_is_said_in_one_sentence(
+    gateway, home, monkeypatch, name
+):
+    encode = moltis.encode_envelope
+
+    def encoded(envelope):
+        if isinstance(envelope, moltis.Event) and envelope.name == name:
+            envelope = moltis.Event(name, {})
+        return encode(envelope)
+
+    monkeypatch.setattr(moltis, "encode_envelope", encoded)
+    words = ("node", "exec", "--stdin", "local", "--", "cat")
+    done = run_moltis(*words, home=home, stdin=b"text")
+    assert done.returncode == moltis.EXIT_FAILURE
+    said = done.stderr
+    assert said.startswith("moltis: the gateway's answer makes no sense here (line ")
+    assert said.count("\n") == 1
