@@ -37926,7 +37926,7 @@ MAX_PROMPT_DIRECTORY = 40  # characters of a directory in the prompt of a chat
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
-END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP}  # where SIGHUP means nothing else
+END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP, signal.SIGQUIT}  # and Ctrl+\
 STALLED_AFTER = 1.0  # s from a signal; a write that is blocked then is given up
 LEAVE_AFTER = 10.0  # s from an interrupt; a connected node needs three to obey
 TIMED_OUT = 124  # as timeout(1)
@@ -41475,6 +41475,7 @@ class ChatCommand:
 
 
 REMOVED_NODE = "removed machine"  # in place of its name
+NOT_SENT = "given up; if the gateway has it, it runs there"
 
 
 class ChatTerminal:
@@ -41568,8 +41569,8 @@ class ChatTerminal:
             self._follow(message)
             return INTERRUPTED if self._stops else self._status
         except Terminated as error:
-            if error.number == signal.SIGINT and not self._stops:
-                self._abort()
+            if not self._stops:
+                self._leave(error.number)
             raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)  # of interrupting()
@@ -41685,13 +41686,23 @@ class ChatTerminal:
             raise
         return sent
 
+    def _leave(self, number: int) -> None:
+        """Have the turn stopped by Ctrl+C; else say that it goes on."""
+        if number == signal.SIGINT:
+            self._abort()
+            return
+        key, jobs = shlex.quote(self.session["key"]), "`moltis node jobs`"
+        goes_on = f"the answer goes on in the session {key}; {jobs} lists what runs"
+        with contextlib.suppress(OSError):  # our terminal is gone
+            self._output.say(f"moltis: {goes_on if self._run_id else NOT_SENT}")
+
     def _stop(self) -> None:
         """Have the turn stopped.
 
         Raises Terminated where it is not known to have begun.
         """
         if not self._run_id:
-            self._output.say("moltis: given up; if the gateway has it, it runs there")
+            self._output.say(f"moltis: {NOT_SENT}")
             raise Terminated(signal.SIGINT)
         if self._feed.client.ended:
             self._output.say(

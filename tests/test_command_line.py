@@ -2712,3 +2712,16 @@ def test_an_event_that_makes_no_sense_is_said_in_one_sentence(
     said = done.stderr
     assert said.startswith("moltis: the gateway's answer makes no sense here (line ")
     assert said.count("\n") == 1
+
+
+# -- leaving -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_chat_that_a_signal_ends_says_that_its_command_goes_on(gateway, home, number):
+    with Program("chat", "echo begun; sleep 120", home=home) as chat:
+        chat.wait_for_output("begun")
+        assert chat.end(number) == 128 + number
+        assert "the answer goes on in the session main; `moltis node" in chat.stderr
+    [job] = gateway.call("job.list", state="running")
+    gateway.call("job.cancel", id=job["id"])
