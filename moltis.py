@@ -40790,14 +40790,19 @@ class CopyPlace(Value):
         return not self.nodes and self.path == "-"
 
 
+NODE_PLACE = re.compile("([^:/]+):")  # the beginning of NODE:PATH
+NOT_IN_PLACES = re.compile("[:,/]")  # what no name of a node before a path may have
+
+
 def copy_place(text: str, working_dir: str | None) -> CopyPlace:
     """Read `NODE:PATH`, `NODE,NODE:PATH` or a path, as scp does.
 
     A colon after a slash is part of a path.
     """
-    head, colon, path = text.partition(":")
-    if not colon or not head or "/" in head:
+    found = NODE_PLACE.match(text)
+    if found is None:
         return CopyPlace((), text)
+    head, path = found[1], text[found.end() :]
     if working_dir and not path.startswith(("/", "~")):
         path = f"{working_dir}/{path}"
     return CopyPlace(tuple(filter(None, head.split(","))), path or ".")
@@ -41089,7 +41094,7 @@ class FileCopy:
             try:
                 for node in {name for name, *_ in groups} | set(targets) - {""}:
                     if node:
-                        client.call("node.describe", {"nodeId": node})
+                        self._check_node(client, node)
                 if self._args.resume and any(targets):
                     # An older gateway leaves the field out that asks for the part.
                     its = client.call("node.describe", {"nodeId": LOCAL_ID})
@@ -41113,6 +41118,22 @@ class FileCopy:
             for key, paths in groups.items()
             for target in targets
         ]
+
+    def _check_node(self, client: LastingClient, node: str) -> None:
+        """Raises RpcError for an unknown node, UsageError if its name was cut."""
+        try:
+            client.call("node.describe", {"nodeId": node})
+        except RpcError as error:
+            typed = [path.casefold() for path in self._args.path]
+            for known in client.call("node.list", {}):
+                name, node_id = known["displayName"], known["nodeId"]
+                is_cut = NOT_IN_PLACES.search(name) is not None
+                if is_cut and any(p.startswith(name.casefold()) for p in typed):
+                    raise UsageError(
+                        f"{name!r} cannot stand before a path, as it has `:` or `,`; "
+                        f"use the node's id: {node_id}"
+                    ) from error
+            raise
 
     def _origin(self, client: LastingClient, node: str, path: str) -> FileOrigin:
         """Return the file whose copy is resumed.  Raises UserError, RpcError."""
@@ -42092,22 +42113,22 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
 COMPLETION_PATIENCE = 3.0  # s for a node's list of files
 MAX_COMPLETIONS = 500  # files of a node; the others are not offered
 
-# Each asks this program what may follow; where nothing is known it offers files.
+# Each asks this program what may follow; files of this machine, where that is nothing
+# and the exit status is 0.
 COMPLETION_SCRIPTS: Mapping[str, str] = {
     "bash": r"""_moltis() {
-    local line
+    local line found
     COMPREPLY=()
+    found=$("${COMP_WORDS[0]}" completion bash -- \
+        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) ||
+        compopt +o default +o bashdefault 2>/dev/null
     while IFS= read -r line; do
         line=${line%%$'\t'*}
         case ${COMP_WORDS[COMP_CWORD]} in
             [\"\']*) COMPREPLY+=("$line") ;;
             *) COMPREPLY+=("$(printf %q "$line")") ;;
         esac
-    done < <("${COMP_WORDS[0]}" completion bash -- \
-        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-    case ${COMP_WORDS[COMP_CWORD-1]}${COMP_WORDS[COMP_CWORD]} in
-        *:*) compopt +o default +o bashdefault 2>/dev/null ;;
-    esac
+    done < <(printf %s "${found:+$found$'\n'}")
     case ${COMPREPLY[0]} in
         *[/:]) compopt -o nospace 2>/dev/null ;;
     esac
@@ -42116,16 +42137,18 @@ complete -o bashdefault -o default -F _moltis moltis""",
     "zsh": r"""#compdef moltis
 _moltis() {
     local -a lines end
+    local no_files
     lines=("${(@f)$(
         ${words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null
     )}")
+    no_files=$?
     lines=("${(@)lines:#}")
     if [[ ${lines[1]%%$'\t'*} = *[/:] ]]; then end=(-S ''); fi
     lines=("${(@)lines//:/\\:}")
     lines=("${(@)lines/$'\t'/:}")
     if (( $#lines )); then
         _describe -V moltis lines "${(@)end}"
-    elif [[ ${words[CURRENT]} != *:* ]]; then
+    elif (( ! no_files )); then
         _files
     fi
 }
@@ -42134,9 +42157,10 @@ if [[ $funcstack[1] = _moltis ]]; then _moltis "$@"; else compdef _moltis moltis
     set -l typed (commandline -opc)
     set -l part (commandline -ct)
     set -l found ($typed[1] completion fish -- $typed[2..-1] "$part" 2>/dev/null)
+    set -l no_files $status
     if test (count $found) -gt 0
         printf '%s\n' $found
-    else if not string match -q '*:*' -- "$part"
+    else if test $no_files = 0
         __fish_complete_path "$part"
     end
 end
@@ -42144,14 +42168,29 @@ complete -c moltis -f -a '(__moltis_complete)'""",
 }
 
 
-def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
-    """Return the names of the nodes; none where the gateway does not say them."""
+def known_words(
+    args: argparse.Namespace,
+    context: Context,
+    method: str,
+    word: str,
+    text: str,
+    **params: object,
+) -> list[tuple[str, str]]:
+    """Return two fields of each row that a method lists: a word and its help.
+
+    Returns none where the gateway does not answer.
+    """
     try:
         with making_sense():
-            nodes = call_gateway(args, context, "node.list")
-            return [str(node["displayName"]) for node in nodes]
+            rows = call_gateway(args, context, method, **params)
+            return [(str(row[word]), str(row[text])) for row in rows]
     except MoltisError:
         return []
+
+
+def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
+    found = known_words(args, context, "node.list", "displayName", "nodeId")
+    return [name for name, _ in found]
 
 
 def glob_names(part: str) -> Iterator[str]:
@@ -42177,7 +42216,11 @@ def copied_paths(
     """
     node, colon, path = part.partition(":")
     if not colon:
-        found = [name for name in nodes() if name.startswith(part)]
+        found = [
+            name
+            for name in nodes()
+            if name.startswith(part) and not NOT_IN_PLACES.search(name)
+        ]
         yield from ((f"{name}:", "a node") for name in found)
         if found:  # otherwise the shell offers files
             for name in sorted(glob_names(part)):
@@ -42216,18 +42259,20 @@ def rejoined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def possible_words(
-    parser: argparse.ArgumentParser,
-    before: Sequence[str],
-    part: str,
-    nodes: Callable[[], Iterable[str]],
-    paths: Callable[[str], Iterable[tuple[str, str]]],
-) -> Iterator[tuple[str, str]]:
-    """Yield each word that may come after `before`, with its help.
+# What offers words for an argument, with their help, by its `dest`; it gets what is
+# typed of the word.
+Offers: TypeAlias = "Mapping[str, Callable[[str], Iterable[tuple[str, str]]]]"
+FILE_VALUES = ("FILE", "DIR", "PATH", "SOURCE")  # metavars; files of this machine, too
 
-    `part` is what is typed of it; `nodes` returns the names of nodes, `paths` what
-    `part` may become where files of nodes are copied.
+
+def possible_words(
+    parser: argparse.ArgumentParser, before: Sequence[str], part: str, offers: Offers
+) -> tuple[list[tuple[str, str]], bool]:
+    """Return the words that may come after `before`, with their help.
+
+    `part` is what is typed of it.  And whether files of this machine may come there.
     """
+    words: list[tuple[str, str]] = []
     subcommands: Any = None
     depth = 0
     for word in [*before, ""]:
@@ -42238,27 +42283,29 @@ def possible_words(
         parser = subcommands.choices[word]
         depth += 1
     if subcommands is not None and depth == len(before):
-        yield from ((a.dest, a.help) for a in subcommands._choices_actions)
+        words += ((a.dest, a.help) for a in subcommands._choices_actions)
     options = {name: a for a in parser._actions for name in a.option_strings}
     awaited = options.get(before[-1]) if before else None
     if awaited is not None and awaited.nargs != 0:
-        values = [awaited]
+        actions = [awaited]
     elif part.startswith("-"):
-        yield from ((o, options[o].help or "") for o in options if o.startswith("--"))
-        return
+        words += ((o, options[o].help or "") for o in options if o.startswith("--"))
+        actions = []
     else:
-        values = [a for a in parser._actions if not a.option_strings]
-    for action in values:
-        if action.dest == "node":
-            yield from ((name, "a node") for name in nodes())
-        elif action.dest == "path":  # of node cp
-            yield from paths(part)
+        actions = [a for a in parser._actions if not a.option_strings]
+    for action in actions:
+        if action.dest in offers:
+            words += offers[action.dest](part)
         elif isinstance(action.choices, (list, tuple)):
-            yield from ((str(choice), "") for choice in action.choices)
+            words += ((str(choice), "") for choice in action.choices)
+    return words, any(action.metavar in FILE_VALUES for action in actions)
 
 
 def cmd_completion(args: argparse.Namespace, context: Context) -> int:
-    """Print a shell's script, or what may follow the words after `--`."""
+    """Print a shell's script, or what may follow the words after `--`.
+
+    The exit status is 0 for a word, or where files of this machine may follow.
+    """
     if not args.command:
         context.output.answer(COMPLETION_SCRIPTS[args.shell])
         return EXIT_OK
@@ -42273,12 +42320,25 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
     parser = args.build_parser()
     gateway = parser.parse_args(["node", "list"])
     nodes = partial(known_nodes, gateway, context)
-    paths = partial(copied_paths, gateway, context, nodes=nodes)
-    for word, text in possible_words(parser, before, part, nodes, paths):
-        if word.startswith(part) and word.isprintable():
-            rest = word[len(begin) :]
-            context.output.answer(f"{rest}\t{one_line(text, 200)}")
-    return EXIT_OK
+    words_of = partial(known_words, gateway, context)
+
+    def jobs(_part: str) -> list[tuple[str, str]]:
+        return words_of("job.list", "id", "command", kept=True)
+
+    offers: Offers = {
+        "node": lambda _part: [(name, "a node") for name in nodes()],
+        "path": partial(copied_paths, gateway, context, nodes=nodes),  # of node cp
+        "id": jobs,
+        "cancel": jobs,
+        "key": lambda _part: words_of("keys.list", "name", "keyId"),
+    }
+    words, files = possible_words(parser, before, part, offers)
+    fitting = [w for w in words if w[0].startswith(part) and w[0].isprintable()]
+    for word, text in fitting:
+        rest = word[len(begin) :]
+        context.output.answer(f"{rest}\t{one_line(text, 200)}")
+    on_node = NODE_PLACE.match(part) is not None
+    return EXIT_OK if fitting or (files and not on_node) else EXIT_FAILURE
 
 
 # -- arguments -----------------------------------------------------------------
@@ -42710,7 +42770,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "copy files and directories to and from nodes",
         "moltis node cp -r site/ web1,web2:/srv/www",
         f"""
-        [PATH ...]          NODE:PATH, or a file of this machine
+        [PATH ...]          NODE:PATH, or a file of this machine; NODE is a name, or
+                            an id where that has : or ,
         -r --recursive      copy directories; links stay links
         --mkdir             make missing directories at the destination
         --resume            continue an interrupted copy of a file, after a check

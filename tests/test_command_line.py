@@ -1900,7 +1900,7 @@ class ShellTerminal:
         os.write(self._fd, keys.encode())
 
         def plain():  # without what moves the cursor, or is drawn again
-            new = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]", "", self.text[start:])
+            new = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|\x07", "", self.text[start:])
             return re.sub(r".\x08", "", new)
 
         wait_for(lambda: shows in plain(), 30, lambda: f"{shows!r} in {plain()!r}")
@@ -1964,7 +1964,7 @@ def test_a_shell_completes_subcommands_options_and_nodes(
 def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, words):
     monkeypatch.setattr(moltis, "known_nodes", lambda *_: ["Attic", "Pi"])
     status, out, err = said(capsys, "completion", "fish", "--", *line.split(" "))
-    assert (status, err) == (0, "")
+    assert (status != 0, err) == (not words and "--all" not in line, "")
     assert [found.partition("\t")[0] for found in out.splitlines()] == words
 
 
@@ -2014,9 +2014,40 @@ def test_paths_of_nodes_are_offered_and_none_of_one_that_is_away(
     with gateway.node("Attic"):
         typed = line.format(tmp_path).split(" ")
         status, out, err = said(capsys, "completion", shell, "--", *typed)
-    assert (status, err) == (0, "")
+    assert err == ""
+    # Without one, files of this machine are offered only where such a path begins.
+    assert (status == 0) == (words != [] or "./" in line)
     found = [one.partition("\t")[0] for one in out.splitlines()]
     assert sorted(found) == [word.format(tmp_path) for word in words]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_ids_and_no_files_where_ids_belong(
+    shell, gateway, launcher, home
+):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    job = start(gateway, "true")
+    words, script = SHELLS[shell]
+    (home / "only-file").touch()
+    environ = clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm")
+    terminal = ShellTerminal(words, **environ)
+    try:
+        terminal.type(f"cd {home}; {script}; echo rea''dy\n", "ready")
+        terminal.type(f"moltis node attach {job[:8]}\t", job)
+        terminal.type("\x15moltis node recording only\t-X", "only-X")
+        terminal.type("\x15moltis doctor --ca only\t-X", "only-file")
+    finally:
+        terminal.close()
+
+
+def test_names_of_keys_and_ids_of_jobs_are_offered(gateway, capsys):
+    job = start(gateway, "echo of the job")
+    for line in ("node attach ", "node recording ", "node jobs --cancel "):
+        status, out, _ = said(capsys, "completion", "fish", "--", *line.split(" "))
+        assert (status, out) == (0, f"{job}\techo of the job\n")
+    status, out, _ = said(capsys, "completion", "fish", "--", "key", "revoke", "")
+    assert (status, out.partition("\t")[0]) == (0, "owner")
 
 
 # -- model ---------------------------------------------------------------------
@@ -2690,7 +2721,7 @@ def test_completion_offers_nothing_where_an_answer_makes_no_sense(
             nonsense.setattr(moltis.Rpc, "call", lambda *_, answer=answer: answer)
             for words in ("node exec ", "node cp far:/e"):
                 line = ["completion", "fish", "--", *words.split(" ")]
-                assert moltis.main(line) == moltis.EXIT_OK
+                assert moltis.main(line) == moltis.EXIT_FAILURE
                 assert capsys.readouterr() == ("", "")
 
 
