@@ -104,6 +104,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import http.client
+    import ipaddress
     import socketserver
     import sqlite3
     import ssl
@@ -21841,6 +21842,17 @@ class NodeMethods:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
+def log_so_far(job: Job) -> Iterator[tuple[int, bytes]]:
+    """Yield the pieces of a job's log, each with the bytes missing before it."""
+    position, end = 0, job.log.end  # it may grow faster than a client reads
+    while position < end:
+        start, data = job.log.read(position)
+        if not data:
+            start = end
+        yield start - position, data
+        position = start + len(data)
+
+
 def invoke_result(job: Job) -> JsonObject:
     """Return the answer to Moltis' `node.invoke`.
 
@@ -21851,13 +21863,9 @@ def invoke_result(job: Job) -> JsonObject:
     if record.state in (JobState.LOST, JobState.EXPIRED):
         raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
     output = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
-    position, truncated = 0, False
-    while position < job.log.end:
-        start, data = job.log.read(position)
-        truncated = truncated or start > position or not data
-        if not data:
-            break
-        position = start + len(data)
+    truncated = False
+    for missing, data in log_so_far(job):
+        truncated = truncated or missing > 0
         for kind, piece in log_frames(data):
             if kind in output:
                 output[kind].add(piece)
@@ -22583,11 +22591,9 @@ class Rpc:
         if name in RELIEVING:
             return method(call)
         end = self._shares.begin(call.caller)
+        turn = self._shares.page_lock(call.caller) if name in PAGED else None
         try:
-            if name in PAGED:
-                with self._shares.page_lock(call.caller):
-                    payload = method(call)
-            else:
+            with turn or contextlib.nullcontext():
                 payload = method(call)
         except BaseException:
             end()
@@ -23465,6 +23471,7 @@ class RemoteMachines:
 
     def __init__(self, gateway: GatewayCalls) -> None:
         self._gateway = gateway
+        self.selected = LOCAL_ID  # by a client that has a process for itself
 
     def resolve(self, reference: str) -> tuple[str, str]:
         view = self.view(reference)
@@ -23695,13 +23702,6 @@ MCP_TOOLS: Mapping[str, McpTool] = {
 }
 
 
-class McpSelection:
-    """The machine that the client of one process chose for its commands to come."""
-
-    def __init__(self) -> None:
-        self.node_id = LOCAL_ID
-
-
 Beat: TypeAlias = "Callable[[JsonObject | None], None]"  # raises ClientGone
 
 
@@ -23711,21 +23711,22 @@ class McpCall(Conversation):
     def __init__(
         self,
         machines: RemoteMachines,
-        selection: McpSelection | None,
         progress_token: object,
         beat: Beat | None,
         cancel: Cancellation | None,
+        *,
+        selects: bool,
     ) -> None:
         """`beat` sends a notification; None only shows that the call goes on.
 
         Without it, or a token, the client hears nothing before the answer.  `cancel`:
-        of a call that ends when its client is gone.
+        of a call that ends when its client is gone.  `selects`: the machine that the
+        client chose before counts.
         """
         self.job_id = ""
-        self.selects = selection is not None
+        self.selects = selects
         self.pulse = MCP_PULSE if beat is not None else None
         self._machines = machines
-        self._selection = selection
         self._token = progress_token
         self._beat = beat
         self._cancel = cancel
@@ -23734,14 +23735,14 @@ class McpCall(Conversation):
         self._reported = -1.0  # s; MUST grow with each notification
 
     def selected(self) -> str:
-        if self._selection is not None:
-            return self._selection.node_id
+        if self.selects:
+            return self._machines.selected
         views, known = self._machines.overview(1)
         return str(views[0]["nodeId"]) if known == 1 else ""
 
     def select(self, node_id: str) -> None:
-        if self._selection is not None:
-            self._selection.node_id = node_id
+        if self.selects:
+            self._machines.selected = node_id
 
     def begin_job(self, planned: PlannedCommand) -> None:
         assert planned.work == "run"  # transfers end with their call
@@ -24098,13 +24099,15 @@ class McpServer:
         self._who = who
         self._version = version
         self._machines = RemoteMachines(gateway)
-        self._selection = McpSelection() if keeps_state else None
+        self._keeps_state = keeps_state
         both: Mapping[str, Callable[[McpRequest], JsonObject]] = {
             "tools/list": self._tools_list,
             "resources/list": self._resources_list,
-            "resources/templates/list": self._templates_list,
+            "resources/templates/list": lambda _request: {
+                "resourceTemplates": [LOG_TEMPLATE]
+            },
             "resources/read": self._resources_read,
-            "prompts/list": self._prompts_list,
+            "prompts/list": lambda _request: {"prompts": [CARE_PROMPT]},
             "prompts/get": self._prompts_get,
         }
         self._legacy = {
@@ -24231,13 +24234,14 @@ class McpServer:
 
     def _specs(self, request: McpRequest) -> tuple[ToolSpec, ...]:
         # With nodes: clients ask for the list once, and nodes come later.
-        selects = self._selection is not None and not request.modern
-        return tool_specs(with_nodes=True, selects=selects)
+        return tool_specs(with_nodes=True, selects=self._selects(request))
+
+    def _selects(self, request: McpRequest) -> bool:
+        return self._keeps_state and not request.modern
 
     def _instructions(self, request: McpRequest) -> str:
-        selection = None if request.modern else self._selection
+        selected = self._machines.selected if self._selects(request) else ""
         try:
-            selected = selection.node_id if selection is not None else ""
             return f"{INSTRUCTIONS}\n\n{machines_note(self._machines, selected)}"
         except RpcError as error:
             return f"The machines cannot be listed: {error.message}"
@@ -24283,10 +24287,10 @@ class McpServer:
         call = ToolCall(request.key, params["name"], params.get("arguments") or {})
         chat = McpCall(
             self._machines,
-            None if request.modern else self._selection,
             token,
             beat,
             cancel if request.modern else None,
+            selects=self._selects(request),
         )
         toolbox = Toolbox(chat, self._machines, cancel, with_nodes=True)
         result = from_json(toolbox.call([call])[0].text)
@@ -24319,9 +24323,6 @@ class McpServer:
             ]
         }
 
-    def _templates_list(self, _request: McpRequest) -> JsonObject:
-        return {"resourceTemplates": [LOG_TEMPLATE]}
-
     def _resources_read(self, request: McpRequest) -> JsonObject:
         uri = request.params.get("uri")
         found = LOG_URI.fullmatch(uri) if isinstance(uri, str) else None
@@ -24340,9 +24341,6 @@ class McpServer:
                 raise
             raise JsonRpcError(unknown, error.message, {"uri": uri}) from error
         return {"contents": [{"uri": uri, "mimeType": "text/plain", "text": text}]}
-
-    def _prompts_list(self, _request: McpRequest) -> JsonObject:
-        return {"prompts": [CARE_PROMPT]}
 
     def _prompts_get(self, request: McpRequest) -> JsonObject:
         name = request.params.get("name")
@@ -24421,7 +24419,7 @@ class McpLines:
         if request is None:
             return
         listens = request.progress_token is not None
-        beat = self._notify if listens else None
+        beat = self._send if listens else None
         answer = partial(self._server.answer, request, beat)
         if request.method == "ping":  # also while others wait for the gateway
             self._send(answer())
@@ -24448,9 +24446,6 @@ class McpLines:
         if not room:
             refusal = f"{MAX_MCP_CALLS} calls are running; wait for one of them to end"
             self._fail(readable_id(message), JsonRpcError(INVALID_JSON_RPC, refusal))
-
-    def _notify(self, notification: JsonObject | None) -> None:
-        self._send(notification)
 
     def _fail(self, request_id: object, error: JsonRpcError) -> None:
         self._send(json_rpc_error(request_id, error))
@@ -24693,17 +24688,6 @@ def download_reply(
     )
 
 
-def log_so_far(job: Job) -> Iterator[tuple[int, bytes]]:
-    """Yield the pieces of a job's log, each with the bytes missing before it."""
-    position, end = 0, job.log.end  # it may grow faster than a client reads
-    while position < end:
-        start, data = job.log.read(position)
-        if not data:
-            start = end
-        yield start - position, data
-        position = start + len(data)
-
-
 def job_output(job: Job) -> Generator[bytes, None, None]:
     """Yield a job's output so far, with a line for each gap."""
     for missing, data in log_so_far(job):
@@ -24783,39 +24767,39 @@ def server_sent_event(message: JsonObject) -> bytes:
     return f"event: message\ndata: {to_json(message)}\n\n".encode()
 
 
-class EventStream:
-    """The notifications and the response of one MCP request, as server-sent events."""
+def send_events(
+    server: McpServer,
+    asked: McpRequest,
+    is_abandoned: Callable[[], bool],
+    write: Callable[[bytes], None],
+) -> None:
+    """Send the notifications and the response of one MCP request with `write`.
 
-    def __init__(self, server: McpServer, asked: McpRequest, http: HttpRequest) -> None:
-        self._server = server
-        self._asked = asked
-        self._is_abandoned = http.is_abandoned
+    Raises OSError.
+    """
+    alive = time.monotonic()
 
-    def __call__(self, write: Callable[[bytes], None]) -> None:
-        """Send all of it with `write`.  Raises OSError."""
-        alive = time.monotonic()
+    def beat(notification: JsonObject | None) -> None:
+        nonlocal alive
+        piece = b""
+        if notification is not None:
+            piece = server_sent_event(notification)
+        elif time.monotonic() - alive >= KEEP_ALIVE_INTERVAL:
+            piece = b": it goes on\n\n"
+        if is_abandoned():
+            raise ClientGone
+        if piece:
+            alive = time.monotonic()
+            try:
+                write(piece)
+            except OSError as error:
+                raise ClientGone from error
 
-        def beat(notification: JsonObject | None) -> None:
-            nonlocal alive
-            piece = b""
-            if notification is not None:
-                piece = server_sent_event(notification)
-            elif time.monotonic() - alive >= KEEP_ALIVE_INTERVAL:
-                piece = b": it goes on\n\n"
-            if self._is_abandoned():
-                raise ClientGone
-            if piece:
-                alive = time.monotonic()
-                try:
-                    write(piece)
-                except OSError as error:
-                    raise ClientGone from error
-
-        write(b": moltis\n\n")
-        with contextlib.suppress(ClientGone):
-            response = self._server.answer(self._asked, beat)
-            if response is not None:
-                write(server_sent_event(response))
+    write(b": moltis\n\n")
+    with contextlib.suppress(ClientGone):
+        response = server.answer(asked, beat)
+        if response is not None:
+            write(server_sent_event(response))
 
 
 AUDIT_COLUMNS = (
@@ -25019,21 +25003,18 @@ class Downloads:
         self.tick()
         return ticket
 
-    def find(self, ticket: str) -> Download:
-        """Raises RpcError NOT_FOUND."""
+    def find(self, ticket: str, *, takes: bool) -> Download:
+        """Return a download, which waits no longer if `takes`.
+
+        Raises RpcError NOT_FOUND.
+        """
         with self._lock:
             download = self._waiting.get(ticket)
+            if download is not None and takes:
+                del self._waiting[ticket]
         if download is None:
             raise RpcError("NOT_FOUND", "this download was fetched, or waited too long")
         return download
-
-    def take(self, ticket: str) -> Download:
-        """Raises RpcError NOT_FOUND."""
-        download = self.find(ticket)
-        with self._lock:
-            if self._waiting.pop(ticket, None) is download:
-                return download
-        raise RpcError("NOT_FOUND", "this download is being fetched already")
 
     def tick(self) -> None:
         """Drop those that waited too long; call it every second."""
@@ -25048,14 +25029,14 @@ class Downloads:
 # --- Where a request comes from ---
 
 
-def is_ip_address(text: str) -> bool:
+def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address that a text is, None for another text."""
     import ipaddress
 
     try:
-        ipaddress.ip_address(text)
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def forwarded_address(hop: str) -> str | None:
@@ -25069,7 +25050,7 @@ def forwarded_address(hop: str) -> str | None:
         hop = bracketed[1]
     elif hop.count(":") == 1:
         hop = hop.partition(":")[0]
-    return unmapped(hop) if is_ip_address(hop) else None
+    return unmapped(hop) if ip_address(hop) is not None else None
 
 
 def forwarded_fields(headers: HttpHeaders[str, str]) -> dict[str, list[str]]:
@@ -25106,15 +25087,8 @@ class TrustedProxies:
                 ) from error
 
     def include(self, address: str) -> bool:
-        import ipaddress
-
-        if not self._networks:
-            return False
-        try:
-            found = ipaddress.ip_address(unmapped(address))
-        except ValueError:
-            return False
-        return any(found in network for network in self._networks)
+        found = ip_address(unmapped(address)) if self._networks else None
+        return found is not None and any(found in n for n in self._networks)
 
     def public_address(
         self, headers: HttpHeaders[str, str], direct: PublicAddress
@@ -25224,7 +25198,7 @@ class Edge:
         the Host header is not ours.
         """
         # An address cannot be rebound, so only names are checked.
-        return name in self._names or is_ip_address(name)
+        return name in self._names or ip_address(name) is not None
 
 
 # --- Routes ---
@@ -25443,8 +25417,7 @@ class HttpApp:
     def _download(self, request: HttpRequest) -> Reply:
         ticket = request.path[len(DOWNLOADS_PATH) :]
         # HEAD, as of a download manager that asks for the size, takes nothing.
-        peeks = request.method == "HEAD"
-        download = (self._downloads.find if peeks else self._downloads.take)(ticket)
+        download = self._downloads.find(ticket, takes=request.method != "HEAD")
         if not self._access.is_current(download.caller):
             self._jobs.cancel(download.job)
             raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
@@ -25531,7 +25504,7 @@ class HttpApp:
                 and asked.progress_token is not None
                 and re.search(r"text/(event-stream|\*)|\*/\*", accepts)
             ):
-                stream = EventStream(server, asked, request)
+                stream = partial(send_events, server, asked, request.is_abandoned)
                 return Reply(200, stream, "text/event-stream", SSE_HEADERS)
             response = server.answer(asked, beat)
         except JsonRpcError as error:
@@ -25588,9 +25561,8 @@ def address_network(address: str) -> str:
     """Return the /24 of an IPv4 address, the /48 of an IPv6 address."""
     import ipaddress
 
-    try:
-        ip = ipaddress.ip_address(unmapped(address.partition("%")[0]))
-    except ValueError:
+    ip = ip_address(unmapped(address.partition("%")[0]))
+    if ip is None:
         return address
     bits = 24 if ip.version == 4 else 48
     return str(ipaddress.ip_network(f"{ip}/{bits}", strict=False))
@@ -37671,7 +37643,10 @@ class RunningGateway:
             stack.callback(store.close)
             connections = stack.enter_context(closing(ConnectionThreads()))
             access = self._access = Access(store)
-            self._key = self._kept_key()
+            previous = GatewayFile.load(path)
+            self._key = access.operators.ensure_operator_key(
+                previous.api_key if previous else None
+            )
             audience = Audience()
             shares = KeyShares(audience.backlog)
             announce = audience.announce
@@ -37717,22 +37692,13 @@ class RunningGateway:
             app = HttpApp(gateway, jobs, access, served_files(), options.edge())
             door = HttpDoor(options.listen, app, connections, options.tls)
             stack.callback(door.close)
-            self._announce_door(door.port)
+            self.port = door.port
+            self.url = options.url(door.port)
+            self.public_url = options.public_url(door.port)
+            self._save_file()
             stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
             stack.callback(Ticker(STORE_TICK, partial(self._tick, app)).close)
             self._stack = stack.pop_all()
-
-    def _announce_door(self, port: int) -> None:
-        self.port = port
-        self.url = self.options.url(port)
-        self.public_url = self.options.public_url(port)
-        self._save_file()
-
-    def _kept_key(self) -> str:
-        previous = GatewayFile.load(self._directory)
-        return self._access.operators.ensure_operator_key(
-            previous.api_key if previous else None
-        )
 
     def network(self) -> JsonObject:
         """Return the address for other machines.
