@@ -39507,12 +39507,15 @@ class Waiting:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
 
-    def take_gateway(self, change: GatewayChange) -> None:
-        """Say whether the gateway is away, or is back."""
-        if change.reachable:
-            self.end("the gateway")
-        elif change.problem is None:
-            self.begin("the gateway", change.away_ms)
+    def take(self, news: News | None) -> None:
+        """Say whether the gateway is away, or is back; None: how long it has been."""
+        if news is None:
+            self._show()
+        elif isinstance(news, GatewayChange):
+            if news.reachable:
+                self.end("the gateway")
+            elif news.problem is None:
+                self.begin("the gateway", news.away_ms)
 
     def take_state(self, name: str, state: JsonObject) -> None:
         """Say whether the node of a job in this state is away, or is back."""
@@ -39537,8 +39540,7 @@ class Waiting:
             when = "once the gateway and the node answer again"
         self._output.say(f"moltis: left; the command is ended {when}")
 
-    def show(self) -> None:
-        """Say how long it has been, on a terminal."""
+    def _show(self) -> None:
         if self._since:
             name, since = next(iter(self._since.items()))
             waited = time.monotonic() - since
@@ -39792,14 +39794,11 @@ class JobTerminal:
             self._feed.interrupt()
 
     def _take(self, news: News | None) -> None:
+        self._waiting.take(news)
         if isinstance(news, JobOutput):
             self._print(news)
         elif isinstance(news, JobChange):
             self._take_change(news.job)
-        elif isinstance(news, GatewayChange):
-            self._waiting.take_gateway(news)
-        else:
-            self._waiting.show()
         # After any news: where output never pauses, no None comes.
         if self._feed.interrupted and self._feed.open and not self._cancelled:
             self._cancelled = True
@@ -40789,7 +40788,7 @@ class CopyProgress:
         self._begin = time.monotonic()
         self._shown_at = self._begin
         self._name = ""
-        self._count = 0
+        self.arrived = 0  # bytes that were read, by this copy or an earlier one
         self.resumed = 0  # bytes that an earlier copy had brought
         self.total = 0  # bytes; 0: not known
         self.notes: list[str] = []
@@ -40800,17 +40799,12 @@ class CopyProgress:
 
     def add(self, name: str, count: int) -> None:
         """Record `count` more bytes, of the file `name` if that is known."""
-        self._count += count
+        self.arrived += count
         self._name = name or self._name
         now = time.monotonic()
         if now >= self._shown_at + COPY_UPDATE:
             self._shown_at = now
             self._output.status(self._line(now - self._begin))
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that were read, by this copy or an earlier one."""
-        return self._count
 
     def hooks(self) -> TransferHooks:
         return TransferHooks(progress=self._check, say=self._say, skip=self._skip)
@@ -40840,7 +40834,7 @@ class CopyProgress:
 
     def _skip(self, size: int) -> None:
         self._begin = time.monotonic()
-        self._count += size
+        self.arrived += size
         self.resumed += size
         self._say(f"the first {format_bytes(size)} are there and right")
 
@@ -40853,16 +40847,16 @@ class CopyProgress:
         self._output.remark(f"{text}, {rate}/s")
 
     def _line(self, took: float) -> str:
-        rate = (self._count - self.resumed) / max(took, 0.001)
+        rate = (self.arrived - self.resumed) / max(took, 0.001)
         parts = [f"{self._label}{self._name[-40:]}"]
         if self.total:
-            done = min(1.0, self._count / self.total)
+            done = min(1.0, self.arrived / self.total)
             parts.append(bar(done))
-            left = format_duration((self.total - self._count) / max(rate, 1))
-            parts.append(f"{format_bytes(self._count)} of {format_bytes(self.total)}")
+            left = format_duration((self.total - self.arrived) / max(rate, 1))
+            parts.append(f"{format_bytes(self.arrived)} of {format_bytes(self.total)}")
             parts += [f"{format_bytes(rate)}/s", f"{left} left"]
         else:
-            parts += [format_bytes(self._count), f"{format_bytes(rate)}/s"]
+            parts += [format_bytes(self.arrived), f"{format_bytes(rate)}/s"]
         return "  ".join(filter(None, parts))
 
 
@@ -40898,6 +40892,7 @@ class RemoteFiles:
         """
         cancelled: Deadline | None = None
         for news in self._feed.news(tick=1.0):
+            self._waiting.take(news)
             if self.stopped:
                 return
             if self._feed.interrupted and cancelled is None:
@@ -40916,10 +40911,6 @@ class RemoteFiles:
                 self._take_change()
                 if not self._feed.open:
                     return
-            elif isinstance(news, GatewayChange):
-                self._waiting.take_gateway(news)
-            else:
-                self._waiting.show()
 
     def wait_for_part(self) -> FilePartial | None:
         """Return what the target has of the file; None if the job ended before."""
@@ -41588,12 +41579,9 @@ class ChatTerminal:
         """
         # A signal just before the wait would not be noticed until its end.
         for news in self._feed.news(tick=SIGNAL_LOOK):
-            if isinstance(news, GatewayChange):
-                self._waiting.take_gateway(news)
-                if news.problem is not None:
-                    raise news.problem
-            elif news is None:
-                self._waiting.show()
+            self._waiting.take(news)
+            if isinstance(news, GatewayChange) and news.problem is not None:
+                raise news.problem
             yield news
 
     def _follow(self, message: JsonObject) -> None:
