@@ -40866,13 +40866,12 @@ class RemoteFiles:
     def __init__(
         self,
         feed: JobFeed,
-        node: tuple[str, str],
+        node: str,
         work: str,
         spec: Value,
         progress: CopyProgress,
         waiting: Waiting,
     ) -> None:
-        """`node`: what the gateway calls it, and its name for people."""
         self.result: JsonObject = {}
         self.part: FilePartial | None = None  # that an earlier copy left there
         self.part_known = threading.Event()  # or the job has ended
@@ -40883,7 +40882,7 @@ class RemoteFiles:
         self._said = bytearray()  # the beginning of a report
         self._writes = work == "file.write"
         request = {"work": work, "spec": encode_value(spec)}
-        (self._job,) = feed.start(dict([node]), request)
+        (self._job,) = feed.start({node: node}, request)
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the job's standard output until it has ended.
@@ -41022,6 +41021,17 @@ def check_names(groups: Mapping[tuple[str, ...], Sequence[str]]) -> None:
                 )
 
 
+class CopyPlan(Value):
+    """A stream of files from one machine to one other; "" is this one."""
+
+    source: str
+    paths: list[str]
+    target: str
+    path: str
+    origin: FileOrigin | None  # of the file whose copy is resumed
+    label: str  # before what is said about it
+
+
 class FileCopy:
     """`node cp`: streams of files from each source to each destination."""
 
@@ -41063,18 +41073,15 @@ class FileCopy:
             except RpcError as error:
                 raise user_error(error) from error
         labels = len(groups) * len(targets) > 1
-        return [
-            self._transfer(
-                key[0],
-                paths,
-                target,
-                destination.path,
-                origins.get(key),
-                labels=labels,
+        plans = [
+            CopyPlan(
+                *(key[0], paths, target, destination.path, origins.get(key)),
+                label=f"{target or key[0]}: " if labels else "",
             )
             for key, paths in groups.items()
             for target in targets
         ]
+        return [self._transfer(plan) for plan in plans]
 
     def _check_node(self, client: LastingClient, node: str) -> None:
         """Raises RpcError for an unknown node, UsageError if its name was cut."""
@@ -41139,24 +41146,12 @@ class FileCopy:
                     raise
             time.sleep(backoff.next())
 
-    def _transfer(
-        self,
-        source: str,
-        paths: list[str],
-        target: str,
-        path: str,
-        origin: FileOrigin | None,
-        *,
-        labels: bool,
-    ) -> JsonObject:
-        """Copy from one machine ("": this one) to one other.
-
-        Raises UserError, Terminated.
-        """
+    def _transfer(self, plan: CopyPlan) -> JsonObject:
+        """Return what was copied.  Raises UserError, Terminated."""
         if self._interrupted:
             raise Terminated(self._interrupted)
-        label = f"{target or source}: " if labels else ""
-        progress = CopyProgress(self._output, label)
+        source, paths, target, path = plan.source, plan.paths, plan.target, plan.path
+        progress = CopyProgress(self._output, plan.label)
         try:
             with contextlib.ExitStack() as stack:
                 reading = stack.enter_context(self._feed()) if source else None
@@ -41164,8 +41159,8 @@ class FileCopy:
                 awaited = writing or reading  # by the main thread
                 assert awaited is not None
                 stack.enter_context(interrupting(awaited))
-                read = partial(self._pieces, source, paths, progress, stack, reading)
-                result = self._deliver(read, target, path, origin, progress, writing)
+                read = partial(self._pieces, plan, progress, stack, reading)
+                result = self._deliver(plan, read, progress, writing)
             self._interrupted = awaited.interrupted
         except RpcError as error:
             if error.code != "FORBIDDEN":
@@ -41177,10 +41172,9 @@ class FileCopy:
             pattern = source and has_wildcard(paths[0])
             piped = "-" in (paths[0] if not source else "", path if not target else "")
             if alone and not (pattern or piped) and progress.arrived >= MIN_PART:
-                begin = (
-                    f"moltis: {label}interrupted at {format_bytes(progress.arrived)}"
-                )
-                self._output.say(f"{begin}; --resume continues the copy")
+                begin = f"moltis: {plan.label}interrupted at"
+                size = format_bytes(progress.arrived)
+                self._output.say(f"{begin} {size}; --resume continues the copy")
             raise
         progress.end(result)
         return {
@@ -41193,26 +41187,26 @@ class FileCopy:
 
     def _pieces(
         self,
-        source: str,
-        paths: list[str],
+        plan: CopyPlan,
         progress: CopyProgress,
         stack: contextlib.ExitStack,
         feed: JobFeed | None,
         after: FilePartial | None,
     ) -> Iterator[bytes]:
         """Return the stream of the source; `after`: what its target has of it."""
-        if not source and paths == ["-"]:
+        source = plan.source
+        if not source and plan.paths == ["-"]:
             stdin = iter(partial(read_stdin, FILE_PIECE), b"")
             return with_digest(counted(stdin, progress))
         spec = FileRead(
-            [encode_path(path) for path in paths],
+            [encode_path(path) for path in plan.paths],
             recursive=self._args.recursive,
             patterns=bool(source),  # here the shell has expanded them
             after=after,
         )
         if feed is not None:
-            node = (source, source)
-            remote = RemoteFiles(feed, node, "file.read", spec, progress, self._waiting)
+            waiting = self._waiting
+            remote = RemoteFiles(feed, source, "file.read", spec, progress, waiting)
             stack.callback(setattr, remote, "stopped", True)
             return counted(remote.pieces(), progress)
         local = FileSource(
@@ -41229,27 +41223,25 @@ class FileCopy:
 
     def _deliver(
         self,
+        plan: CopyPlan,
         read: Callable[[FilePartial | None], Iterator[bytes]],
-        target: str,
-        path: str,
-        origin: FileOrigin | None,
         progress: CopyProgress,
         feed: JobFeed | None,
     ) -> JsonObject:
         """Write what `read` returns; it gets what the target has of the file."""
         spec = FileWrite(
-            encode_path(path),
+            encode_path(plan.path),
             into=self._several,
             mkdir=self._args.mkdir,
             bare=self._args.path[0] == "-",
-            origin=origin,
+            origin=plan.origin,
         )
-        resumes = origin is not None
+        resumes = plan.origin is not None
         # Now, so that a source that cannot be read fails here; to resume, the target is
         # asked first.
         pieces = iter(()) if resumes else read(None)
         if feed is None:
-            if path == "-":
+            if plan.path == "-":
                 return write_to_stdout(one_by_one(pieces))
             written = FileTarget(
                 spec,
@@ -41266,8 +41258,8 @@ class FileCopy:
             if resumes:
                 pieces = read_later(read, find_part)
             return written.receive(one_by_one(pieces))
-        node = (target, target)
-        remote = RemoteFiles(feed, node, "file.write", spec, progress, self._waiting)
+        waiting = self._waiting
+        remote = RemoteFiles(feed, plan.target, "file.write", spec, progress, waiting)
         if resumes:
             pieces = read_later(read, remote.wait_for_part)
         problems: list[BaseException] = []
