@@ -104,6 +104,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import http.client
+    import ipaddress
     import socketserver
     import sqlite3
     import ssl
@@ -21555,13 +21556,30 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
     converted: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
-        try:
-            converted.set_result(convert(done.result()))
-        except Exception as error:  # noqa: BLE001  whoever waits gets it
-            converted.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # whoever waited has left
+            try:
+                converted.set_result(convert(done.result()))
+            except Exception as error:  # noqa: BLE001  whoever waits gets it
+                converted.set_exception(error)
 
     future.add_done_callback(settle)
     return converted
+
+
+def after_wait(wait: Future[Job], convert: Callable[[Job], Any]) -> Future[Any]:
+    """Return what mapped() does; to cancel that ends the wait."""
+    import weakref
+
+    answer = mapped(wait, convert)
+    known = weakref.ref(wait)  # a cycle would leave the job to the garbage collector
+
+    def end_wait(_answer: object) -> None:
+        waiting = known()
+        if waiting is not None:
+            waiting.cancel()
+
+    answer.add_done_callback(end_wait)
+    return answer
 
 
 class NodeMethods:
@@ -21659,6 +21677,17 @@ class NodeMethods:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
+def log_so_far(job: Job) -> Iterator[tuple[int, bytes]]:
+    """Yield the pieces of a job's log, each with the bytes missing before it."""
+    position, end = 0, job.log.end  # it may grow faster than a client reads
+    while position < end:
+        start, data = job.log.read(position)
+        if not data:
+            start = end
+        yield start - position, data
+        position = start + len(data)
+
+
 def invoke_result(job: Job) -> JsonObject:
     """Return the answer to Moltis' `node.invoke`.
 
@@ -21669,13 +21698,9 @@ def invoke_result(job: Job) -> JsonObject:
     if record.state in (JobState.LOST, JobState.EXPIRED):
         raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
     output = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
-    position, truncated = 0, False
-    while position < job.log.end:
-        start, data = job.log.read(position)
-        truncated = truncated or start > position or not data
-        if not data:
-            break
-        position = start + len(data)
+    truncated = False
+    for missing, data in log_so_far(job):
+        truncated = truncated or missing > 0
         for kind, piece in log_frames(data):
             if kind in output:
                 output[kind].add(piece)
@@ -21855,11 +21880,11 @@ class JobMethods:
                 "pieces": log_pieces(data, encoding),
             }
 
-        return mapped(self._jobs.news(job, offset, wait), answer)
+        return after_wait(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
         """Answer with the job once it has ended, or after `wait` s."""
-        return mapped(self._jobs.ended(job, wait), job_view)
+        return after_wait(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
         self._jobs.cancel(job, by.name)
@@ -21905,7 +21930,7 @@ class JobMethods:
         job = self._jobs.start(record)
         if background:
             return {"invokeId": job.id, "nodeId": node[0], "node": node[1]}
-        return mapped(self._jobs.ended(job, None), invoke_result)
+        return after_wait(self._jobs.ended(job, None), invoke_result)
 
 
 class ChatMethods:
@@ -22401,11 +22426,9 @@ class Rpc:
         if name in RELIEVING:
             return method(call)
         end = self._shares.begin(call.caller)
+        turn = self._shares.page_lock(call.caller) if name in PAGED else None
         try:
-            if name in PAGED:
-                with self._shares.page_lock(call.caller):
-                    payload = method(call)
-            else:
+            with turn or contextlib.nullcontext():
                 payload = method(call)
         except BaseException:
             end()
@@ -23283,6 +23306,7 @@ class RemoteMachines:
 
     def __init__(self, gateway: GatewayCalls) -> None:
         self._gateway = gateway
+        self.selected = LOCAL_ID  # by a client that has a process for itself
 
     def resolve(self, reference: str) -> tuple[str, str]:
         view = self.view(reference)
@@ -23513,13 +23537,6 @@ MCP_TOOLS: Mapping[str, McpTool] = {
 }
 
 
-class McpSelection:
-    """The machine that the client of one process chose for its commands to come."""
-
-    def __init__(self) -> None:
-        self.node_id = LOCAL_ID
-
-
 Beat: TypeAlias = "Callable[[JsonObject | None], None]"  # raises ClientGone
 
 
@@ -23529,21 +23546,22 @@ class McpCall(Conversation):
     def __init__(
         self,
         machines: RemoteMachines,
-        selection: McpSelection | None,
         progress_token: object,
         beat: Beat | None,
         cancel: Cancellation | None,
+        *,
+        selects: bool,
     ) -> None:
         """`beat` sends a notification; None only shows that the call goes on.
 
         Without it, or a token, the client hears nothing before the answer.  `cancel`:
-        of a call that ends when its client is gone.
+        of a call that ends when its client is gone.  `selects`: the machine that the
+        client chose before counts.
         """
         self.job_id = ""
-        self.selects = selection is not None
+        self.selects = selects
         self.pulse = MCP_PULSE if beat is not None else None
         self._machines = machines
-        self._selection = selection
         self._token = progress_token
         self._beat = beat
         self._cancel = cancel
@@ -23552,14 +23570,14 @@ class McpCall(Conversation):
         self._reported = -1.0  # s; MUST grow with each notification
 
     def selected(self) -> str:
-        if self._selection is not None:
-            return self._selection.node_id
+        if self.selects:
+            return self._machines.selected
         views, known = self._machines.overview(1)
         return str(views[0]["nodeId"]) if known == 1 else ""
 
     def select(self, node_id: str) -> None:
-        if self._selection is not None:
-            self._selection.node_id = node_id
+        if self.selects:
+            self._machines.selected = node_id
 
     def begin_job(self, planned: PlannedCommand) -> None:
         assert planned.work == "run"  # transfers end with their call
@@ -23916,13 +23934,15 @@ class McpServer:
         self._who = who
         self._version = version
         self._machines = RemoteMachines(gateway)
-        self._selection = McpSelection() if keeps_state else None
+        self._keeps_state = keeps_state
         both: Mapping[str, Callable[[McpRequest], JsonObject]] = {
             "tools/list": self._tools_list,
             "resources/list": self._resources_list,
-            "resources/templates/list": self._templates_list,
+            "resources/templates/list": lambda _request: {
+                "resourceTemplates": [LOG_TEMPLATE]
+            },
             "resources/read": self._resources_read,
-            "prompts/list": self._prompts_list,
+            "prompts/list": lambda _request: {"prompts": [CARE_PROMPT]},
             "prompts/get": self._prompts_get,
         }
         self._legacy = {
@@ -24049,13 +24069,14 @@ class McpServer:
 
     def _specs(self, request: McpRequest) -> tuple[ToolSpec, ...]:
         # With nodes: clients ask for the list once, and nodes come later.
-        selects = self._selection is not None and not request.modern
-        return tool_specs(with_nodes=True, selects=selects)
+        return tool_specs(with_nodes=True, selects=self._selects(request))
+
+    def _selects(self, request: McpRequest) -> bool:
+        return self._keeps_state and not request.modern
 
     def _instructions(self, request: McpRequest) -> str:
-        selection = None if request.modern else self._selection
+        selected = self._machines.selected if self._selects(request) else ""
         try:
-            selected = selection.node_id if selection is not None else ""
             return f"{INSTRUCTIONS}\n\n{machines_note(self._machines, selected)}"
         except RpcError as error:
             return f"The machines cannot be listed: {error.message}"
@@ -24101,10 +24122,10 @@ class McpServer:
         call = ToolCall(request.key, params["name"], params.get("arguments") or {})
         chat = McpCall(
             self._machines,
-            None if request.modern else self._selection,
             token,
             beat,
             cancel if request.modern else None,
+            selects=self._selects(request),
         )
         toolbox = Toolbox(chat, self._machines, cancel, with_nodes=True)
         result = from_json(toolbox.call([call])[0].text)
@@ -24137,9 +24158,6 @@ class McpServer:
             ]
         }
 
-    def _templates_list(self, _request: McpRequest) -> JsonObject:
-        return {"resourceTemplates": [LOG_TEMPLATE]}
-
     def _resources_read(self, request: McpRequest) -> JsonObject:
         uri = request.params.get("uri")
         found = LOG_URI.fullmatch(uri) if isinstance(uri, str) else None
@@ -24158,9 +24176,6 @@ class McpServer:
                 raise
             raise JsonRpcError(unknown, error.message, {"uri": uri}) from error
         return {"contents": [{"uri": uri, "mimeType": "text/plain", "text": text}]}
-
-    def _prompts_list(self, _request: McpRequest) -> JsonObject:
-        return {"prompts": [CARE_PROMPT]}
 
     def _prompts_get(self, request: McpRequest) -> JsonObject:
         name = request.params.get("name")
@@ -24239,7 +24254,7 @@ class McpLines:
         if request is None:
             return
         listens = request.progress_token is not None
-        beat = self._notify if listens else None
+        beat = self._send if listens else None
         answer = partial(self._server.answer, request, beat)
         if request.method == "ping":  # also while others wait for the gateway
             self._send(answer())
@@ -24266,9 +24281,6 @@ class McpLines:
         if not room:
             refusal = f"{MAX_MCP_CALLS} calls are running; wait for one of them to end"
             self._fail(readable_id(message), JsonRpcError(INVALID_JSON_RPC, refusal))
-
-    def _notify(self, notification: JsonObject | None) -> None:
-        self._send(notification)
 
     def _fail(self, request_id: object, error: JsonRpcError) -> None:
         self._send(json_rpc_error(request_id, error))
@@ -24511,17 +24523,6 @@ def download_reply(
     )
 
 
-def log_so_far(job: Job) -> Iterator[tuple[int, bytes]]:
-    """Yield the pieces of a job's log, each with the bytes missing before it."""
-    position, end = 0, job.log.end  # it may grow faster than a client reads
-    while position < end:
-        start, data = job.log.read(position)
-        if not data:
-            start = end
-        yield start - position, data
-        position = start + len(data)
-
-
 def job_output(job: Job) -> Generator[bytes, None, None]:
     """Yield a job's output so far, with a line for each gap."""
     for missing, data in log_so_far(job):
@@ -24541,28 +24542,46 @@ def job_recording(job: Job) -> Generator[bytes, None, None]:
         yield "".join(f"{line}\n" for line in lines).encode("utf-8")
 
 
+ABANDONED_LOOK = 1.0  # s between two looks whether a client has left
+
+
 class OperatorCalls:
     """The methods of this gateway for the operator of one request: GatewayCalls."""
 
     def __init__(
-        self, rpc: Rpc, caller: Caller, is_current: Callable[[Caller], bool]
+        self,
+        rpc: Rpc,
+        caller: Caller,
+        is_current: Callable[[Caller], bool],
+        is_abandoned: Callable[[], bool],
     ) -> None:
         self._rpc = rpc
         self._caller = caller
         self._is_current = is_current
+        self._is_abandoned = is_abandoned
         self.may = caller.may
 
     def call(
         self, method: str, params: JsonObject, cancel: Cancellation | None = None
     ) -> Any:
-        """Return the payload of the answer.  Raises RpcError, Cancelled."""
+        """Return the payload of the answer.  Raises RpcError, Cancelled, ClientGone."""
         payload = self._rpc.call(self._caller, method, params)
         if isinstance(payload, Future):
-            payload = payload.result() if cancel is None else cancel.result_of(payload)
+            wait = self._result_of if cancel is None else cancel.result_of
+            payload = wait(payload)
             # That may have taken hours, and revoking a key closes WebSockets only.
             if not self._is_current(self._caller):
                 raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         return payload
+
+    def _result_of(self, answer: Future[Any]) -> Any:
+        while True:
+            try:
+                return answer.result(ABANDONED_LOOK)
+            except FutureTimeout:
+                if self._is_abandoned():
+                    answer.cancel()
+                    raise ClientGone from None
 
 
 # HTTP statuses of JSON-RPC errors; all others have 200.  To a client of the older era
@@ -24583,39 +24602,39 @@ def server_sent_event(message: JsonObject) -> bytes:
     return f"event: message\ndata: {to_json(message)}\n\n".encode()
 
 
-class EventStream:
-    """The notifications and the response of one MCP request, as server-sent events."""
+def send_events(
+    server: McpServer,
+    asked: McpRequest,
+    is_abandoned: Callable[[], bool],
+    write: Callable[[bytes], None],
+) -> None:
+    """Send the notifications and the response of one MCP request with `write`.
 
-    def __init__(self, server: McpServer, asked: McpRequest, http: HttpRequest) -> None:
-        self._server = server
-        self._asked = asked
-        self._is_abandoned = http.is_abandoned
+    Raises OSError.
+    """
+    alive = time.monotonic()
 
-    def __call__(self, write: Callable[[bytes], None]) -> None:
-        """Send all of it with `write`.  Raises OSError."""
-        alive = time.monotonic()
+    def beat(notification: JsonObject | None) -> None:
+        nonlocal alive
+        piece = b""
+        if notification is not None:
+            piece = server_sent_event(notification)
+        elif time.monotonic() - alive >= KEEP_ALIVE_INTERVAL:
+            piece = b": it goes on\n\n"
+        if is_abandoned():
+            raise ClientGone
+        if piece:
+            alive = time.monotonic()
+            try:
+                write(piece)
+            except OSError as error:
+                raise ClientGone from error
 
-        def beat(notification: JsonObject | None) -> None:
-            nonlocal alive
-            piece = b""
-            if notification is not None:
-                piece = server_sent_event(notification)
-            elif time.monotonic() - alive >= KEEP_ALIVE_INTERVAL:
-                piece = b": it goes on\n\n"
-            if self._is_abandoned():
-                raise ClientGone
-            if piece:
-                alive = time.monotonic()
-                try:
-                    write(piece)
-                except OSError as error:
-                    raise ClientGone from error
-
-        write(b": moltis\n\n")
-        with contextlib.suppress(ClientGone):
-            response = self._server.answer(self._asked, beat)
-            if response is not None:
-                write(server_sent_event(response))
+    write(b": moltis\n\n")
+    with contextlib.suppress(ClientGone):
+        response = server.answer(asked, beat)
+        if response is not None:
+            write(server_sent_event(response))
 
 
 AUDIT_COLUMNS = (
@@ -24819,21 +24838,18 @@ class Downloads:
         self.tick()
         return ticket
 
-    def find(self, ticket: str) -> Download:
-        """Raises RpcError NOT_FOUND."""
+    def find(self, ticket: str, *, takes: bool) -> Download:
+        """Return a download, which waits no longer if `takes`.
+
+        Raises RpcError NOT_FOUND.
+        """
         with self._lock:
             download = self._waiting.get(ticket)
+            if download is not None and takes:
+                del self._waiting[ticket]
         if download is None:
             raise RpcError("NOT_FOUND", "this download was fetched, or waited too long")
         return download
-
-    def take(self, ticket: str) -> Download:
-        """Raises RpcError NOT_FOUND."""
-        download = self.find(ticket)
-        with self._lock:
-            if self._waiting.pop(ticket, None) is download:
-                return download
-        raise RpcError("NOT_FOUND", "this download is being fetched already")
 
     def tick(self) -> None:
         """Drop those that waited too long; call it every second."""
@@ -24848,14 +24864,14 @@ class Downloads:
 # --- Where a request comes from ---
 
 
-def is_ip_address(text: str) -> bool:
+def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address that a text is, None for another text."""
     import ipaddress
 
     try:
-        ipaddress.ip_address(text)
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def forwarded_address(hop: str) -> str | None:
@@ -24869,7 +24885,7 @@ def forwarded_address(hop: str) -> str | None:
         hop = bracketed[1]
     elif hop.count(":") == 1:
         hop = hop.partition(":")[0]
-    return unmapped(hop) if is_ip_address(hop) else None
+    return unmapped(hop) if ip_address(hop) is not None else None
 
 
 def forwarded_fields(headers: HttpHeaders[str, str]) -> dict[str, list[str]]:
@@ -24906,15 +24922,8 @@ class TrustedProxies:
                 ) from error
 
     def include(self, address: str) -> bool:
-        import ipaddress
-
-        if not self._networks:
-            return False
-        try:
-            found = ipaddress.ip_address(unmapped(address))
-        except ValueError:
-            return False
-        return any(found in network for network in self._networks)
+        found = ip_address(unmapped(address)) if self._networks else None
+        return found is not None and any(found in n for n in self._networks)
 
     def public_address(
         self, headers: HttpHeaders[str, str], direct: PublicAddress
@@ -25024,7 +25033,7 @@ class Edge:
         the Host header is not ours.
         """
         # An address cannot be rebound, so only names are checked.
-        return name in self._names or is_ip_address(name)
+        return name in self._names or ip_address(name) is not None
 
 
 # --- Routes ---
@@ -25243,8 +25252,7 @@ class HttpApp:
     def _download(self, request: HttpRequest) -> Reply:
         ticket = request.path[len(DOWNLOADS_PATH) :]
         # HEAD, as of a download manager that asks for the size, takes nothing.
-        peeks = request.method == "HEAD"
-        download = (self._downloads.find if peeks else self._downloads.take)(ticket)
+        download = self._downloads.find(ticket, takes=request.method != "HEAD")
         if not self._access.is_current(download.caller):
             self._jobs.cancel(download.job)
             raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
@@ -25273,14 +25281,19 @@ class HttpApp:
         kind = "text/csv; charset=utf-8"
         return download_reply("moltis-audit.csv", audit_csv(pages), kind)
 
+    def _calls(self, request: HttpRequest, caller: Caller) -> OperatorCalls:
+        rpc, is_current = self._gateway.rpc, self._access.is_current
+        return OperatorCalls(rpc, caller, is_current, request.is_abandoned)
+
     def _rpc(self, request: HttpRequest) -> Reply:
         caller, value = self.caller(request), json_body(request)
         request_id = optional(value, "id", str) or new_id()
         method = required(value, "method", str)
         params = optional(value, "params", dict) or {}
-        calls = OperatorCalls(self._gateway.rpc, caller, self._access.is_current)
         try:
-            payload = calls.call(method, params)
+            payload = self._calls(request, caller).call(method, params)
+        except ClientGone:
+            return Reply(202)
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
             failure = as_rpc_error(error, method)
             return rpc_reply(Response(request_id, error=failure))
@@ -25301,7 +25314,7 @@ class HttpApp:
                 headers.append(("WWW-Authenticate", 'Bearer realm="moltis"'))
             return json_reply(reply.status, refusal, headers)
         server = McpServer(
-            OperatorCalls(self._gateway.rpc, caller, self._access.is_current),
+            self._calls(request, caller),
             self._mcp_calls,
             *(caller.id, request.public.client),
             version=request.headers.get("MCP-Protocol-Version", HEADERLESS_MCP),
@@ -25326,7 +25339,7 @@ class HttpApp:
                 and asked.progress_token is not None
                 and re.search(r"text/(event-stream|\*)|\*/\*", accepts)
             ):
-                stream = EventStream(server, asked, request)
+                stream = partial(send_events, server, asked, request.is_abandoned)
                 return Reply(200, stream, "text/event-stream", SSE_HEADERS)
             response = server.answer(asked, beat)
         except JsonRpcError as error:
@@ -25383,9 +25396,8 @@ def address_network(address: str) -> str:
     """Return the /24 of an IPv4 address, the /48 of an IPv6 address."""
     import ipaddress
 
-    try:
-        ip = ipaddress.ip_address(unmapped(address.partition("%")[0]))
-    except ValueError:
+    ip = ip_address(unmapped(address.partition("%")[0]))
+    if ip is None:
         return address
     bits = 24 if ip.version == 4 else 48
     return str(ipaddress.ip_network(f"{ip}/{bits}", strict=False))
@@ -36285,6 +36297,34 @@ def user_error(error: RpcError) -> UserError:
     return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
+class Nonsense(MoltisError):
+    """An answer of the gateway lacks fields, or they have other types."""
+
+    def __init__(self, found: BaseException) -> None:
+        """`found` was raised by the code that read the answer."""
+        import traceback
+
+        line = traceback.extract_tb(found.__traceback__)[-1].lineno
+        what = clip(f"{type(found).__name__}: {visible(str(found))}", 200)
+        super().__init__(
+            f"the gateway's answer makes no sense here (line {line}: {what}); it may "
+            "be of another version, or no gateway of moltis"
+        )
+
+
+# Raised by code that reads such an answer.
+MISREADING = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def making_sense() -> Iterator[None]:
+    """Raise Nonsense where the code within cannot read an answer."""
+    try:
+        yield
+    except MISREADING as error:
+        raise Nonsense(error) from error
+
+
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
 
 
@@ -36423,8 +36463,8 @@ class OperatorClient:
             while message is not None:
                 self._take(message)
                 message = self._ws.receive()
-        except MoltisError as error:
-            ended = error
+        except (MoltisError, *MISREADING) as error:
+            ended = error if isinstance(error, ConnectionClosed) else Nonsense(error)
             self._ws.abort()
         finally:
             self.ended_at = time.monotonic()
@@ -36848,6 +36888,8 @@ class JobFeed(LastingClient):
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
+            elif isinstance(item, Nonsense):
+                raise item  # the next connection would end likewise
             elif client is self.client:
                 self._lost = True
 
@@ -37250,7 +37292,10 @@ class RunningGateway:
             stack.callback(store.close)
             connections = stack.enter_context(closing(ConnectionThreads()))
             access = self._access = Access(store)
-            self._key = self._kept_key()
+            previous = GatewayFile.load(path)
+            self._key = access.operators.ensure_operator_key(
+                previous.api_key if previous else None
+            )
             audience = Audience()
             shares = KeyShares(audience.backlog)
             announce = audience.announce
@@ -37307,12 +37352,6 @@ class RunningGateway:
         self.url = self.options.url(port)
         self.public_url = self.options.public_url(port)
         self._save_file()
-
-    def _kept_key(self) -> str:
-        previous = GatewayFile.load(self._directory)
-        return self._access.operators.ensure_operator_key(
-            previous.api_key if previous else None
-        )
 
     def network(self) -> JsonObject:
         """Return the address for other machines.
@@ -37506,7 +37545,7 @@ MAX_PROMPT_DIRECTORY = 40  # characters of a directory in the prompt of a chat
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
-END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP}  # where SIGHUP means nothing else
+END_SIGNALS = STOP_SIGNALS | {signal.SIGHUP, signal.SIGQUIT}  # and Ctrl+\
 STALLED_AFTER = 1.0  # s from a signal; a write that is blocked then is given up
 LEAVE_AFTER = 10.0  # s from an interrupt; a connected node needs three to obey
 TIMED_OUT = 124  # as timeout(1)
@@ -39121,12 +39160,15 @@ class Waiting:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
 
-    def take_gateway(self, change: GatewayChange) -> None:
-        """Say whether the gateway is away, or is back."""
-        if change.reachable:
-            self.end("the gateway")
-        elif change.problem is None:
-            self.begin("the gateway", change.away_ms)
+    def take(self, news: News | None) -> None:
+        """Say whether the gateway is away, or is back; None: how long it has been."""
+        if news is None:
+            self._show()
+        elif isinstance(news, GatewayChange):
+            if news.reachable:
+                self.end("the gateway")
+            elif news.problem is None:
+                self.begin("the gateway", news.away_ms)
 
     def take_state(self, name: str, state: JsonObject) -> None:
         """Say whether the node of a job in this state is away, or is back."""
@@ -39151,8 +39193,7 @@ class Waiting:
             when = "once the gateway and the node answer again"
         self._output.say(f"moltis: left; the command is ended {when}")
 
-    def show(self) -> None:
-        """Say how long it has been, on a terminal."""
+    def _show(self) -> None:
         if self._since:
             name, since = next(iter(self._since.items()))
             waited = time.monotonic() - since
@@ -39406,14 +39447,11 @@ class JobTerminal:
             self._feed.interrupt()
 
     def _take(self, news: News | None) -> None:
+        self._waiting.take(news)
         if isinstance(news, JobOutput):
             self._print(news)
         elif isinstance(news, JobChange):
             self._take_change(news.job)
-        elif isinstance(news, GatewayChange):
-            self._waiting.take_gateway(news)
-        else:
-            self._waiting.show()
         # After any news: where output never pauses, no None comes.
         if self._feed.interrupted and self._feed.open and not self._cancelled:
             self._cancelled = True
@@ -40085,7 +40123,7 @@ class Finding(Value):
     advice: str = ""
 
 
-def found_error(check: str, error: UserError, state: str = WRONG) -> Finding:
+def found_error(check: str, error: MoltisError, state: str = WRONG) -> Finding:
     """Return an error as a finding; the advice follows its semicolon."""
     words, _, advice = str(error).partition("; ")
     return Finding(check, state, words, advice)
@@ -40259,16 +40297,17 @@ def check_gateway(args: argparse.Namespace, context: Context) -> Iterator[Findin
     url, _ = gateway_address(args, context)
     trust = operator_trust(args, context, url)
     try:
-        with operator_client(args, context) as client:
+        with making_sense(), operator_client(args, context) as client:
             nodes = client.call("node.list", {})
             models = client.call("models.list", {})
-    except UserError as error:
+            there = sum(node["connected"] for node in nodes)
+            words = f"{url} answers; {there} of {len(nodes)} machines are connected"
+            count = len(models) - 1  # but for Shell
+    except (UserError, Nonsense) as error:
         yield found_error(name, error)
     else:
-        there = sum(node["connected"] for node in nodes)
-        words = f"{url} answers; {there} of {len(nodes)} machines are connected"
         yield Finding(name, WELL, words)
-        yield Finding("models", WELL, models_words(len(models) - 1))  # but for Shell
+        yield Finding("models", WELL, models_words(count))
         yield from check_outside(context, url)
     yield from check_way("", websocket_url(url), trust)
 
@@ -40369,14 +40408,19 @@ class CopyPlace(Value):
         return not self.nodes and self.path == "-"
 
 
+NODE_PLACE = re.compile("([^:/]+):")  # the beginning of NODE:PATH
+NOT_IN_PLACES = re.compile("[:,/]")  # what no name of a node before a path may have
+
+
 def copy_place(text: str, working_dir: str | None) -> CopyPlace:
     """Read `NODE:PATH`, `NODE,NODE:PATH` or a path, as scp does.
 
     A colon after a slash is part of a path.
     """
-    head, colon, path = text.partition(":")
-    if not colon or not head or "/" in head:
+    found = NODE_PLACE.match(text)
+    if found is None:
         return CopyPlace((), text)
+    head, path = found[1], text[found.end() :]
     if working_dir and not path.startswith(("/", "~")):
         path = f"{working_dir}/{path}"
     return CopyPlace(tuple(filter(None, head.split(","))), path or ".")
@@ -40397,7 +40441,7 @@ class CopyProgress:
         self._begin = time.monotonic()
         self._shown_at = self._begin
         self._name = ""
-        self._count = 0
+        self.arrived = 0  # bytes that were read, by this copy or an earlier one
         self.resumed = 0  # bytes that an earlier copy had brought
         self.total = 0  # bytes; 0: not known
         self.notes: list[str] = []
@@ -40408,17 +40452,12 @@ class CopyProgress:
 
     def add(self, name: str, count: int) -> None:
         """Record `count` more bytes, of the file `name` if that is known."""
-        self._count += count
+        self.arrived += count
         self._name = name or self._name
         now = time.monotonic()
         if now >= self._shown_at + COPY_UPDATE:
             self._shown_at = now
             self._output.status(self._line(now - self._begin))
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that were read, by this copy or an earlier one."""
-        return self._count
 
     def hooks(self) -> TransferHooks:
         return TransferHooks(progress=self._check, say=self._say, skip=self._skip)
@@ -40448,7 +40487,7 @@ class CopyProgress:
 
     def _skip(self, size: int) -> None:
         self._begin = time.monotonic()
-        self._count += size
+        self.arrived += size
         self.resumed += size
         self._say(f"the first {format_bytes(size)} are there and right")
 
@@ -40461,16 +40500,16 @@ class CopyProgress:
         self._output.remark(f"{text}, {rate}/s")
 
     def _line(self, took: float) -> str:
-        rate = (self._count - self.resumed) / max(took, 0.001)
+        rate = (self.arrived - self.resumed) / max(took, 0.001)
         parts = [f"{self._label}{self._name[-40:]}"]
         if self.total:
-            done = min(1.0, self._count / self.total)
+            done = min(1.0, self.arrived / self.total)
             parts.append(bar(done))
-            left = format_duration((self.total - self._count) / max(rate, 1))
-            parts.append(f"{format_bytes(self._count)} of {format_bytes(self.total)}")
+            left = format_duration((self.total - self.arrived) / max(rate, 1))
+            parts.append(f"{format_bytes(self.arrived)} of {format_bytes(self.total)}")
             parts += [f"{format_bytes(rate)}/s", f"{left} left"]
         else:
-            parts += [format_bytes(self._count), f"{format_bytes(rate)}/s"]
+            parts += [format_bytes(self.arrived), f"{format_bytes(rate)}/s"]
         return "  ".join(filter(None, parts))
 
 
@@ -40480,13 +40519,12 @@ class RemoteFiles:
     def __init__(
         self,
         feed: JobFeed,
-        node: tuple[str, str],
+        node: str,
         work: str,
         spec: Value,
         progress: CopyProgress,
         waiting: Waiting,
     ) -> None:
-        """`node`: what the gateway calls it, and its name for people."""
         self.result: JsonObject = {}
         self.part: FilePartial | None = None  # that an earlier copy left there
         self.part_known = threading.Event()  # or the job has ended
@@ -40497,7 +40535,7 @@ class RemoteFiles:
         self._said = bytearray()  # the beginning of a report
         self._writes = work == "file.write"
         request = {"work": work, "spec": encode_value(spec)}
-        (self._job,) = feed.start(dict([node]), request)
+        (self._job,) = feed.start({node: node}, request)
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the job's standard output until it has ended.
@@ -40506,6 +40544,7 @@ class RemoteFiles:
         """
         cancelled: Deadline | None = None
         for news in self._feed.news(tick=1.0):
+            self._waiting.take(news)
             if self.stopped:
                 return
             if self._feed.interrupted and cancelled is None:
@@ -40524,10 +40563,6 @@ class RemoteFiles:
                 self._take_change()
                 if not self._feed.open:
                     return
-            elif isinstance(news, GatewayChange):
-                self._waiting.take_gateway(news)
-            else:
-                self._waiting.show()
 
     def wait_for_part(self) -> FilePartial | None:
         """Return what the target has of the file; None if the job ended before."""
@@ -40639,6 +40674,17 @@ def check_names(groups: Mapping[tuple[str, ...], Sequence[str]]) -> None:
                 )
 
 
+class CopyPlan(Value):
+    """A stream of files from one machine to one other; "" is this one."""
+
+    source: str
+    paths: list[str]
+    target: str
+    path: str
+    origin: FileOrigin | None  # of the file whose copy is resumed
+    label: str  # before what is said about it
+
+
 class FileCopy:
     """`node cp`: streams of files from each source to each destination."""
 
@@ -40668,7 +40714,7 @@ class FileCopy:
             try:
                 for node in {name for name, *_ in groups} | set(targets) - {""}:
                     if node:
-                        client.call("node.describe", {"nodeId": node})
+                        self._check_node(client, node)
                 if self._args.resume and any(targets):
                     # An older gateway leaves the field out that asks for the part.
                     its = client.call("node.describe", {"nodeId": LOCAL_ID})
@@ -40680,18 +40726,31 @@ class FileCopy:
             except RpcError as error:
                 raise user_error(error) from error
         labels = len(groups) * len(targets) > 1
-        return [
-            self._transfer(
-                key[0],
-                paths,
-                target,
-                destination.path,
-                origins.get(key),
-                labels=labels,
+        plans = [
+            CopyPlan(
+                *(key[0], paths, target, destination.path, origins.get(key)),
+                label=f"{target or key[0]}: " if labels else "",
             )
             for key, paths in groups.items()
             for target in targets
         ]
+        return [self._transfer(plan) for plan in plans]
+
+    def _check_node(self, client: LastingClient, node: str) -> None:
+        """Raises RpcError for an unknown node, UsageError if its name was cut."""
+        try:
+            client.call("node.describe", {"nodeId": node})
+        except RpcError as error:
+            typed = [path.casefold() for path in self._args.path]
+            for known in client.call("node.list", {}):
+                name, node_id = known["displayName"], known["nodeId"]
+                is_cut = NOT_IN_PLACES.search(name) is not None
+                if is_cut and any(p.startswith(name.casefold()) for p in typed):
+                    raise UsageError(
+                        f"{name!r} cannot stand before a path, as it has `:` or `,`; "
+                        f"use the node's id: {node_id}"
+                    ) from error
+            raise
 
     def _origin(self, client: LastingClient, node: str, path: str) -> FileOrigin:
         """Return the file whose copy is resumed.  Raises UserError, RpcError."""
@@ -40740,24 +40799,12 @@ class FileCopy:
                     raise
             time.sleep(backoff.next())
 
-    def _transfer(
-        self,
-        source: str,
-        paths: list[str],
-        target: str,
-        path: str,
-        origin: FileOrigin | None,
-        *,
-        labels: bool,
-    ) -> JsonObject:
-        """Copy from one machine ("": this one) to one other.
-
-        Raises UserError, Terminated.
-        """
+    def _transfer(self, plan: CopyPlan) -> JsonObject:
+        """Return what was copied.  Raises UserError, Terminated."""
         if self._interrupted:
             raise Terminated(self._interrupted)
-        label = f"{target or source}: " if labels else ""
-        progress = CopyProgress(self._output, label)
+        source, paths, target, path = plan.source, plan.paths, plan.target, plan.path
+        progress = CopyProgress(self._output, plan.label)
         try:
             with contextlib.ExitStack() as stack:
                 reading = stack.enter_context(self._feed()) if source else None
@@ -40765,8 +40812,8 @@ class FileCopy:
                 awaited = writing or reading  # by the main thread
                 assert awaited is not None
                 stack.enter_context(interrupting(awaited))
-                read = partial(self._pieces, source, paths, progress, stack, reading)
-                result = self._deliver(read, target, path, origin, progress, writing)
+                read = partial(self._pieces, plan, progress, stack, reading)
+                result = self._deliver(plan, read, progress, writing)
             self._interrupted = awaited.interrupted
         except RpcError as error:
             if error.code != "FORBIDDEN":
@@ -40778,10 +40825,9 @@ class FileCopy:
             pattern = source and has_wildcard(paths[0])
             piped = "-" in (paths[0] if not source else "", path if not target else "")
             if alone and not (pattern or piped) and progress.arrived >= MIN_PART:
-                begin = (
-                    f"moltis: {label}interrupted at {format_bytes(progress.arrived)}"
-                )
-                self._output.say(f"{begin}; --resume continues the copy")
+                begin = f"moltis: {plan.label}interrupted at"
+                size = format_bytes(progress.arrived)
+                self._output.say(f"{begin} {size}; --resume continues the copy")
             raise
         progress.end(result)
         return {
@@ -40794,26 +40840,26 @@ class FileCopy:
 
     def _pieces(
         self,
-        source: str,
-        paths: list[str],
+        plan: CopyPlan,
         progress: CopyProgress,
         stack: contextlib.ExitStack,
         feed: JobFeed | None,
         after: FilePartial | None,
     ) -> Iterator[bytes]:
         """Return the stream of the source; `after`: what its target has of it."""
-        if not source and paths == ["-"]:
+        source = plan.source
+        if not source and plan.paths == ["-"]:
             stdin = iter(partial(read_stdin, FILE_PIECE), b"")
             return with_digest(counted(stdin, progress))
         spec = FileRead(
-            [encode_path(path) for path in paths],
+            [encode_path(path) for path in plan.paths],
             recursive=self._args.recursive,
             patterns=bool(source),  # here the shell has expanded them
             after=after,
         )
         if feed is not None:
-            node = (source, source)
-            remote = RemoteFiles(feed, node, "file.read", spec, progress, self._waiting)
+            waiting = self._waiting
+            remote = RemoteFiles(feed, source, "file.read", spec, progress, waiting)
             stack.callback(setattr, remote, "stopped", True)
             return counted(remote.pieces(), progress)
         local = FileSource(
@@ -40830,27 +40876,25 @@ class FileCopy:
 
     def _deliver(
         self,
+        plan: CopyPlan,
         read: Callable[[FilePartial | None], Iterator[bytes]],
-        target: str,
-        path: str,
-        origin: FileOrigin | None,
         progress: CopyProgress,
         feed: JobFeed | None,
     ) -> JsonObject:
         """Write what `read` returns; it gets what the target has of the file."""
         spec = FileWrite(
-            encode_path(path),
+            encode_path(plan.path),
             into=self._several,
             mkdir=self._args.mkdir,
             bare=self._args.path[0] == "-",
-            origin=origin,
+            origin=plan.origin,
         )
-        resumes = origin is not None
+        resumes = plan.origin is not None
         # Now, so that a source that cannot be read fails here; to resume, the target is
         # asked first.
         pieces = iter(()) if resumes else read(None)
         if feed is None:
-            if path == "-":
+            if plan.path == "-":
                 return write_to_stdout(one_by_one(pieces))
             written = FileTarget(
                 spec,
@@ -40867,8 +40911,8 @@ class FileCopy:
             if resumes:
                 pieces = read_later(read, find_part)
             return written.receive(one_by_one(pieces))
-        node = (target, target)
-        remote = RemoteFiles(feed, node, "file.write", spec, progress, self._waiting)
+        waiting = self._waiting
+        remote = RemoteFiles(feed, plan.target, "file.write", spec, progress, waiting)
         if resumes:
             pieces = read_later(read, remote.wait_for_part)
         problems: list[BaseException] = []
@@ -40876,7 +40920,7 @@ class FileCopy:
         def send() -> None:
             try:
                 feed.feed_input(one_by_one(pieces))
-            except (MoltisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  the main thread raises it
                 problems.append(error)
                 remote.stopped = True
 
@@ -41054,6 +41098,7 @@ class ChatCommand:
 
 
 REMOVED_NODE = "removed machine"  # in place of its name
+NOT_SENT = "given up; if the gateway has it, it runs there"
 
 
 class ChatTerminal:
@@ -41147,8 +41192,8 @@ class ChatTerminal:
             self._follow(message)
             return INTERRUPTED if self._stops else self._status
         except Terminated as error:
-            if error.number == signal.SIGINT and not self._stops:
-                self._abort()
+            if not self._stops:
+                self._leave(error.number)
             raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)  # of interrupting()
@@ -41179,12 +41224,9 @@ class ChatTerminal:
         """
         # A signal just before the wait would not be noticed until its end.
         for news in self._feed.news(tick=SIGNAL_LOOK):
-            if isinstance(news, GatewayChange):
-                self._waiting.take_gateway(news)
-                if news.problem is not None:
-                    raise news.problem
-            elif news is None:
-                self._waiting.show()
+            self._waiting.take(news)
+            if isinstance(news, GatewayChange) and news.problem is not None:
+                raise news.problem
             yield news
 
     def _follow(self, message: JsonObject) -> None:
@@ -41264,13 +41306,23 @@ class ChatTerminal:
             raise
         return sent
 
+    def _leave(self, number: int) -> None:
+        """Have the turn stopped by Ctrl+C; else say that it goes on."""
+        if number == signal.SIGINT:
+            self._abort()
+            return
+        key, jobs = shlex.quote(self.session["key"]), "`moltis node jobs`"
+        goes_on = f"the answer goes on in the session {key}; {jobs} lists what runs"
+        with contextlib.suppress(OSError):  # our terminal is gone
+            self._output.say(f"moltis: {goes_on if self._run_id else NOT_SENT}")
+
     def _stop(self) -> None:
         """Have the turn stopped.
 
         Raises Terminated where it is not known to have begun.
         """
         if not self._run_id:
-            self._output.say("moltis: given up; if the gateway has it, it runs there")
+            self._output.say(f"moltis: {NOT_SENT}")
             raise Terminated(signal.SIGINT)
         if self._feed.client.ended:
             self._output.say(
@@ -41660,22 +41712,22 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
 COMPLETION_PATIENCE = 3.0  # s for a node's list of files
 MAX_COMPLETIONS = 500  # files of a node; the others are not offered
 
-# Each asks this program what may follow; where nothing is known it offers files.
+# Each asks this program what may follow; files of this machine, where that is nothing
+# and the exit status is 0.
 COMPLETION_SCRIPTS: Mapping[str, str] = {
     "bash": r"""_moltis() {
-    local line
+    local line found
     COMPREPLY=()
+    found=$("${COMP_WORDS[0]}" completion bash -- \
+        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) ||
+        compopt +o default +o bashdefault 2>/dev/null
     while IFS= read -r line; do
         line=${line%%$'\t'*}
         case ${COMP_WORDS[COMP_CWORD]} in
             [\"\']*) COMPREPLY+=("$line") ;;
             *) COMPREPLY+=("$(printf %q "$line")") ;;
         esac
-    done < <("${COMP_WORDS[0]}" completion bash -- \
-        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-    case ${COMP_WORDS[COMP_CWORD-1]}${COMP_WORDS[COMP_CWORD]} in
-        *:*) compopt +o default +o bashdefault 2>/dev/null ;;
-    esac
+    done < <(printf %s "${found:+$found$'\n'}")
     case ${COMPREPLY[0]} in
         *[/:]) compopt -o nospace 2>/dev/null ;;
     esac
@@ -41684,16 +41736,18 @@ complete -o bashdefault -o default -F _moltis moltis""",
     "zsh": r"""#compdef moltis
 _moltis() {
     local -a lines end
+    local no_files
     lines=("${(@f)$(
         ${words[1]} completion zsh -- "${(@Q)words[2,CURRENT]}" 2>/dev/null
     )}")
+    no_files=$?
     lines=("${(@)lines:#}")
     if [[ ${lines[1]%%$'\t'*} = *[/:] ]]; then end=(-S ''); fi
     lines=("${(@)lines//:/\\:}")
     lines=("${(@)lines/$'\t'/:}")
     if (( $#lines )); then
         _describe -V moltis lines "${(@)end}"
-    elif [[ ${words[CURRENT]} != *:* ]]; then
+    elif (( ! no_files )); then
         _files
     fi
 }
@@ -41702,9 +41756,10 @@ if [[ $funcstack[1] = _moltis ]]; then _moltis "$@"; else compdef _moltis moltis
     set -l typed (commandline -opc)
     set -l part (commandline -ct)
     set -l found ($typed[1] completion fish -- $typed[2..-1] "$part" 2>/dev/null)
+    set -l no_files $status
     if test (count $found) -gt 0
         printf '%s\n' $found
-    else if not string match -q '*:*' -- "$part"
+    else if test $no_files = 0
         __fish_complete_path "$part"
     end
 end
@@ -41712,13 +41767,29 @@ complete -c moltis -f -a '(__moltis_complete)'""",
 }
 
 
-def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
-    """Return the names of the nodes; none where the gateway does not say them."""
+def known_words(
+    args: argparse.Namespace,
+    context: Context,
+    method: str,
+    word: str,
+    text: str,
+    **params: object,
+) -> list[tuple[str, str]]:
+    """Return two fields of each row that a method lists: a word and its help.
+
+    Returns none where the gateway does not answer.
+    """
     try:
-        nodes = call_gateway(args, context, "node.list")
-    except (UserError, RpcError):
+        with making_sense():
+            rows = call_gateway(args, context, method, **params)
+            return [(str(row[word]), str(row[text])) for row in rows]
+    except MoltisError:
         return []
-    return [node["displayName"] for node in nodes]
+
+
+def known_nodes(args: argparse.Namespace, context: Context) -> list[str]:
+    found = known_words(args, context, "node.list", "displayName", "nodeId")
+    return [name for name, _ in found]
 
 
 def glob_names(part: str) -> Iterator[str]:
@@ -41744,7 +41815,11 @@ def copied_paths(
     """
     node, colon, path = part.partition(":")
     if not colon:
-        found = [name for name in nodes() if name.startswith(part)]
+        found = [
+            name
+            for name in nodes()
+            if name.startswith(part) and not NOT_IN_PLACES.search(name)
+        ]
         yield from ((f"{name}:", "a node") for name in found)
         if found:  # otherwise the shell offers files
             for name in sorted(glob_names(part)):
@@ -41756,12 +41831,13 @@ def copied_paths(
     spec = encode_value(FileList(encode_path(above)))
     request = {"nodeId": node.split(",")[0], "work": "file.list", "spec": spec}
     try:
-        with operator_client(args, context) as client:
+        with making_sense(), operator_client(args, context) as client:
             answer = client.call("job.once", request, COMPLETION_PATIENCE)
-    except UserError:
+            entries = listed_entries(base64.b64decode(answer["output"]))
+    except MoltisError:
         return
     rest, count = path[len(above) :], 0
-    for entry in listed_entries(base64.b64decode(answer["output"])):
+    for entry in entries:
         name = decode_path(entry.name)
         if name.startswith(rest) and (rest or not name.startswith(".")):
             slash = "/" if entry.kind == "directory" else ""
@@ -41782,18 +41858,20 @@ def rejoined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def possible_words(
-    parser: argparse.ArgumentParser,
-    before: Sequence[str],
-    part: str,
-    nodes: Callable[[], Iterable[str]],
-    paths: Callable[[str], Iterable[tuple[str, str]]],
-) -> Iterator[tuple[str, str]]:
-    """Yield each word that may come after `before`, with its help.
+# What offers words for an argument, with their help, by its `dest`; it gets what is
+# typed of the word.
+Offers: TypeAlias = "Mapping[str, Callable[[str], Iterable[tuple[str, str]]]]"
+FILE_VALUES = ("FILE", "DIR", "PATH", "SOURCE")  # metavars; files of this machine, too
 
-    `part` is what is typed of it; `nodes` returns the names of nodes, `paths` what
-    `part` may become where files of nodes are copied.
+
+def possible_words(
+    parser: argparse.ArgumentParser, before: Sequence[str], part: str, offers: Offers
+) -> tuple[list[tuple[str, str]], bool]:
+    """Return the words that may come after `before`, with their help.
+
+    `part` is what is typed of it.  And whether files of this machine may come there.
     """
+    words: list[tuple[str, str]] = []
     subcommands: Any = None
     depth = 0
     for word in [*before, ""]:
@@ -41804,27 +41882,29 @@ def possible_words(
         parser = subcommands.choices[word]
         depth += 1
     if subcommands is not None and depth == len(before):
-        yield from ((a.dest, a.help) for a in subcommands._choices_actions)
+        words += ((a.dest, a.help) for a in subcommands._choices_actions)
     options = {name: a for a in parser._actions for name in a.option_strings}
     awaited = options.get(before[-1]) if before else None
     if awaited is not None and awaited.nargs != 0:
-        values = [awaited]
+        actions = [awaited]
     elif part.startswith("-"):
-        yield from ((o, options[o].help or "") for o in options if o.startswith("--"))
-        return
+        words += ((o, options[o].help or "") for o in options if o.startswith("--"))
+        actions = []
     else:
-        values = [a for a in parser._actions if not a.option_strings]
-    for action in values:
-        if action.dest == "node":
-            yield from ((name, "a node") for name in nodes())
-        elif action.dest == "path":  # of node cp
-            yield from paths(part)
+        actions = [a for a in parser._actions if not a.option_strings]
+    for action in actions:
+        if action.dest in offers:
+            words += offers[action.dest](part)
         elif isinstance(action.choices, (list, tuple)):
-            yield from ((str(choice), "") for choice in action.choices)
+            words += ((str(choice), "") for choice in action.choices)
+    return words, any(action.metavar in FILE_VALUES for action in actions)
 
 
 def cmd_completion(args: argparse.Namespace, context: Context) -> int:
-    """Print a shell's script, or what may follow the words after `--`."""
+    """Print a shell's script, or what may follow the words after `--`.
+
+    The exit status is 0 for a word, or where files of this machine may follow.
+    """
     if not args.command:
         context.output.answer(COMPLETION_SCRIPTS[args.shell])
         return EXIT_OK
@@ -41839,12 +41919,25 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
     parser = args.build_parser()
     gateway = parser.parse_args(["node", "list"])
     nodes = partial(known_nodes, gateway, context)
-    paths = partial(copied_paths, gateway, context, nodes=nodes)
-    for word, text in possible_words(parser, before, part, nodes, paths):
-        if word.startswith(part) and word.isprintable():
-            rest = word[len(begin) :]
-            context.output.answer(f"{rest}\t{one_line(text, 200)}")
-    return EXIT_OK
+    words_of = partial(known_words, gateway, context)
+
+    def jobs(_part: str) -> list[tuple[str, str]]:
+        return words_of("job.list", "id", "command", kept=True)
+
+    offers: Offers = {
+        "node": lambda _part: [(name, "a node") for name in nodes()],
+        "path": partial(copied_paths, gateway, context, nodes=nodes),  # of node cp
+        "id": jobs,
+        "cancel": jobs,
+        "key": lambda _part: words_of("keys.list", "name", "keyId"),
+    }
+    words, files = possible_words(parser, before, part, offers)
+    fitting = [w for w in words if w[0].startswith(part) and w[0].isprintable()]
+    for word, text in fitting:
+        rest = word[len(begin) :]
+        context.output.answer(f"{rest}\t{one_line(text, 200)}")
+    on_node = NODE_PLACE.match(part) is not None
+    return EXIT_OK if fitting or (files and not on_node) else EXIT_FAILURE
 
 
 # -- arguments -----------------------------------------------------------------
@@ -42276,7 +42369,8 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "copy files and directories to and from nodes",
         "moltis node cp -r site/ web1,web2:/srv/www",
         f"""
-        [PATH ...]          NODE:PATH, or a file of this machine
+        [PATH ...]          NODE:PATH, or a file of this machine; NODE is a name, or
+                            an id where that has : or ,
         -r --recursive      copy directories; links stay links
         --mkdir             make missing directories at the destination
         --resume            continue an interrupted copy of a file, after a check
@@ -42496,7 +42590,9 @@ def run_subcommand(
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser = command, build_parser
-    status: int = args.run(args, context)
+    asks_gateway = "api_key" in args
+    with making_sense() if asks_gateway else contextlib.nullcontext():
+        status: int = args.run(args, context)
     return status
 
 
@@ -42546,7 +42642,7 @@ def run_command_line(argv: Sequence[str] | None) -> int:
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error
         return status
-    except (UserError, RpcError) as error:
+    except (UserError, RpcError, Nonsense) as error:
         output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt as error:

@@ -1900,7 +1900,7 @@ class ShellTerminal:
         os.write(self._fd, keys.encode())
 
         def plain():  # without what moves the cursor, or is drawn again
-            new = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]", "", self.text[start:])
+            new = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|\x07", "", self.text[start:])
             return re.sub(r".\x08", "", new)
 
         wait_for(lambda: shows in plain(), 30, lambda: f"{shows!r} in {plain()!r}")
@@ -1964,7 +1964,7 @@ def test_a_shell_completes_subcommands_options_and_nodes(
 def test_what_may_follow_is_what_the_parser_takes(capsys, monkeypatch, line, words):
     monkeypatch.setattr(moltis, "known_nodes", lambda *_: ["Attic", "Pi"])
     status, out, err = said(capsys, "completion", "fish", "--", *line.split(" "))
-    assert (status, err) == (0, "")
+    assert (status != 0, err) == (not words and "--all" not in line, "")
     assert [found.partition("\t")[0] for found in out.splitlines()] == words
 
 
@@ -2014,9 +2014,40 @@ def test_paths_of_nodes_are_offered_and_none_of_one_that_is_away(
     with gateway.node("Attic"):
         typed = line.format(tmp_path).split(" ")
         status, out, err = said(capsys, "completion", shell, "--", *typed)
-    assert (status, err) == (0, "")
+    assert err == ""
+    # Without one, files of this machine are offered only where such a path begins.
+    assert (status == 0) == (words != [] or "./" in line)
     found = [one.partition("\t")[0] for one in out.splitlines()]
     assert sorted(found) == [word.format(tmp_path) for word in words]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_ids_and_no_files_where_ids_belong(
+    shell, gateway, launcher, home
+):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    job = start(gateway, "true")
+    words, script = SHELLS[shell]
+    (home / "only-file").touch()
+    environ = clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm")
+    terminal = ShellTerminal(words, **environ)
+    try:
+        terminal.type(f"cd {home}; {script}; echo rea''dy\n", "ready")
+        terminal.type(f"moltis node attach {job[:8]}\t", job)
+        terminal.type("\x15moltis node recording only\t-X", "only-X")
+        terminal.type("\x15moltis doctor --ca only\t-X", "only-file")
+    finally:
+        terminal.close()
+
+
+def test_names_of_keys_and_ids_of_jobs_are_offered(gateway, capsys):
+    job = start(gateway, "echo of the job")
+    for line in ("node attach ", "node recording ", "node jobs --cancel "):
+        status, out, _ = said(capsys, "completion", "fish", "--", *line.split(" "))
+        assert (status, out) == (0, f"{job}\techo of the job\n")
+    status, out, _ = said(capsys, "completion", "fish", "--", "key", "revoke", "")
+    assert (status, out.partition("\t")[0]) == (0, "owner")
 
 
 # -- model ---------------------------------------------------------------------
@@ -2632,3 +2663,96 @@ def test_a_job_says_through_which_client_it_was_asked_for(gateway, home, capsys)
     assert "owner (shell)" in out
     _, out, _ = said(capsys, "node", "jobs", "--json")
     assert {job["callerKind"] for job in json.loads(out)} >= {"shell", "chat"}
+
+
+# -- gateways that answer nonsense ---------------------------------------------
+
+ASKING = (  # subcommands that read what a gateway answers
+    "node list --wide",
+    "node revoke far",
+    "node jobs",
+    "node exec local -- true",
+    "node exec local far -- true",
+    "node exec --all -- true",
+    "node exec --detach local -- true",
+    "node attach 1234",
+    "node recording 1234",
+    "node generate-token",
+    "node cp {home}/file far:{home}/copy",
+    "node cp far:{home}/file {home}/copy",
+    "key list",
+    "key create --name other --scope read",
+    "key revoke other",
+    "model list",
+    "model list --providers",
+    "model add box --url http://127.0.0.1:9/v1",
+    "audit",
+    "audit --who nobody",
+    "audit --json",
+    "doctor",
+    "chat hello",
+)
+
+
+@pytest.mark.parametrize("words", ASKING)
+def test_an_answer_that_makes_no_sense_is_said_in_one_sentence(
+    gateway, home, monkeypatch, capsys, words
+):
+    (home / "file").write_text("text")
+    answers = (7, "x", [7], [{}], {"jobs": 7}, {"jobs": [{}]}, {"id": []})
+    with monkeypatch.context() as nonsense:
+        for answer in answers:
+            nonsense.setattr(moltis.Rpc, "call", lambda *_, answer=answer: answer)
+            status = moltis.main(words.format(home=home).split())
+            printed = capsys.readouterr()
+            said = [line for line in printed.err.splitlines() if line[:8] == "moltis: "]
+            assert "Traceback" not in printed.err
+            if words == "doctor":
+                assert "wrong  gateway         the gateway's answer" in printed.out
+            elif status:
+                assert len(said) == 1, printed.err
+
+
+def test_completion_offers_nothing_where_an_answer_makes_no_sense(
+    gateway, monkeypatch, capsys
+):
+    with monkeypatch.context() as nonsense:
+        for answer in (7, "x", [7], [{}], {"output": 7}):
+            nonsense.setattr(moltis.Rpc, "call", lambda *_, answer=answer: answer)
+            for words in ("node exec ", "node cp far:/e"):
+                line = ["completion", "fish", "--", *words.split(" ")]
+                assert moltis.main(line) == moltis.EXIT_FAILURE
+                assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", [moltis.JOB_STATE, moltis.JOB_INPUT])
+def test_an_event_that_makes_no_sense_is_said_in_one_sentence(
+    gateway, home, monkeypatch, name
+):
+    encode = moltis.encode_envelope
+
+    def encoded(envelope):
+        if isinstance(envelope, moltis.Event) and envelope.name == name:
+            envelope = moltis.Event(name, {})
+        return encode(envelope)
+
+    monkeypatch.setattr(moltis, "encode_envelope", encoded)
+    words = ("node", "exec", "--stdin", "local", "--", "cat")
+    done = run_moltis(*words, home=home, stdin=b"text")
+    assert done.returncode == moltis.EXIT_FAILURE
+    said = done.stderr
+    assert said.startswith("moltis: the gateway's answer makes no sense here (line ")
+    assert said.count("\n") == 1
+
+
+# -- leaving -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_chat_that_a_signal_ends_says_that_its_command_goes_on(gateway, home, number):
+    with Program("chat", "echo begun; sleep 120", home=home) as chat:
+        chat.wait_for_output("begun")
+        assert chat.end(number) == 128 + number
+        assert "the answer goes on in the session main; `moltis node" in chat.stderr
+    [job] = gateway.call("job.list", state="running")
+    gateway.call("job.cancel", id=job["id"])

@@ -1485,6 +1485,24 @@ def test_scp_agrees_on_what_a_colon_means():
     assert moltis.copy_place("pi:/x", "/srv").path == "/x"
 
 
+@pytest.mark.parametrize("name", ["web:1", "web,1"])
+def test_a_node_whose_name_cannot_stand_before_a_path_is_copied_to_by_its_id(
+    world, tmp_path, name
+):
+    (tmp_path / "file").write_text("text")
+    before = f"second-{ord(name[3])}"
+    node_id = f"id-of-{before}"
+    with other_node(world, before):
+        world.rpc("node.rename", nodeId=node_id, displayName=name)
+        call = cp(world, tmp_path / "file", f"{name}:{tmp_path}/copy")
+        assert call.status == moltis.EXIT_USAGE
+        assert f"{name!r} cannot stand before a path" in call.complaints
+        assert call.complaints.strip().endswith(f"use the node's id: {node_id}")
+        call = cp(world, tmp_path / "file", f"{node_id}:{tmp_path}/copy")
+        assert call.status == moltis.EXIT_OK, call.complaints
+    assert (tmp_path / "copy").read_text() == "text"
+
+
 # -- resuming ------------------------------------------------------------------------
 
 BIG = 12 * 2**20  # bytes; more than twice MIN_PART

@@ -569,3 +569,30 @@ def test_connections_are_forgotten_when_they_end(gateway):
         lambda: ask(gateway, "GET", "/health").json["connections"] < count,
         what="one connection less",
     )
+
+
+def test_a_wait_ends_when_its_client_has_left(gateway):
+    """It held a place among the answers that wait until its time was up."""
+    jobs = gateway.running.jobs
+    spec = {"command": "sleep 300"}
+    asked = {"jobs": [{"node": "local"}], "work": "run", "spec": spec, "keep": True}
+    with gateway.operator() as owner:
+        [job] = owner.call("job.start", asked)["jobs"]
+        for method, params in (
+            ("job.wait", {"id": job["id"], "wait": 300}),
+            ("job.read", {"id": job["id"], "wait": 300}),
+            ("node.invoke", {"nodeId": "local", "command": "system.run", "args": spec}),
+        ):
+            body = json.dumps({"method": method, "params": params}).encode()
+            head = (
+                "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                f"Authorization: Bearer {gateway.api_key}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
+            port = int(gateway.url.rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port), 20) as sock:
+                sock.sendall(head.encode() + body)
+                wait_for(lambda: jobs._waits, what=f"{method} to wait")
+            wait_for(lambda: not jobs._waits, what=f"the end of {method}")
+        for running in owner.call("job.list", {"state": "running"}):
+            owner.call("job.cancel", {"id": running["id"]})

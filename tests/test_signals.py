@@ -188,8 +188,8 @@ class Feed:
 def test_no_copy_begins_after_a_signal_that_the_one_before_did_not_obey(monkeypatch):
     begun = []
 
-    def deliver(self, read, target, *_):
-        begun.append(target)
+    def deliver(self, plan, *_):
+        begun.append(plan.target)
         signal.raise_signal(signal.SIGTERM)
         return {}
 
@@ -197,9 +197,10 @@ def test_no_copy_begins_after_a_signal_that_the_one_before_did_not_obey(monkeypa
     monkeypatch.setattr(moltis.FileCopy, "_deliver", deliver)
     context = moltis.Context({}, moltis.Output({}))
     copy = moltis.FileCopy(argparse.Namespace(), context)
-    copy._transfer("", ["a"], "web1", "b", None, labels=True)
+    plan = moltis.CopyPlan("", ["a"], "web1", "b", None, "web1: ")
+    copy._transfer(plan)
     with pytest.raises(moltis.Terminated) as stopped:
-        copy._transfer("", ["a"], "web2", "b", None, labels=True)
+        copy._transfer(plan.replace(target="web2"))
     assert (begun, stopped.value.number) == (["web1"], signal.SIGTERM)
 
 

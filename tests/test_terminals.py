@@ -560,6 +560,7 @@ WAYS_OUT = {
     "detach": lambda shell: shell.type("\r~d"),
     "SIGTERM": lambda shell: shell.spawned.kill(signal.SIGTERM),
     "SIGHUP": lambda shell: shell.spawned.kill(signal.SIGHUP),
+    "SIGQUIT": lambda shell: shell.spawned.kill(signal.SIGQUIT),
     "SIGINT": lambda shell: shell.spawned.kill(signal.SIGINT),
     "crash": lambda shell: None,
 }
