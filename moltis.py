@@ -28886,6 +28886,7 @@ class Screen {
 const SCROLLBACK = 5000; // rows that scrolled out
 const MAX_STRING = 4096; // characters of a title or a link; the rest is dropped
 const MAX_CONTROL = 256; // characters; a longer sequence is ignored
+const MAX_REPEATED = 4096; // characters
 const MAX_SIDE = 1000; // rows and columns of a terminal
 const MIN_COLUMNS = 2; // a wide character has to fit
 const PIECE = 4096; // bytes parsed at once
@@ -29024,8 +29025,8 @@ class Row {
     if (!this.made) return this.plain.length;
     const {cells} = this;
     let end = cells.length;
-    while (end > 0 && !cells[end - 1].text && cells[end - 1].width) end -= 1;
-    return end;
+    while (end > 0 && !cells[end - 1].text) end -= 1;
+    return end && Math.min(cells.length, end - 1 + cells[end - 1].width);
   }
 
   get text() {
@@ -29272,6 +29273,8 @@ const ESCAPE = 1;
 const CONTROL = 2; // CSI
 const STRING = 3; // OSC
 const IGNORED = 4; // DCS, SOS, PM, APC
+const BEGINNINGS = {"[": CONTROL, "]": STRING, P: IGNORED, X: IGNORED, "^": IGNORED,
+  _: IGNORED}; // by the character after ESC
 
 const PRINTABLE = /[^\x00-\x1f\x7f-\x9f]+/y;
 const STRING_BODY = /[^\x00-\x1f\x80-\x9f]+/y;
@@ -29388,7 +29391,7 @@ class Emulator {
     this.title = "";
     this.titles = []; // pushed
     this.bells = 0; // counted
-    this.last = null; // the character before, for combining and repeating
+    this.last = 0; // cells of the character that was printed right before
     this.state = GROUND;
     this.sequence = "";
     this.epoch = (this.epoch || 0) + 1; // other rows than before
@@ -29437,7 +29440,6 @@ class Emulator {
         if (found) {
           at = WHOLE_SEQUENCE.lastIndex;
           this.control(found[1] + found[3] + found[4], found[2]);
-          this.last = null;
         }
         if (at > from) continue;
       }
@@ -29474,8 +29476,10 @@ class Emulator {
       this.enter(code === 0x9c ? GROUND : ESCAPE);
       // 8-bit controls are like ESC and a character.
       if (code !== 0x1b && code !== 0x9c) this.step(String.fromCharCode(code - 0x40));
-    } else if (code === 0x18 || code === 0x1a) this.enter(GROUND);
-    else if (this.state === STRING) {
+    } else if (code === 0x18 || code === 0x1a) {
+      this.enter(GROUND);
+      this.last = 0;
+    } else if (this.state === STRING) {
       if (code === 7) {
         this.endString();
         this.enter(GROUND);
@@ -29490,7 +29494,6 @@ class Emulator {
       const found = sequence.length <= MAX_CONTROL && CONTROL_SEQUENCE.exec(sequence);
       this.enter(GROUND);
       if (found && code < 0x7f) this.control(found[1] + found[3] + character, found[2]);
-      this.last = null;
     }
   }
 
@@ -29500,23 +29503,17 @@ class Emulator {
       return;
     }
     const before = this.sequence;
-    this.enter(GROUND);
-    if (code > 0x7e) return;
-    if (!before && character === "[") {
-      this.enter(CONTROL);
-      return;
-    }
-    this.last = null;
-    if (!before && character === "]") this.enter(STRING);
-    else if (!before && "PX^_".includes(character)) this.enter(IGNORED);
-    else if ("()*+-.".includes(before) && before)
+    this.enter((!before && BEGINNINGS[character]) || GROUND);
+    if (code > 0x7e || (!before && "[X^_".includes(character))) return;
+    this.last = 0;
+    if (before && "()*+-.".includes(before))
       this.setCharset("()*+-.".indexOf(before) % 4 + (before > "," ? 1 : 0), character);
     else ESCAPES[before + character]?.(this);
   }
 
   execute(code) {
     const {page} = this;
-    this.last = null;
+    this.last = 0;
     if (code === 7) this.bells += 1;
     else if (code === 8) this.backspace();
     else if (code === 9) this.tab(1);
@@ -29550,13 +29547,18 @@ class Emulator {
       }
       row.write(text.slice(at, end), style);
       page.scroll((row = new Row(columns, blank)));
-      this.last = null;
+      this.last = 0;
       at = end + 2;
     }
   }
 
   print(text) {
     const {page, columns, charset, modes} = this;
+    // At the edge, the next character splits the one before it.
+    if (!modes.wraps && [...text].length > 1) {
+      for (const character of text) this.print(character);
+      return;
+    }
     const style = this.pen.style();
     const cells = cellsIn(style);
     let {row} = page;
@@ -29577,6 +29579,7 @@ class Emulator {
         }
         cell = new Cell(character, width, style);
       }
+      this.last = cell.width;
       at += code > 0xffff ? 2 : 1;
       if (page.x + cell.width > columns) {
         if (modes.wraps) row = this.wrap(row, cells.blank);
@@ -29595,9 +29598,9 @@ class Emulator {
         row.cells[page.x] = cells.rest;
         page.x += 1;
       }
-      this.last = cell;
     }
-    if (row.cells[page.x]?.width === 0) row.cells[page.x] = cells.blank;
+    if (page.x < columns && row.cells[page.x].width === 0)
+      row.cells[page.x] = cells.blank;
   }
 
   // Wrap to the next row.
@@ -29617,8 +29620,7 @@ class Emulator {
     const at = this.page.x - (row.cells[this.page.x - 1]?.width === 0 ? 2 : 1);
     const before = row.cells[at];
     if (!before?.text || before.text.length > 32) return;
-    this.last = new Cell(before.text + character, before.width, before.style);
-    row.cells[at] = this.last;
+    row.cells[at] = new Cell(before.text + character, before.width, before.style);
   }
 
   // Movement
@@ -29817,8 +29819,9 @@ class Emulator {
   }
 
   repeat(count) {
-    const {last, columns, height} = this;
-    if (last) this.print(last.text.repeat(Math.min(count, columns * height)));
+    const {last, page} = this;
+    const text = last && page.row.cells[page.x - last]?.text;
+    if (text) this.print(text.repeat(Math.min(count, MAX_REPEATED)));
   }
 
   align() {
@@ -29928,6 +29931,7 @@ class Emulator {
     const [[first]] = parameters;
     if (COUNTED[name]) COUNTED[name](this, first || 1, parameters);
     else CONTROLS[name]?.(this, first, parameters);
+    this.last = 0;
   }
 }
 
@@ -36099,8 +36103,7 @@ const STEP = 5; // s; of the arrow keys
 const LONG_PAUSE = 1; // s without output, after which pauses are skipped
 const STATE_EVERY = 1024 * 1024; // characters; it takes 0.1 s to parse them
 const MAX_STATES = 32; // of some MiB each; then every other one goes
-const SLICE = 10; // ms of work at once
-const LONG_SLICE = 50; // the same while a person waits for it
+const SLICE = 50; // ms of work at once
 
 const playTime = seconds => [seconds / 3600, (seconds / 60) % 60, seconds % 60]
   .map(Math.floor).filter((part, n) => n || part)
@@ -36115,6 +36118,8 @@ class Player {
     this.next = 0; // number of the event that follows
     this.events = []; // [time in s, kind, text]
     this.states = []; // [number of the next event, emulator] on the way
+    this.unkept = 0; // characters since the last of them
+    this.distance = STATE_EVERY; // characters between them
     this.isPlaying = false;
     this.isLost = false; // it could not be fetched
     this.schedule = oncePerFrame(() =>
@@ -36130,55 +36135,72 @@ class Player {
 
   async load() {
     this.say("Loading…");
-    let text, problem;
     try {
       const answer = await fetchOk(castPath(this.id).slice(ROOT.length + 1));
-      text = await answer.text();
+      await this.read(answer.body.pipeThrough(new TextDecoderStream()).getReader());
     } catch ({message, isLost}) {
-      problem = capitalized(message);
       this.isLost = Boolean(isLost);
-    }
-    if (player !== this) return; // it was left meanwhile
-    if (!text) {
-      this.say(problem || "This recording is no longer kept.");
+      if (player === this) this.say(capitalized(message));
       return;
     }
-    const [{width, height, title}, ...events] = text.trimEnd().split("\n")
-      .map(line => JSON.parse(line));
-    Object.assign(this, {width, height, events});
-    this.emulator = new Emulator(width, height);
-    fill($("recording-title"), visible(title || ""));
+    if (player !== this) return; // it was left meanwhile
+    if (!this.newest) {
+      this.say("This recording is no longer kept.");
+      return;
+    }
+    this.emulator = new Emulator(this.width, this.height);
     $("recording-seek").max = this.duration || 1;
     this.say("");
     this.seek(0);
     this.play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
-    this.prepare();
   }
 
-  // Keep states on the way, so that none is far from any place to seek.
-  async prepare() {
-    const emulator = new Emulator(this.width, this.height);
-    let size = 0; // since the last state
-    let distance = STATE_EVERY;
+  // Take lines as they arrive, in slices, so that the page stays usable.
+  async read(reader) {
+    let rest = ""; // the beginning of a line
     let began = performance.now();
-    for (const [n, event] of this.events.entries()) {
-      this.show(emulator, event);
-      size += event[2].length;
-      if (size >= distance) {
-        this.states.push([n + 1, emulator.copy()]);
-        size = 0;
+    while (player === this) {
+      const {done, value} = await reader.read().catch(() => {
+        throw lostError("UNAVAILABLE", "The gateway cannot be reached.");
+      });
+      if (done) {
+        // Most people look for the end.
+        if (this.events.length) this.states.push([this.events.length, this.newest]);
+        return;
       }
-      if (this.states.length === MAX_STATES) {
-        this.states = this.states.filter((_, count) => count % 2);
-        distance *= 2;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (this.newest) this.add(JSON.parse(line));
+        else this.begin(JSON.parse(line));
+        if (performance.now() - began < SLICE) continue;
+        await new Promise(goOn => setTimeout(goOn));
+        if (player !== this) break;
+        began = performance.now();
       }
-      if (performance.now() - began < SLICE) continue;
-      await new Promise(done => setTimeout(done));
-      if (player !== this) return;
-      began = performance.now();
     }
-    // Most people look for the end.
-    if (this.events.length) this.states.push([this.events.length, emulator]);
+    reader.cancel();
+  }
+
+  begin({width, height, title}) {
+    Object.assign(this, {width, height});
+    this.newest = new Emulator(width, height); // after all events so far
+    fill($("recording-title"), visible(title || ""));
+  }
+
+  // Add an event; keep states on the way, so that none is far from any place to seek.
+  add(event) {
+    this.events.push(event);
+    this.show(this.newest, event);
+    this.unkept += event[2].length;
+    if (this.unkept >= this.distance) {
+      this.states.push([this.events.length, this.newest.copy()]);
+      this.unkept = 0;
+    }
+    if (this.states.length === MAX_STATES) {
+      this.states = this.states.filter((_, count) => count % 2);
+      this.distance *= 2;
+    }
   }
 
   show(emulator, [, kind, text]) {
@@ -36252,12 +36274,11 @@ class Player {
     this.grid.epoch = -1; // its rows are others
   }
 
-  // Show the events until now; many of them in slices, so that the page stays usable,
-  // and a state that is kept meanwhile can shorten the way.
+  // Show the events until now; many of them in slices, so that the page stays usable.
   proceed() {
     const {events} = this;
     const began = performance.now();
-    while (!this.isThere && performance.now() - began < LONG_SLICE) {
+    while (!this.isThere && performance.now() - began < SLICE) {
       this.show(this.emulator, events[this.next]);
       this.next += 1;
     }
@@ -36267,9 +36288,7 @@ class Player {
   // Draw, and show more of the events that are due.
   drawNext() {
     this.draw();
-    if (this.isThere) return;
-    this.jump();
-    if (!this.isPlaying) this.proceed();
+    if (!this.isThere && !this.isPlaying) this.proceed();
   }
 
   draw() {
