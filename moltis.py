@@ -31569,14 +31569,16 @@ class TerminalSession {
 
   // Give the terminal a size, which is ours from now on.
   resize(size) {
-    if (this.isOver || state.link !== "up") return;
+    if (this.isOver || state.link !== "up" || !may("write")) return;
     this.wanted = size;
     link.call("job.resize", {id: this.id, ...size}).catch(() => null);
   }
 
+  // Whether our window determines the size, or nobody's does: who did has left.
   get isSizedHere() {
-    const {size, wanted} = this;
-    return wanted?.rows === size.rows && wanted.cols === size.cols;
+    const {size, wanted, job: {people = []} = {}} = this;
+    return (wanted?.rows === size.rows && wanted.cols === size.cols) ||
+      (people.length > 0 && !people.some(person => person.sizes) && may("write"));
   }
 }
 
@@ -35635,9 +35637,10 @@ class TerminalView {
     const isOurs = takesOver || session.isSizedHere;
     const isNew = size.rows !== session.size.rows || size.cols !== session.size.cols;
     clearTimeout(this.resizing);
-    if (takesOver && may("write")) session.resize(size);
+    if (takesOver) session.resize(size);
     else if (isOurs && isNew)
-      this.resizing = setTimeout(() => this.isShown && session.resize(size), 100);
+      this.resizing = setTimeout(() =>
+        this.isShown && session.isSizedHere && session.resize(size), 100);
     // A size of ours arrives soon, unless nobody is there to take it.
     if (isOurs && session.isReached) this.grid.setFont(FONT_SIZE);
     else this.grid.scale(session.size);
@@ -35652,6 +35655,8 @@ class TerminalView {
       session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
+    if (session.isSizedHere && !this.wasSizedHere) this.fit();
+    this.wasSizedHere = session.isSizedHere;
     this.schedule();
   }
 
@@ -35948,8 +35953,12 @@ async function endTerminal() {
   view?.focus();
 }
 
+// Return the name that a job's machine has now, or had before it was removed.
+const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
+
 const terminalName = ({job, emulator}) =>
-  dotted(job?.nodeName, [...emulator.title].slice(0, 60).join("")) || "Terminal";
+  dotted(job && machineName(job), [...emulator.title].slice(0, 60).join("")) ||
+    "Terminal";
 
 let lastView; // that was shown
 
@@ -35987,7 +35996,7 @@ function drawTab([id, name, isOver]) {
 
 function drawTerminalHome() {
   const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, job.nodeName, job.askedAt]);
+    .map(job => [job.id, machineName(job), job.askedAt]);
   fillIfChanged($("terminal-open"), jobs,
     all => all.map(([jobId, name, askedAt]) =>
       h("li", {"data-key": jobId},
@@ -36010,7 +36019,7 @@ function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size})
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
   if (isAway) {
     const seconds = Math.round((job.awayMs || 0) / 1000);
-    const name = state.link === "up" ? job.nodeName : "the gateway";
+    const name = state.link === "up" ? machineName(job) : "the gateway";
     const since = seconds ? ` (${formatDuration(seconds)})` : "";
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
@@ -36505,7 +36514,7 @@ function start() {
   watch("route jobs asks", drawActivity);
   watch("route nodes", drawFilters);
   watch("route nodes running jobs link terminal", drawTerminal);
-  watch("terminal", drawTitle);
+  watch("terminal nodes", drawTitle);
   watch("route link", drawRecording);
   watch("route nodes files", drawFiles);
   watch("uploads link", drawUploads);
@@ -40297,6 +40306,8 @@ class TerminalSession:
         said = people_news(self._people, people)
         if self._people and said and not self._away:
             self._say(said)
+        if people and not any(person.get("sizes") for person in people):
+            self._resized = True  # who determined the size has left
         self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:
