@@ -35917,6 +35917,7 @@ const shownTerminal = () =>
 
 // Make the view that the route names.
 async function makeTerminal(id) {
+  $("terminal-note").hidden = true; // another's, which takes room
   const view = new TerminalView(id);
   terminalViews.set(id, view);
   const node = toStart.get(id);
@@ -35965,13 +35966,14 @@ let lastView; // that was shown
 function drawTerminal() {
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
-  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
-  for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
-  const view = terminalViews.get(id);
-  $("terminal-home").hidden = Boolean(id);
-  $("terminal-title").classList.toggle("unseen", Boolean(id));
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
+  for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
+  $("terminal-home").hidden = Boolean(id);
+  $("terminal-title").classList.toggle("unseen", Boolean(id));
+  // In the place of what was shown before: it gets its size and the focus there.
+  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
+  const view = terminalViews.get(id);
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>
     [session.id, terminalName(session), session.isOver]);

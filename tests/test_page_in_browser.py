@@ -3452,6 +3452,30 @@ def test_a_link_opens_a_terminal_elsewhere_and_its_size_is_taken_over(site, make
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_a_terminal_begins_with_its_size_and_the_focus_wherever_it_is_opened(
+    site, make_page
+):
+    """From the list of machines, and in the place of another terminal."""
+    page = make_page(site, "/terminal/")
+    page.click("#terminal-nodes button")
+    sizes = []
+    for _ in range(2):
+        page.wait_for(KEYS)
+        job_id = page.evaluate("location.pathname").split("/")[-1]
+        enter(page, "exit 3")
+        page.wait_for(shows("#terminal-note", "Exit status 3"))
+        recording = Terminal("node", "recording", job_id, home=site.home)
+        assert recording.close() == 0
+        first, *events = map(json.loads, recording.text.strip().split("\n"))
+        sizes.append((first["width"], first["height"]))
+        assert not [event for event in events if event[1] == "r"]
+        page.click("#terminal-act")  # another one
+        page.wait_for(f"!location.pathname.endsWith('{job_id}')")
+    assert sizes[0] == sizes[1]
+    page.wait_for(KEYS)
+    enter(page, "exit")
+
+
 def size_of_terminal(page):
     """Return the rows and columns that its program has, as its screen says."""
     enter(page, "clear; stty size; echo so")
