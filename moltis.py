@@ -28689,6 +28689,7 @@ class Screen {
 const SCROLLBACK = 5000; // rows that scrolled out
 const MAX_STRING = 4096; // characters of a title or a link; the rest is dropped
 const MAX_CONTROL = 256; // characters; a longer sequence is ignored
+const MAX_REPEATED = 4096; // characters
 const MAX_SIDE = 1000; // rows and columns of a terminal
 const MIN_COLUMNS = 2; // a wide character has to fit
 const PIECE = 4096; // bytes parsed at once
@@ -28827,8 +28828,8 @@ class Row {
     if (!this.made) return this.plain.length;
     const {cells} = this;
     let end = cells.length;
-    while (end > 0 && !cells[end - 1].text && cells[end - 1].width) end -= 1;
-    return end;
+    while (end > 0 && !cells[end - 1].text) end -= 1;
+    return end && Math.min(cells.length, end - 1 + cells[end - 1].width);
   }
 
   get text() {
@@ -29075,6 +29076,8 @@ const ESCAPE = 1;
 const CONTROL = 2; // CSI
 const STRING = 3; // OSC
 const IGNORED = 4; // DCS, SOS, PM, APC
+const BEGINNINGS = {"[": CONTROL, "]": STRING, P: IGNORED, X: IGNORED, "^": IGNORED,
+  _: IGNORED}; // by the character after ESC
 
 const PRINTABLE = /[^\x00-\x1f\x7f-\x9f]+/y;
 const STRING_BODY = /[^\x00-\x1f\x80-\x9f]+/y;
@@ -29191,7 +29194,7 @@ class Emulator {
     this.title = "";
     this.titles = []; // pushed
     this.bells = 0; // counted
-    this.last = null; // the character before, for combining and repeating
+    this.last = 0; // cells of the character that was printed right before
     this.state = GROUND;
     this.sequence = "";
     this.epoch = (this.epoch || 0) + 1; // other rows than before
@@ -29240,7 +29243,6 @@ class Emulator {
         if (found) {
           at = WHOLE_SEQUENCE.lastIndex;
           this.control(found[1] + found[3] + found[4], found[2]);
-          this.last = null;
         }
         if (at > from) continue;
       }
@@ -29277,8 +29279,10 @@ class Emulator {
       this.enter(code === 0x9c ? GROUND : ESCAPE);
       // 8-bit controls are like ESC and a character.
       if (code !== 0x1b && code !== 0x9c) this.step(String.fromCharCode(code - 0x40));
-    } else if (code === 0x18 || code === 0x1a) this.enter(GROUND);
-    else if (this.state === STRING) {
+    } else if (code === 0x18 || code === 0x1a) {
+      this.enter(GROUND);
+      this.last = 0;
+    } else if (this.state === STRING) {
       if (code === 7) {
         this.endString();
         this.enter(GROUND);
@@ -29293,7 +29297,6 @@ class Emulator {
       const found = sequence.length <= MAX_CONTROL && CONTROL_SEQUENCE.exec(sequence);
       this.enter(GROUND);
       if (found && code < 0x7f) this.control(found[1] + found[3] + character, found[2]);
-      this.last = null;
     }
   }
 
@@ -29303,23 +29306,17 @@ class Emulator {
       return;
     }
     const before = this.sequence;
-    this.enter(GROUND);
-    if (code > 0x7e) return;
-    if (!before && character === "[") {
-      this.enter(CONTROL);
-      return;
-    }
-    this.last = null;
-    if (!before && character === "]") this.enter(STRING);
-    else if (!before && "PX^_".includes(character)) this.enter(IGNORED);
-    else if ("()*+-.".includes(before) && before)
+    this.enter((!before && BEGINNINGS[character]) || GROUND);
+    if (code > 0x7e || (!before && "[X^_".includes(character))) return;
+    this.last = 0;
+    if (before && "()*+-.".includes(before))
       this.setCharset("()*+-.".indexOf(before) % 4 + (before > "," ? 1 : 0), character);
     else ESCAPES[before + character]?.(this);
   }
 
   execute(code) {
     const {page} = this;
-    this.last = null;
+    this.last = 0;
     if (code === 7) this.bells += 1;
     else if (code === 8) this.backspace();
     else if (code === 9) this.tab(1);
@@ -29353,13 +29350,18 @@ class Emulator {
       }
       row.write(text.slice(at, end), style);
       page.scroll((row = new Row(columns, blank)));
-      this.last = null;
+      this.last = 0;
       at = end + 2;
     }
   }
 
   print(text) {
     const {page, columns, charset, modes} = this;
+    // At the edge, the next character splits the one before it.
+    if (!modes.wraps && [...text].length > 1) {
+      for (const character of text) this.print(character);
+      return;
+    }
     const style = this.pen.style();
     const cells = cellsIn(style);
     let {row} = page;
@@ -29380,6 +29382,7 @@ class Emulator {
         }
         cell = new Cell(character, width, style);
       }
+      this.last = cell.width;
       at += code > 0xffff ? 2 : 1;
       if (page.x + cell.width > columns) {
         if (modes.wraps) row = this.wrap(row, cells.blank);
@@ -29398,9 +29401,9 @@ class Emulator {
         row.cells[page.x] = cells.rest;
         page.x += 1;
       }
-      this.last = cell;
     }
-    if (row.cells[page.x]?.width === 0) row.cells[page.x] = cells.blank;
+    if (page.x < columns && row.cells[page.x].width === 0)
+      row.cells[page.x] = cells.blank;
   }
 
   // Wrap to the next row.
@@ -29420,8 +29423,7 @@ class Emulator {
     const at = this.page.x - (row.cells[this.page.x - 1]?.width === 0 ? 2 : 1);
     const before = row.cells[at];
     if (!before?.text || before.text.length > 32) return;
-    this.last = new Cell(before.text + character, before.width, before.style);
-    row.cells[at] = this.last;
+    row.cells[at] = new Cell(before.text + character, before.width, before.style);
   }
 
   // Movement
@@ -29620,8 +29622,9 @@ class Emulator {
   }
 
   repeat(count) {
-    const {last, columns, height} = this;
-    if (last) this.print(last.text.repeat(Math.min(count, columns * height)));
+    const {last, page} = this;
+    const text = last && page.row.cells[page.x - last]?.text;
+    if (text) this.print(text.repeat(Math.min(count, MAX_REPEATED)));
   }
 
   align() {
@@ -29731,6 +29734,7 @@ class Emulator {
     const [[first]] = parameters;
     if (COUNTED[name]) COUNTED[name](this, first || 1, parameters);
     else CONTROLS[name]?.(this, first, parameters);
+    this.last = 0;
   }
 }
 
@@ -31367,14 +31371,16 @@ class TerminalSession {
 
   // Give the terminal a size, which is ours from now on.
   resize(size) {
-    if (this.isOver || state.link !== "up") return;
+    if (this.isOver || state.link !== "up" || !may("write")) return;
     this.wanted = size;
     link.call("job.resize", {id: this.id, ...size}).catch(() => null);
   }
 
+  // Whether our window determines the size, or nobody's does: who did has left.
   get isSizedHere() {
-    const {size, wanted} = this;
-    return wanted?.rows === size.rows && wanted.cols === size.cols;
+    const {size, wanted, job: {people = []} = {}} = this;
+    return (wanted?.rows === size.rows && wanted.cols === size.cols) ||
+      (people.length > 0 && !people.some(person => person.sizes) && may("write"));
   }
 }
 
@@ -35296,9 +35302,10 @@ class TerminalView {
     const isOurs = takesOver || session.isSizedHere;
     const isNew = size.rows !== session.size.rows || size.cols !== session.size.cols;
     clearTimeout(this.resizing);
-    if (takesOver && may("write")) session.resize(size);
+    if (takesOver) session.resize(size);
     else if (isOurs && isNew)
-      this.resizing = setTimeout(() => this.isShown && session.resize(size), 100);
+      this.resizing = setTimeout(() =>
+        this.isShown && session.isSizedHere && session.resize(size), 100);
     // A size of ours arrives soon, unless nobody is there to take it.
     if (isOurs && session.isReached) this.grid.setFont(FONT_SIZE);
     else this.grid.scale(session.size);
@@ -35313,6 +35320,8 @@ class TerminalView {
       session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
+    if (session.isSizedHere && !this.wasSizedHere) this.fit();
+    this.wasSizedHere = session.isSizedHere;
     this.schedule();
   }
 
@@ -35573,6 +35582,7 @@ const shownTerminal = () =>
 
 // Make the view that the route names.
 async function makeTerminal(id) {
+  $("terminal-note").hidden = true; // another's, which takes room
   const view = new TerminalView(id);
   terminalViews.set(id, view);
   const node = toStart.get(id);
@@ -35609,21 +35619,26 @@ async function endTerminal() {
   view?.focus();
 }
 
+// Return the name that a job's machine has now, or had before it was removed.
+const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
+
 const terminalName = ({job, emulator}) =>
-  dotted(job?.nodeName, [...emulator.title].slice(0, 60).join("")) || "Terminal";
+  dotted(job && machineName(job), [...emulator.title].slice(0, 60).join("")) ||
+    "Terminal";
 
 let lastView; // that was shown
 
 function drawTerminal() {
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
-  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
-  for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
-  const view = terminalViews.get(id);
-  $("terminal-home").hidden = Boolean(id);
-  $("terminal-title").classList.toggle("unseen", Boolean(id));
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
+  for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
+  $("terminal-home").hidden = Boolean(id);
+  $("terminal-title").classList.toggle("unseen", Boolean(id));
+  // In the place of what was shown before: it gets its size and the focus there.
+  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
+  const view = terminalViews.get(id);
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>
     [session.id, terminalName(session), session.isOver]);
@@ -35648,7 +35663,7 @@ function drawTab([id, name, isOver]) {
 
 function drawTerminalHome() {
   const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, job.nodeName, job.askedAt]);
+    .map(job => [job.id, machineName(job), job.askedAt]);
   fillIfChanged($("terminal-open"), jobs,
     all => all.map(([jobId, name, askedAt]) =>
       h("li", {"data-key": jobId},
@@ -35671,7 +35686,7 @@ function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size})
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
   if (isAway) {
     const seconds = Math.round((job.awayMs || 0) / 1000);
-    const name = state.link === "up" ? job.nodeName : "the gateway";
+    const name = state.link === "up" ? machineName(job) : "the gateway";
     const since = seconds ? ` (${formatDuration(seconds)})` : "";
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
@@ -35764,8 +35779,7 @@ const STEP = 5; // s; of the arrow keys
 const LONG_PAUSE = 1; // s without output, after which pauses are skipped
 const STATE_EVERY = 1024 * 1024; // characters; it takes 0.1 s to parse them
 const MAX_STATES = 32; // of some MiB each; then every other one goes
-const SLICE = 10; // ms of work at once
-const LONG_SLICE = 50; // the same while a person waits for it
+const SLICE = 50; // ms of work at once
 
 const playTime = seconds => [seconds / 3600, (seconds / 60) % 60, seconds % 60]
   .map(Math.floor).filter((part, n) => n || part)
@@ -35780,6 +35794,8 @@ class Player {
     this.next = 0; // number of the event that follows
     this.events = []; // [time in s, kind, text]
     this.states = []; // [number of the next event, emulator] on the way
+    this.unkept = 0; // characters since the last of them
+    this.distance = STATE_EVERY; // characters between them
     this.isPlaying = false;
     this.isLost = false; // it could not be fetched
     this.schedule = oncePerFrame(() =>
@@ -35795,55 +35811,72 @@ class Player {
 
   async load() {
     this.say("Loading…");
-    let text, problem;
     try {
       const answer = await fetchOk(castPath(this.id).slice(ROOT.length + 1));
-      text = await answer.text();
+      await this.read(answer.body.pipeThrough(new TextDecoderStream()).getReader());
     } catch ({message, isLost}) {
-      problem = capitalized(message);
       this.isLost = Boolean(isLost);
-    }
-    if (player !== this) return; // it was left meanwhile
-    if (!text) {
-      this.say(problem || "This recording is no longer kept.");
+      if (player === this) this.say(capitalized(message));
       return;
     }
-    const [{width, height, title}, ...events] = text.trimEnd().split("\n")
-      .map(line => JSON.parse(line));
-    Object.assign(this, {width, height, events});
-    this.emulator = new Emulator(width, height);
-    fill($("recording-title"), visible(title || ""));
+    if (player !== this) return; // it was left meanwhile
+    if (!this.newest) {
+      this.say("This recording is no longer kept.");
+      return;
+    }
+    this.emulator = new Emulator(this.width, this.height);
     $("recording-seek").max = this.duration || 1;
     this.say("");
     this.seek(0);
     this.play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
-    this.prepare();
   }
 
-  // Keep states on the way, so that none is far from any place to seek.
-  async prepare() {
-    const emulator = new Emulator(this.width, this.height);
-    let size = 0; // since the last state
-    let distance = STATE_EVERY;
+  // Take lines as they arrive, in slices, so that the page stays usable.
+  async read(reader) {
+    let rest = ""; // the beginning of a line
     let began = performance.now();
-    for (const [n, event] of this.events.entries()) {
-      this.show(emulator, event);
-      size += event[2].length;
-      if (size >= distance) {
-        this.states.push([n + 1, emulator.copy()]);
-        size = 0;
+    while (player === this) {
+      const {done, value} = await reader.read().catch(() => {
+        throw lostError("UNAVAILABLE", "The gateway cannot be reached.");
+      });
+      if (done) {
+        // Most people look for the end.
+        if (this.events.length) this.states.push([this.events.length, this.newest]);
+        return;
       }
-      if (this.states.length === MAX_STATES) {
-        this.states = this.states.filter((_, count) => count % 2);
-        distance *= 2;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (this.newest) this.add(JSON.parse(line));
+        else this.begin(JSON.parse(line));
+        if (performance.now() - began < SLICE) continue;
+        await new Promise(goOn => setTimeout(goOn));
+        if (player !== this) break;
+        began = performance.now();
       }
-      if (performance.now() - began < SLICE) continue;
-      await new Promise(done => setTimeout(done));
-      if (player !== this) return;
-      began = performance.now();
     }
-    // Most people look for the end.
-    if (this.events.length) this.states.push([this.events.length, emulator]);
+    reader.cancel();
+  }
+
+  begin({width, height, title}) {
+    Object.assign(this, {width, height});
+    this.newest = new Emulator(width, height); // after all events so far
+    fill($("recording-title"), visible(title || ""));
+  }
+
+  // Add an event; keep states on the way, so that none is far from any place to seek.
+  add(event) {
+    this.events.push(event);
+    this.show(this.newest, event);
+    this.unkept += event[2].length;
+    if (this.unkept >= this.distance) {
+      this.states.push([this.events.length, this.newest.copy()]);
+      this.unkept = 0;
+    }
+    if (this.states.length === MAX_STATES) {
+      this.states = this.states.filter((_, count) => count % 2);
+      this.distance *= 2;
+    }
   }
 
   show(emulator, [, kind, text]) {
@@ -35917,12 +35950,11 @@ class Player {
     this.grid.epoch = -1; // its rows are others
   }
 
-  // Show the events until now; many of them in slices, so that the page stays usable,
-  // and a state that is kept meanwhile can shorten the way.
+  // Show the events until now; many of them in slices, so that the page stays usable.
   proceed() {
     const {events} = this;
     const began = performance.now();
-    while (!this.isThere && performance.now() - began < LONG_SLICE) {
+    while (!this.isThere && performance.now() - began < SLICE) {
       this.show(this.emulator, events[this.next]);
       this.next += 1;
     }
@@ -35932,9 +35964,7 @@ class Player {
   // Draw, and show more of the events that are due.
   drawNext() {
     this.draw();
-    if (this.isThere) return;
-    this.jump();
-    if (!this.isPlaying) this.proceed();
+    if (!this.isThere && !this.isPlaying) this.proceed();
   }
 
   draw() {
@@ -36148,7 +36178,7 @@ function start() {
   watch("route jobs asks", drawActivity, "activity");
   watch("route nodes", drawFilters);
   watch("route nodes running jobs link terminal", drawTerminal);
-  watch("route sessions running asks terminal", drawTitle);
+  watch("route sessions running asks terminal nodes", drawTitle);
   watch("route link", drawRecording);
   watch("route nodes files", drawFiles, "files");
   watch("uploads link", drawUploads);
@@ -39966,6 +39996,8 @@ class TerminalSession:
         said = people_news(self._people, people)
         if self._people and said and not self._away:
             self._say(said)
+        if people and not any(person.get("sizes") for person in people):
+            self._resized = True  # who determined the size has left
         self._people = people
 
     def _set_away(self, name: str, *, away: bool, before: float = 0) -> None:

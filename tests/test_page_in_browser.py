@@ -3460,6 +3460,106 @@ def test_a_link_opens_a_terminal_elsewhere_and_its_size_is_taken_over(site, make
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_a_terminal_begins_with_its_size_and_the_focus_wherever_it_is_opened(
+    site, make_page
+):
+    """From the list of machines, and in the place of another terminal."""
+    page = make_page(site, "/terminal/")
+    page.click("#terminal-nodes button")
+    sizes = []
+    for _ in range(2):
+        page.wait_for(KEYS)
+        job_id = page.evaluate("location.pathname").split("/")[-1]
+        enter(page, "exit 3")
+        page.wait_for(shows("#terminal-note", "Exit status 3"))
+        recording = Terminal("node", "recording", job_id, home=site.home)
+        assert recording.close() == 0
+        first, *events = map(json.loads, recording.text.strip().split("\n"))
+        sizes.append((first["width"], first["height"]))
+        assert not [event for event in events if event[1] == "r"]
+        page.click("#terminal-act")  # another one
+        page.wait_for(f"!location.pathname.endsWith('{job_id}')")
+    assert sizes[0] == sizes[1]
+    page.wait_for(KEYS)
+    enter(page, "exit")
+
+
+def size_of_terminal(page):
+    """Return the rows and columns that its program has, as its screen says."""
+    enter(page, "clear; stty size; echo so")
+    page.wait_for(shows(SCREEN, "\nso\n"))
+    return re.findall(r"^(\d+ \d+)$", page.text(SCREEN), re.M)[-1:]
+
+
+def test_the_size_of_whoever_leaves_is_that_of_whoever_stays(site, make_page):
+    """A phone, a hidden tab and a command line come and go beside a window."""
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    own = size_of_terminal(page)
+    job_id = page.evaluate("location.pathname").split("/")[-1]
+    link = f"/terminal/{job_id}"
+    is_own = "document.querySelector('#terminal-note').hidden"
+
+    phone = make_page(site, link, width=390, height=844)
+    page.wait_for(shows("#terminal-note", "It has the size of owner:"))
+    phone.click("#terminal-tabs button")
+    page.wait_for("document.querySelector('#terminal-people').textContent === ''")
+    page.wait_for(is_own)
+    wait_for(lambda: size_of_terminal(page) == own, what="our size")
+
+    shell = Terminal("node", "attach", job_id, home=site.home)  # 24 rows, 80 columns
+    page.wait_for(shows("#terminal-note", "It has the size of owner: 80 × 24."))
+    shell.type("\r~d")
+    assert shell.close() == 0
+    page.wait_for(is_own)
+    wait_for(lambda: size_of_terminal(page) == own, what="our size")
+
+    # A hidden tab takes nothing, and what it owns is taken over by a click.
+    phone = make_page(site, link, width=390, height=844)
+    page.wait_for(shows("#terminal-note", "It has the size of owner:"))
+    phone.evaluate(HIDE)
+    page.click("#terminal-act")
+    page.wait_for(is_own)
+    wait_for(lambda: size_of_terminal(page) == own, what="our size")
+    shell = Terminal("node", "attach", job_id, home=site.home)
+    phone.wait_for(shows("#terminal-people", "In it: owner, owner, owner"))
+    page.evaluate(HIDE)
+    shell.type("\r~d")
+    assert shell.close() == 0
+    page.wait_for(shows("#terminal-people", "In it: owner, owner"))
+    page.wait_for(
+        "!document.querySelector('#terminal-people').innerText"
+        ".includes('owner, owner, owner')"
+    )
+    [job] = [j for j in site.call("job.list", state="open") if j["id"] == job_id]
+    assert [person["sizes"] for person in job["people"]] == [False, False]
+    page.evaluate(SHOW_AGAIN)
+    wait_for(lambda: size_of_terminal(page) == own, what="our size")
+    enter(page, "exit")
+
+
+HIDE = """
+Object.defineProperty(document, "hidden", {value: true, configurable: true});
+document.dispatchEvent(new Event("visibilitychange"));
+"""
+SHOW_AGAIN = """
+delete document.hidden;
+document.dispatchEvent(new Event("visibilitychange"));
+"""
+
+
+def test_a_tab_has_the_name_that_its_machine_has_now(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Demo node")
+    rename(site, "Demo node", "New name")
+    try:
+        page.wait_for(shows("#terminal-tabs", "New name"))
+        page.wait_for("document.title.includes('New name')")
+    finally:
+        rename(site, "New name", "Demo node")
+    enter(page, "exit")
+
+
 def test_only_one_of_those_who_look_answers_a_query_and_nobody_an_old_one(
     site, make_page
 ):

@@ -758,6 +758,12 @@ def test_one_at_a_time_owns_the_size_and_each_sees_who(site):
             first.has_size("22 77")
             sizes = [p["sizes"] for p in site.terminals()[0]["people"]]
             assert sorted(sizes) == [False, True]
+            second.spawned.setwinsize(20, 66)
+            first.expect("owner sets the size")
+            second.has_size("20 66")
+            second.type("\r~d")
+            assert second.end() == 0
+        first.has_size("22 77")  # whoever has it leaves: it is ours again
 
 
 def test_what_two_type_by_turns_arrives_once_and_in_order(site):
