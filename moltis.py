@@ -35353,8 +35353,10 @@ class TerminalView {
   paused() {
     const {emulator, isOver} = this.session;
     const {page, isAlternate, epoch} = emulator;
-    if (this.grid.addEarlier(emulator, !isOver))
+    if (this.grid.addEarlier(emulator, !isOver)) {
       this.pausing = setTimeout(() => this.paused(), 16);
+      return; // read out twice, the second text would replace the first
+    }
     const last = page.dropped + page.base + page.y;
     if (epoch !== this.epoch) this.read = Math.min(this.read, page.dropped + page.base);
     this.epoch = epoch;

@@ -3869,8 +3869,9 @@ def test_text_is_selected_and_copied_as_in_any_page(keyboard, modes):
 
 def test_what_follows_a_reset_is_read_out(keyboard):
     read = f"{SCREEN} ~ *, .term [role=log]"
-    keyboard.show("line\r\n" * 90 + "before the reset")
-    keyboard.page.wait_for(shows(read, "before the reset"))
+    keyboard.show("line\r\n" * 900 + "before the reset")
+    rows = f"document.querySelector('{SCREEN}').innerText.split('\\n').length"
+    keyboard.page.wait_for(f"{rows} > 900 && {shows(read, 'before the reset')}")
     keyboard.show("\x1bcafter the reset")
     keyboard.page.wait_for(shows(read, "after the reset"))
 
