@@ -24579,6 +24579,8 @@ class OperatorCalls:
             try:
                 return answer.result(ABANDONED_LOOK)
             except FutureTimeout:
+                if answer.done():  # its own error, or it was done just now
+                    return answer.result()
                 if self._is_abandoned():
                     answer.cancel()
                     raise ClientGone from None
