@@ -8620,13 +8620,13 @@ class FileTarget:
                 try:
                     return PartialFile(root, names, resumes=True)
                 except OSError as error:
-                    code, problem = "FORBIDDEN", error.strerror or str(error)
-                    busy = error.errno == errno.EWOULDBLOCK
-                    if busy and deadline.expired:
-                        code, problem = "CONFLICT", PART_IN_USE
-                    if not busy or deadline.expired:
-                        text = file_problem(self._tree.shown((name,)), problem)
-                        raise RpcError(code, text) from error
+                    shown = self._tree.shown((name,))
+                    if error.errno != errno.EWOULDBLOCK:
+                        problem = file_problem(shown, error)
+                        raise RpcError("FORBIDDEN", problem) from error
+                    if deadline.expired:
+                        problem = file_problem(shown, PART_IN_USE)
+                        raise RpcError("CONFLICT", problem) from error
                 self._wanted_parts.add(wanted)
                 self._hooks.progress(0, 0)
                 time.sleep(0.1)
@@ -24579,6 +24579,8 @@ class OperatorCalls:
             try:
                 return answer.result(ABANDONED_LOOK)
             except FutureTimeout:
+                if answer.done():  # its own error, or it was done just now
+                    return answer.result()
                 if self._is_abandoned():
                     answer.cancel()
                     raise ClientGone from None

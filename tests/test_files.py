@@ -1723,6 +1723,22 @@ def test_one_copy_at_a_time_has_the_part(big, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "to") == ["big"]
 
 
+def test_a_part_in_use_is_a_conflict_whenever_the_patience_ends(
+    big, tmp_path, monkeypatch
+):
+    """It ended between two looks at the clock: FORBIDDEN, without what to do."""
+    spec = FileWrite(str(tmp_path / "to"), origin=origin(big))
+    first = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022)
+    first.find_part()
+    looks = itertools.chain([False], itertools.repeat(True))
+    monkeypatch.setattr(moltis.Deadline, "expired", property(lambda _: next(looks)))
+    second = FileTarget(spec, FilePlaces("/"), pytest.fail, umask=0o022)
+    with pytest.raises(RpcError, match="another copy is writing it") as refusal:
+        second.find_part()
+    assert refusal.value.code == "CONFLICT"
+    first.receive(moltis.one_by_one(pieces_of("/", str(big), recursive=False)))
+
+
 @pytest.mark.parametrize("kept", [BIG - 1000, 0])
 def test_the_hash_of_one_file_is_its_own_also_where_its_copy_was_resumed(
     big, tmp_path, kept

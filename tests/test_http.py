@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
+import os
 import socket
 import time
 import types
@@ -596,3 +598,20 @@ def test_a_wait_ends_when_its_client_has_left(gateway):
             wait_for(lambda: not jobs._waits, what=f"the end of {method}")
         for running in owner.call("job.list", {"state": "running"}):
             owner.call("job.cancel", {"id": running["id"]})
+
+
+def test_a_wait_ends_with_a_time_out_of_the_disk(gateway, monkeypatch):
+    """From Python 3.11 on it has the class of the error for a wait that goes on."""
+    spec = {"command": "echo x"}
+    asked = {"jobs": [{"node": "local"}], "work": "run", "spec": spec, "keep": True}
+    with gateway.operator() as owner:
+        [job] = owner.call("job.start", asked)["jobs"]
+        owner.call("job.wait", {"id": job["id"], "wait": 60})
+
+    def read(*_arguments):
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(moltis.Log, "read", read)
+    params = {"id": job["id"], "wait": 60}
+    answer = rpc(gateway, {"method": "job.read", "params": params})
+    assert answer.json["ok"] is False
