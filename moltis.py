@@ -27944,7 +27944,8 @@ async function copy(text, button) {
 const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
 function onClickCopy(button, text) {
-  listen(button, "click", () => copy(text(), button));
+  // currentTarget: patch() gives this listener to the button that is there already.
+  listen(button, "click", ({currentTarget}) => copy(text(), currentTarget));
   return button;
 }
 

@@ -2903,6 +2903,29 @@ def test_output_is_copied_as_it_was(site, make_page):
     assert copied(page, lambda: page.evaluate(COPY)) == text
 
 
+def test_what_is_copied_after_it_changed_says_so_and_is_copied_without_https(
+    site, make_page
+):
+    page = make_page(site, "/nodes")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    before = page.wait_for(CHOSEN_LINE)
+    page.click("#token-ways label:nth-child(2)")
+    line = page.wait_for(
+        f"(line => line !== {json.dumps(before)} && line)({CHOSEN_LINE})"
+    )
+    page.evaluate("""{
+      navigator.clipboard.writeText = () => Promise.reject(new Error("no https"));
+      document.addEventListener("copy", ({target}) => (globalThis.written = target.value));
+    }""")
+    page.click("#token-lines .button")
+    page.wait_for(shows("#token-lines .button", "Copied"))
+    assert page.evaluate("globalThis.written") == line
+    page.press("Escape")
+    revoke_unused(page)
+
+
 def test_a_text_of_a_file_is_copied_as_it_was(site, make_page, tmp_path):
     text = "one\r\n\n\ttwo  \n\n\n  three\tend\n"
     (tmp_path / "text").write_text(text, newline="")
