@@ -31630,14 +31630,20 @@ function answerOf(dialog) {
   });
 }
 
-// Ask which action to take; resolves to "yes", "other", or "" for neither.
+let lastAnswer = Promise.resolve(); // to the newest question
+
+// Ask which action to take, after earlier questions: an upload asks when it has listed
+// a directory.  Resolves to "yes", "other", or "" for neither.
 function decided(title, text, action, other = "") {
-  fill($("confirm-title"), visible(title));
-  fill($("confirm-text"), visible(text));
-  setText($("confirm-yes"), action);
-  setText($("confirm-other"), other);
-  $("confirm-other").hidden = !other;
-  return answerOf($("confirm"));
+  lastAnswer = lastAnswer.then(() => {
+    fill($("confirm-title"), visible(title));
+    fill($("confirm-text"), visible(text));
+    setText($("confirm-yes"), action);
+    setText($("confirm-other"), other);
+    $("confirm-other").hidden = !other;
+    return answerOf($("confirm"));
+  });
+  return lastAnswer;
 }
 
 // Ask for confirmation; resolves to a boolean.
