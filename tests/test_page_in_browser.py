@@ -2921,7 +2921,7 @@ def test_what_is_copied_after_it_changed_says_so_and_is_copied_without_https(
     }""")
     page.click("#token-lines .button")
     page.wait_for(shows("#token-lines .button", "Copied"))
-    assert page.evaluate("globalThis.written") == line
+    assert page.evaluate("globalThis.written") == page.evaluate(CHOSEN_LINE)
     page.press("Escape")
     revoke_unused(page)
 
