@@ -27628,7 +27628,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 }
 @media (forced-colors: active) {
   .dot { forced-color-adjust: none; border: 2px solid CanvasText; }
-  .choices .active, #sessions li.current, [aria-current] { outline: 2px solid; }
+  .active, #sessions li.current, [aria-current], [aria-pressed=true],
+  .tabs :has(:checked) { outline: 2px solid; outline-offset: -2px; }
 }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }

@@ -1089,6 +1089,26 @@ def revoke_unused(page):
     page.wait_for(f"{revoke} === null")
 
 
+def test_what_is_chosen_is_seen_where_a_system_chooses_the_colours(site, make_page):
+    page = make_page(site, "/nodes")
+    forced = {"name": "forced-colors", "value": "active"}
+    page.call("Emulation.setEmulatedMedia", features=[forced])
+    outline = "(one => one && getComputedStyle(one).outlineStyle)"
+    chosen = f"{outline}(document.querySelector(%s)) === 'solid'"
+    page.wait_for(chosen % '"#node-chips [aria-pressed=true]"')
+    page.press("Control+k")
+    page.wait_for(chosen % '"#palette-list .active"')
+    assert not page.evaluate(chosen % '"#palette-list li:not(.active)"')
+    page.press("Escape")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    page.wait_for(chosen % '"#token-ways label:first-child"')
+    assert not page.evaluate(chosen % '"#token-ways label:last-child"')
+    page.press("Escape")
+    revoke_unused(page)
+
+
 def test_a_machine_without_a_name_is_called_by_its_host_name(site, make_page):
     page = make_page(site, "/nodes")
     page.click("#new-token")
