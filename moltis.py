@@ -26898,7 +26898,7 @@ details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
   overflow-x: auto; }
 dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
-  box-shadow: var(--shade); }
+  box-shadow: var(--shade); overflow-wrap: anywhere; }
 #token { width: min(660px, calc(100vw - 24px)); }
 #palette { width: min(640px, calc(100vw - 24px)); margin-top: 11vh; padding: 8px; }
 #palette-text { width: 100%; padding: 11px 13px; border: 0; font-size: 16px;

@@ -806,6 +806,23 @@ def test_a_chat_is_renamed_and_deleted(site, make_page):
     page.wait_for(f"!{shows('#sessions', 'Experiment')}")
 
 
+def test_a_long_name_fits_into_the_dialog_that_asks_for_another(site, make_page):
+    page = make_page(site, width=390, height=844)
+    page.wait_for(LISTED)
+    key = site.call("sessions.create", label="x" * 150)["key"]
+    page.goto(f"{site.url}/chat/{key}")
+    page.wait_for(READY)
+    current = "document.querySelector('#sessions li.current')"
+    page.wait_for(f"{current}?.textContent.includes('xxx')")
+    rename = f"{current}.querySelector('[aria-label=Rename]')"
+    page.evaluate(f"{rename}.click()")
+    page.wait_for(NAMING)
+    width = "(it => it.scrollWidth - it.clientWidth)(document.querySelector('#name'))"
+    assert page.evaluate(width) == 0
+    page.press("Escape")
+    site.call("sessions.delete", key=key)
+
+
 def test_markup_in_output_and_messages_stays_text(site, make_page):
     page = make_page(site)
     open_new_chat(page)
@@ -2932,12 +2949,12 @@ def test_what_is_copied_after_it_changed_says_so_and_is_copied_without_https(
     page.press("Enter")
     before = page.wait_for(CHOSEN_LINE)
     page.click("#token-ways label:nth-child(2)")
-    line = page.wait_for(
-        f"(line => line !== {json.dumps(before)} && line)({CHOSEN_LINE})"
-    )
+    page.wait_for(f"{CHOSEN_LINE} !== {json.dumps(before)}")
     page.evaluate("""{
       navigator.clipboard.writeText = () => Promise.reject(new Error("no https"));
-      document.addEventListener("copy", ({target}) => (globalThis.written = target.value));
+      document.addEventListener("copy", ({target}) => {
+        globalThis.written = target.value;
+      });
     }""")
     page.click("#token-lines .button")
     page.wait_for(shows("#token-lines .button", "Copied"))
