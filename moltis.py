@@ -26900,7 +26900,7 @@ details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
   overflow-x: auto; }
 dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
-  box-shadow: var(--shade); }
+  box-shadow: var(--shade); overflow-wrap: anywhere; }
 #token { width: min(660px, calc(100vw - 24px)); }
 #palette { width: min(640px, calc(100vw - 24px)); margin-top: 11vh; padding: 8px; }
 #palette-text { width: 100%; padding: 11px 13px; border: 0; font-size: 16px;
@@ -27630,7 +27630,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 }
 @media (forced-colors: active) {
   .dot { forced-color-adjust: none; border: 2px solid CanvasText; }
-  .choices .active, #sessions li.current, [aria-current] { outline: 2px solid; }
+  .active, #sessions li.current, [aria-current], [aria-pressed=true],
+  .tabs :has(:checked) { outline: 2px solid; outline-offset: -2px; }
 }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
@@ -27946,7 +27947,8 @@ async function copy(text, button) {
 const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
 function onClickCopy(button, text) {
-  listen(button, "click", () => copy(text(), button));
+  // currentTarget: patch() gives this listener to the button that is there already.
+  listen(button, "click", ({currentTarget}) => copy(text(), currentTarget));
   return button;
 }
 
@@ -31637,14 +31639,20 @@ function answerOf(dialog) {
   });
 }
 
-// Ask which action to take; resolves to "yes", "other", or "" for neither.
+let lastAnswer = Promise.resolve(); // to the newest question
+
+// Ask which action to take, after earlier questions: an upload asks when it has listed
+// a directory.  Resolves to "yes", "other", or "" for neither.
 function decided(title, text, action, other = "") {
-  fill($("confirm-title"), visible(title));
-  fill($("confirm-text"), visible(text));
-  setText($("confirm-yes"), action);
-  setText($("confirm-other"), other);
-  $("confirm-other").hidden = !other;
-  return answerOf($("confirm"));
+  lastAnswer = lastAnswer.then(() => {
+    fill($("confirm-title"), visible(title));
+    fill($("confirm-text"), visible(text));
+    setText($("confirm-yes"), action);
+    setText($("confirm-other"), other);
+    $("confirm-other").hidden = !other;
+    return answerOf($("confirm"));
+  });
+  return lastAnswer;
 }
 
 // Ask for confirmation; resolves to a boolean.

@@ -474,6 +474,22 @@ def test_what_is_there_is_replaced_only_if_a_person_says_so(page, world, chosen)
     assert (world.scratch / "f").read_bytes() == (chosen / "f").read_bytes()
 
 
+def test_a_question_waits_for_the_answer_to_the_one_before(page, world, chosen):
+    """An upload asks once its directory is listed, whatever is asked by then."""
+    (world.scratch / "f").write_text("mine")
+    show(page, world)
+    wait_for_names(page, "f")
+    choose(page, "#files-chosen", chosen / "f")
+    page.wait_for_text("f is already on far")
+    page.evaluate("document.querySelector('#files-rows [data-part=remove]').click()")
+    assert "f is already on far" in page.text("#confirm")
+    page.click("#confirm-yes")
+    page.wait_for_text("Delete f on far?")
+    page.click("#confirm button")  # Cancel
+    uploaded(page, "1 file uploaded")
+    assert (world.scratch / "f").read_bytes() == (chosen / "f").read_bytes()
+
+
 def test_a_question_about_a_file_shows_what_hides_in_its_name(page, world, chosen):
     name = "no\u200bsh"
     for directory in (world.scratch, chosen):

@@ -806,6 +806,23 @@ def test_a_chat_is_renamed_and_deleted(site, make_page):
     page.wait_for(f"!{shows('#sessions', 'Experiment')}")
 
 
+def test_a_long_name_fits_into_the_dialog_that_asks_for_another(site, make_page):
+    page = make_page(site, width=390, height=844)
+    page.wait_for(LISTED)
+    key = site.call("sessions.create", label="x" * 150)["key"]
+    page.goto(f"{site.url}/chat/{key}")
+    page.wait_for(READY)
+    current = "document.querySelector('#sessions li.current')"
+    page.wait_for(f"{current}?.textContent.includes('xxx')")
+    rename = f"{current}.querySelector('[aria-label=Rename]')"
+    page.evaluate(f"{rename}.click()")
+    page.wait_for(NAMING)
+    width = "(it => it.scrollWidth - it.clientWidth)(document.querySelector('#name'))"
+    assert page.evaluate(width) == 0
+    page.press("Escape")
+    site.call("sessions.delete", key=key)
+
+
 def test_markup_in_output_and_messages_stays_text(site, make_page):
     page = make_page(site)
     open_new_chat(page)
@@ -1087,6 +1104,26 @@ def revoke_unused(page):
     page.evaluate(f"{revoke}.click()")
     page.click("#confirm-yes")
     page.wait_for(f"{revoke} === null")
+
+
+def test_what_is_chosen_is_seen_where_a_system_chooses_the_colours(site, make_page):
+    page = make_page(site, "/nodes")
+    forced = {"name": "forced-colors", "value": "active"}
+    page.call("Emulation.setEmulatedMedia", features=[forced])
+    outline = "(one => one && getComputedStyle(one).outlineStyle)"
+    chosen = f"{outline}(document.querySelector(%s)) === 'solid'"
+    page.wait_for(chosen % '"#node-chips [aria-pressed=true]"')
+    page.press("Control+k")
+    page.wait_for(chosen % '"#palette-list .active"')
+    assert not page.evaluate(chosen % '"#palette-list li:not(.active)"')
+    page.press("Escape")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    page.wait_for(chosen % '"#token-ways label:first-child"')
+    assert not page.evaluate(chosen % '"#token-ways label:last-child"')
+    page.press("Escape")
+    revoke_unused(page)
 
 
 def test_a_machine_without_a_name_is_called_by_its_host_name(site, make_page):
@@ -2901,6 +2938,29 @@ def test_output_is_copied_as_it_was(site, make_page):
 
     assert copied(page, select) == text
     assert copied(page, lambda: page.evaluate(COPY)) == text
+
+
+def test_what_is_copied_after_it_changed_says_so_and_is_copied_without_https(
+    site, make_page
+):
+    page = make_page(site, "/nodes")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    before = page.wait_for(CHOSEN_LINE)
+    page.click("#token-ways label:nth-child(2)")
+    page.wait_for(f"{CHOSEN_LINE} !== {json.dumps(before)}")
+    page.evaluate("""{
+      navigator.clipboard.writeText = () => Promise.reject(new Error("no https"));
+      document.addEventListener("copy", ({target}) => {
+        globalThis.written = target.value;
+      });
+    }""")
+    page.click("#token-lines .button")
+    page.wait_for(shows("#token-lines .button", "Copied"))
+    assert page.evaluate("globalThis.written") == page.evaluate(CHOSEN_LINE)
+    page.press("Escape")
+    revoke_unused(page)
 
 
 def test_a_text_of_a_file_is_copied_as_it_was(site, make_page, tmp_path):
