@@ -33338,7 +33338,7 @@ async function loadNodeJobs() {
 
 async function renameNode() {
   const {nodeId, displayName} = routeNode();
-  const name = await otherName(displayName);
+  const name = (await otherName(displayName)).trim();
   if (!name) return;
   await attempt("node.rename", {nodeId, displayName: name});
   refresh("nodes", "devices");
