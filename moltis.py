@@ -30194,6 +30194,10 @@ class Link {
     setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
     on(window, "visibilitychange", () => this.probe());
+    // A page that a browser keeps for its back button would stay in its terminals.
+    on(window, "pagehide", ({persisted}) =>
+      persisted && this.socket && this.lost(this.socket));
+    on(window, "pageshow", ({persisted}) => persisted && this.retryNow());
   }
 
   open() {

@@ -3544,6 +3544,60 @@ def test_a_terminal_begins_with_its_size_and_the_focus_wherever_it_is_opened(
     enter(page, "exit")
 
 
+def test_whoever_goes_elsewhere_is_in_no_terminal_and_comes_back_into_it(
+    site, make_page
+):
+    """A browser may keep the page for its back button."""
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "stty -echo; read word; echo heard $word")
+    page.evaluate("globalThis.isKept = true")
+    address = page.evaluate("location.pathname")
+
+    def people():
+        [job] = [one for one in site.call("job.list") if address.endswith(one["id"])]
+        return [one["name"] for one in job.get("people", ())]
+
+    assert people() == ["owner"]
+    page.goto("about:blank")
+    wait_for(lambda: people() == [], what="a terminal with nobody in it")
+    page.evaluate("history.back()")
+    page.wait_for("globalThis.isKept")
+    wait_for(lambda: people() == ["owner"], what="the person who is back")
+    page.click(SCREEN)
+    enter(page, "a word")
+    page.wait_for(shows(SCREEN, "heard a word"))
+    assert people() == ["owner"]
+
+
+def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
+    site, make_page, browser
+):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "exec cat")
+    key = site.call("keys.create", name="looks", scopes=["operator.read"])["key"]
+    with browser.new_page(isolated=True, width=700) as other:
+        other.goto(f"{site.url}/#key={key}")
+        other.wait_for(READY)
+        other.goto(site.url + page.evaluate("location.pathname"))
+        other.wait_for(shows("#terminal-note", "You can only watch"))
+        other.wait_for(shows(SCREEN, "exec cat"))
+        assert not other.evaluate(
+            "document.querySelector('#terminal-end').offsetParent"
+        )
+        page.wait_for(shows("#terminal-people", "looks"))
+        assert page.evaluate("document.querySelector('#terminal-note').hidden")
+        other.click(SCREEN)
+        enter(other, "not typed")
+        enter(page, "typed")
+        other.wait_for(shows(SCREEN, "typed\ntyped"))
+        assert not other.evaluate(shows(SCREEN, "not typed"))
+        assert other.errors == []
+    page.press("Control+d")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
 def size_of_terminal(page):
     """Return the rows and columns that its program has, as its screen says."""
     enter(page, "clear; stty size; echo so")
@@ -3884,6 +3938,30 @@ class Mouse:
                 event["buttons"] = int(kind != "Released")
                 event.update(self._place(*place))
                 self._page.call("Input.dispatchMouseEvent", **event)
+
+
+def test_what_a_program_synchronizes_is_drawn_when_it_is_whole(keyboard):
+    """Or soon, in case its end never comes."""
+    page = keyboard.page
+
+    def put(text):
+        with open(keyboard.screen, "w", encoding="utf-8") as screen:
+            screen.write(text)
+
+    page.evaluate(
+        "(([at, now]) => {globalThis.clock = Date.now; Date.now = () => at;"
+        "performance.now = () => now})([Date.now(), performance.now()])"
+    )
+    put("\x1b[?2026hin parts\x1b]2;parts arrived\x07")
+    page.wait_for(shows("#terminal-tabs", "parts arrived"))
+    assert not page.evaluate(shows(SCREEN, "in parts"))
+    put(" and whole\x1b[?2026l")
+    page.wait_for(shows(SCREEN, "in parts and whole"))
+    put("\x1b[?2026h without end\x1b]2;\x07")
+    page.wait_for(f"!{shows('#terminal-tabs', 'parts arrived')}")
+    assert not page.evaluate(shows(SCREEN, "without end"))
+    page.evaluate("Date.now = clock; delete performance.now")
+    page.wait_for(shows(SCREEN, "without end"))
 
 
 def test_shift_keeps_the_mouse_from_a_program(keyboard):

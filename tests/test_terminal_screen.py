@@ -325,9 +325,9 @@ def test_what_a_program_prints_looks_as_in_xterm(compare, tmp_path, name):
     assert compare({name: recorder.output}) == []
 
 
-@pytest.mark.parametrize("menu", ["1", "2", "8"])
-def test_each_screen_of_vttest_looks_as_in_xterm(compare, tmp_path, menu):
-    """Cursor movements, screen features, inserting and deleting of VT102."""
+@pytest.mark.parametrize(("menu", "count"), [("1", 6), ("2", 15), ("3", 1), ("8", 14)])
+def test_each_screen_of_vttest_looks_as_in_xterm(compare, tmp_path, menu, count):
+    """Cursor movements, screen features, character sets, VT102's insert and delete."""
     program = shutil.which("vttest") or pytest.skip("vttest is not installed")
     recorder = Recorder([program, "24x80.80"], tmp_path)
     screens = {}
@@ -340,7 +340,39 @@ def test_each_screen_of_vttest_looks_as_in_xterm(compare, tmp_path, menu):
             recorder.type(b"\r")
     finally:
         recorder.close()
-    assert len(screens) > 4
+    assert len(screens) == count
+    assert compare(screens) == []
+
+
+# What vttest says of our answers, for each choice of its menu of reports.
+REPORTS = {
+    "3": ('0 n  -- means "TERMINAL OK"', "5 ; 1 R  -- OK"),
+    "4": ("1 ; 2 c  -- means VT100 with AVO (could be a VT102)",),
+    "5": ("firmware version 27.6", "ROM cartridge registration number ok"),
+}
+
+
+@pytest.mark.parametrize("choice", REPORTS)
+def test_vttest_takes_each_report(compare, run, tmp_path, choice):
+    program = shutil.which("vttest") or pytest.skip("vttest is not installed")
+    recorder = Recorder([program, "24x80.80"], tmp_path)
+    screens, answers, shown = {}, [], ""
+    try:
+        recorder.read()
+        for keys in ("", "6\r", f"{choice}\r", *[""] * 8):
+            recorder.type(keys.encode())
+            given = {"steps": [recorder.output.decode()], "sizes": [(80, 24)]}
+            seen = run(SHOW, given=given)
+            new = seen["answers"][len(answers) :]
+            answers += new
+            recorder.type("".join(new).encode())
+            screens[f"screen {len(screens)}"] = recorder.output
+            shown = "\n".join(seen["lines"])
+            if shown.rstrip().endswith("Push <RETURN>"):
+                break
+    finally:
+        recorder.close()
+    assert [text for text in REPORTS[choice] if text not in shown] == []
     assert compare(screens) == []
 
 
