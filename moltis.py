@@ -25655,13 +25655,19 @@ class PatientStream(io.RawIOBase):
         return len(data)
 
 
+# Seen also behind bytes that were not read: the next request, or the encrypted
+# close_notify of TLS 1.3 (RFC 8446 section 6.1).  macOS does not have it.
+PEER_CLOSED = getattr(select, "POLLRDHUP", 0)
+
+
 def is_closed_there(sock: socket.socket) -> bool:
     """Return whether the other end closed the connection; reads nothing."""
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
+    poll.register(sock, select.POLLIN | PEER_CLOSED)
     try:
-        if not poll.poll(0):
-            return False
+        found = poll.poll(0)
+        if not found or found[0][1] & PEER_CLOSED:
+            return bool(found)
         # Not SSLSocket's own, which cannot peek.
         head = socket.socket.recv(sock, 1, socket.MSG_PEEK)
     except OSError:
