@@ -23538,6 +23538,7 @@ MCP_TOOLS: Mapping[str, McpTool] = {
 
 
 Beat: TypeAlias = "Callable[[JsonObject | None], None]"  # raises ClientGone
+Reads: TypeAlias = "Callable[[], contextlib.AbstractContextManager[None]]"
 
 
 class McpCall(Conversation):
@@ -23923,11 +23924,13 @@ class McpServer:
         *who: str,
         version: str = "",
         keeps_state: bool = False,
+        reading: Reads = contextlib.nullcontext,
     ) -> None:
         """`who` tells the calls of this client from those of others.
 
         `version` is that of a client that names none; "": initialize sets it.
         `keeps_state`: the client has us for itself, and may select a machine.
+        `reading`: within it the answers of the gateway are read.
         """
         self._gateway = gateway
         self._under_way = under_way
@@ -23935,6 +23938,7 @@ class McpServer:
         self._version = version
         self._machines = RemoteMachines(gateway)
         self._keeps_state = keeps_state
+        self._reading = reading
         both: Mapping[str, Callable[[McpRequest], JsonObject]] = {
             "tools/list": self._tools_list,
             "resources/list": self._resources_list,
@@ -23985,12 +23989,14 @@ class McpServer:
         try:
             if request.method == "tools/call":
                 with self._under_way.cancellable(*self._who, request.key) as cancel:
-                    result = self._tools_call(request, cancel, beat)
+                    with self._reading():
+                        result = self._tools_call(request, cancel, beat)
                     if cancel.cancelled:
                         return None
             else:
                 known = self._modern if request.modern else self._legacy
-                result = known[request.method](request)
+                with self._reading():
+                    result = known[request.method](request)
         except JsonRpcError as error:
             return json_rpc_error(request.id, error)
         except ClientGone:
@@ -24196,10 +24202,20 @@ class McpServer:
 class McpLines:
     """MCP over lines of text: the messages of one client, each in a thread."""
 
-    def __init__(self, gateway: GatewayCalls, write: Callable[[str], None]) -> None:
-        """`write` sends one line, without its end; it is never called twice at once."""
+    def __init__(
+        self,
+        gateway: GatewayCalls,
+        write: Callable[[str], None],
+        reading: Reads = contextlib.nullcontext,
+    ) -> None:
+        """`write` sends one line, without its end; it is never called twice at once.
+
+        `reading` is as for McpServer.
+        """
         self._under_way = CallsUnderWay()
-        self._server = McpServer(gateway, self._under_way, keeps_state=True)
+        self._server = McpServer(
+            gateway, self._under_way, keeps_state=True, reading=reading
+        )
         self._write = write
         self._turn = threading.Lock()  # held while writing: lines must not mix
         self._lock = threading.Lock()  # guards _threads
@@ -41023,7 +41039,7 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
             end(error)
 
     with closing(client):
-        server = McpLines(client, write)
+        server = McpLines(client, write, making_sense)
         try:
             server.serve(InputLines(stop).read)
         except BrokenPipeError as error:
