@@ -24685,8 +24685,11 @@ def audit_pages(
 
     def pages() -> Iterator[list[JsonObject]]:
         nonlocal left
-        rows = first
+        rows, before = first, None
         while rows:
+            if rows == before:  # it would go on without end
+                raise ValueError("one page of the audit twice")
+            before = rows
             yield rows
             left -= len(rows)
             last = rows[-1]["at"]
@@ -37010,7 +37013,11 @@ class JobFeed(LastingClient):
         if error is not None:
             return  # the end of the connection is news of its own
         result = answer.future.result()
-        for view in result["jobs"] if "jobs" in result else [result["job"]]:
+        views = result["jobs"] if "jobs" in result else [result["job"]]
+        missing = {job.id for job in answer.jobs} - {view["id"] for view in views}
+        if missing:  # nothing would ever be received of them
+            raise LookupError(f"no job {min(missing)}")
+        for view in views:
             job = self.open.get(view["id"])
             if job is None:
                 continue  # it has ended already
@@ -41177,9 +41184,11 @@ class ChatTerminal:
     def look(self) -> str:
         """Return where the next message goes: machine, directory and model.
 
-        While the gateway is away, that is what was seen last.
+        While the gateway does not say it, that is what was seen last.
         """
-        with contextlib.suppress(Unreachable):
+        # Unreachable, or refused because of other calls: a complaint would be repeated
+        # at once, as this is asked for each prompt.
+        with contextlib.suppress(UserError):
             self.session = self._known_session()
             self._node_name = self._name_of_node()
         directory = self.session.get("directory") or ""
