@@ -23538,6 +23538,7 @@ MCP_TOOLS: Mapping[str, McpTool] = {
 
 
 Beat: TypeAlias = "Callable[[JsonObject | None], None]"  # raises ClientGone
+Reads: TypeAlias = "Callable[[], contextlib.AbstractContextManager[None]]"
 
 
 class McpCall(Conversation):
@@ -23923,11 +23924,13 @@ class McpServer:
         *who: str,
         version: str = "",
         keeps_state: bool = False,
+        reading: Reads = contextlib.nullcontext,
     ) -> None:
         """`who` tells the calls of this client from those of others.
 
         `version` is that of a client that names none; "": initialize sets it.
         `keeps_state`: the client has us for itself, and may select a machine.
+        `reading`: within it the answers of the gateway are read.
         """
         self._gateway = gateway
         self._under_way = under_way
@@ -23935,6 +23938,7 @@ class McpServer:
         self._version = version
         self._machines = RemoteMachines(gateway)
         self._keeps_state = keeps_state
+        self._reading = reading
         both: Mapping[str, Callable[[McpRequest], JsonObject]] = {
             "tools/list": self._tools_list,
             "resources/list": self._resources_list,
@@ -23985,12 +23989,14 @@ class McpServer:
         try:
             if request.method == "tools/call":
                 with self._under_way.cancellable(*self._who, request.key) as cancel:
-                    result = self._tools_call(request, cancel, beat)
+                    with self._reading():
+                        result = self._tools_call(request, cancel, beat)
                     if cancel.cancelled:
                         return None
             else:
                 known = self._modern if request.modern else self._legacy
-                result = known[request.method](request)
+                with self._reading():
+                    result = known[request.method](request)
         except JsonRpcError as error:
             return json_rpc_error(request.id, error)
         except ClientGone:
@@ -24196,10 +24202,20 @@ class McpServer:
 class McpLines:
     """MCP over lines of text: the messages of one client, each in a thread."""
 
-    def __init__(self, gateway: GatewayCalls, write: Callable[[str], None]) -> None:
-        """`write` sends one line, without its end; it is never called twice at once."""
+    def __init__(
+        self,
+        gateway: GatewayCalls,
+        write: Callable[[str], None],
+        reading: Reads = contextlib.nullcontext,
+    ) -> None:
+        """`write` sends one line, without its end; it is never called twice at once.
+
+        `reading` is as for McpServer.
+        """
         self._under_way = CallsUnderWay()
-        self._server = McpServer(gateway, self._under_way, keeps_state=True)
+        self._server = McpServer(
+            gateway, self._under_way, keeps_state=True, reading=reading
+        )
         self._write = write
         self._turn = threading.Lock()  # held while writing: lines must not mix
         self._lock = threading.Lock()  # guards _threads
@@ -24671,8 +24687,11 @@ def audit_pages(
 
     def pages() -> Iterator[list[JsonObject]]:
         nonlocal left
-        rows = first
+        rows, before = first, None
         while rows:
+            if rows == before:  # it would go on without end
+                raise ValueError("one page of the audit twice")
+            before = rows
             yield rows
             left -= len(rows)
             last = rows[-1]["at"]
@@ -25657,13 +25676,19 @@ class PatientStream(io.RawIOBase):
         return len(data)
 
 
+# Seen also behind bytes that were not read: the next request, or the encrypted
+# close_notify of TLS 1.3 (RFC 8446 section 6.1).  macOS does not have it.
+PEER_CLOSED = getattr(select, "POLLRDHUP", 0)
+
+
 def is_closed_there(sock: socket.socket) -> bool:
     """Return whether the other end closed the connection; reads nothing."""
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
+    poll.register(sock, select.POLLIN | PEER_CLOSED)
     try:
-        if not poll.poll(0):
-            return False
+        found = poll.poll(0)
+        if not found or found[0][1] & PEER_CLOSED:
+            return bool(found)
         # Not SSLSocket's own, which cannot peek.
         head = socket.socket.recv(sock, 1, socket.MSG_PEEK)
     except OSError:
@@ -37034,7 +37059,11 @@ class JobFeed(LastingClient):
         if error is not None:
             return  # the end of the connection is news of its own
         result = answer.future.result()
-        for view in result["jobs"] if "jobs" in result else [result["job"]]:
+        views = result["jobs"] if "jobs" in result else [result["job"]]
+        missing = {job.id for job in answer.jobs} - {view["id"] for view in views}
+        if missing:  # nothing would ever be received of them
+            raise LookupError(f"no job {min(missing)}")
+        for view in views:
             job = self.open.get(view["id"])
             if job is None:
                 continue  # it has ended already
@@ -41065,7 +41094,7 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
             end(error)
 
     with closing(client):
-        server = McpLines(client, write)
+        server = McpLines(client, write, making_sense)
         try:
             server.serve(InputLines(stop).read)
         except BrokenPipeError as error:
@@ -41203,9 +41232,11 @@ class ChatTerminal:
     def look(self) -> str:
         """Return where the next message goes: machine, directory and model.
 
-        While the gateway is away, that is what was seen last.
+        While the gateway does not say it, that is what was seen last.
         """
-        with contextlib.suppress(Unreachable):
+        # Unreachable, or refused because of other calls: a complaint would be repeated
+        # at once, as this is asked for each prompt.
+        with contextlib.suppress(UserError):
             self.session = self._known_session()
             self._node_name = self._name_of_node()
         directory = self.session.get("directory") or ""

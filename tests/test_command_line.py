@@ -2745,6 +2745,53 @@ def test_an_event_that_makes_no_sense_is_said_in_one_sentence(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("jobs", [[], [{"id": "of another", "nodeName": "Pi"}]])
+@pytest.mark.parametrize(
+    "words", ["node exec local -- true", "node cp {0}/file local:{0}/copy"]
+)
+def test_an_answer_without_the_job_that_was_asked_for_ends_the_wait(
+    gateway, home, monkeypatch, words, jobs
+):
+    (home / "file").write_text("text")
+    call = moltis.Rpc.call
+
+    def answer(rpc, caller, method, *rest):
+        if method == moltis.JOB_START:
+            return {"jobs": jobs}
+        return call(rpc, caller, method, *rest)
+
+    monkeypatch.setattr(moltis.Rpc, "call", answer)
+    done = run_moltis(*words.format(home).split(), home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr.startswith("moltis: the gateway's answer makes no sense here")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_audit_whose_pages_repeat_ends(gateway, home, monkeypatch):
+    row = {"at": 1.0, "event": "job.start"}
+    monkeypatch.setattr(moltis.Rpc, "call", lambda *_: [row])
+    done = run_moltis("audit", "--json", home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr.startswith("moltis: the gateway's answer makes no sense here")
+
+
+def test_a_prompt_is_shown_where_the_gateway_refuses_to_list_sessions(
+    gateway, monkeypatch
+):
+    output = moltis.Output({})
+    with moltis.JobFeed(gateway.operator) as feed:
+        session = moltis.chosen_session(feed, "main", output)
+        chat = moltis.ChatTerminal(feed, session, output, None)
+        shown = chat.look()
+        busy = moltis.RpcError("RATE_LIMITED", "too many requests")
+
+        def refuse(*_):
+            raise busy
+
+        monkeypatch.setattr(moltis.Rpc, "call", refuse)
+        assert chat.look() == shown
+
+
 # -- leaving -------------------------------------------------------------------
 
 

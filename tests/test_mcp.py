@@ -18,7 +18,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from peers import InProcessGateway
-from support import PROGRAM, clean_environment, launched, wait_for, wait_in_shell
+from support import (
+    PROGRAM,
+    clean_environment,
+    launched,
+    run_moltis,
+    wait_for,
+    wait_in_shell,
+)
 
 import moltis
 
@@ -627,6 +634,22 @@ def test_output_of_a_lost_command_is_said_to_be_perhaps_missing(tmp_path):
     assert failed
     assert result["state"] == "lost"
     assert "what it printed last may be missing" in result["error"]
+
+
+@pytest.mark.parametrize("tool", ["exec", "nodes_list"])
+def test_nonsense_from_the_gateway_is_the_error_of_the_call(
+    gateway, home, monkeypatch, tool
+):
+    """It was said to have failed inside the gateway, with a traceback on stderr."""
+    params = {"name": tool, "arguments": {"command": "true"} if tool == "exec" else {}}
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+    address = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    with monkeypatch.context() as nonsense:
+        nonsense.setattr(moltis.Rpc, "call", lambda *_: [{}])
+        line = f"{json.dumps(asked)}\n".encode()
+        done = run_moltis("mcp", home=home, stdin=line, **address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the gateway's answer makes no sense here" in done.stdout
 
 
 class McpProcess:

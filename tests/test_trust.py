@@ -1274,3 +1274,32 @@ def test_a_look_at_a_join_link_does_not_use_it_up(plain):
         assert answer.status == 200
     with urllib.request.urlopen(link, timeout=60) as answer:
         assert json.load(answer)["display_name"] == "far"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.skipif(not moltis.PEER_CLOSED, reason="the system does not say it")
+def test_a_wait_ends_when_its_client_says_over_tls_that_it_leaves(gateway, version):
+    """RFC 8446 §6.1: its close_notify looks like data."""
+    jobs = gateway.running.jobs
+    job, spec = moltis.new_id(), {"command": "sleep 300"}
+    asked = [{"id": job, "node": "local"}]
+    gateway.call("job.start", jobs=asked, work="run", spec=spec, keep=True)
+    params = {"id": job, "wait": 300}
+    body = json.dumps({"method": "job.wait", "params": params}).encode()
+    head = (
+        "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Authorization: Bearer {gateway.api_key}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = version
+    port = int(gateway.url.rpartition(":")[2])
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 20)) as sock:
+        sock.sendall(head.encode() + body)
+        wait_for(lambda: jobs._waits, what="job.wait to wait")
+        sock.setblocking(False)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            sock.unwrap()  # sends close_notify
+    wait_for(lambda: not jobs._waits, what="the end of job.wait")
+    gateway.call("job.cancel", id=job)
