@@ -2778,17 +2778,20 @@ def test_an_audit_whose_pages_repeat_ends(gateway, home, monkeypatch):
 def test_a_prompt_is_shown_where_the_gateway_refuses_to_list_sessions(
     gateway, monkeypatch
 ):
+    answer, refuses = moltis.Rpc.call, threading.Event()
+
+    def call(*arguments):
+        if refuses.is_set():
+            raise moltis.RpcError("RATE_LIMITED", "too many requests")
+        return answer(*arguments)
+
+    monkeypatch.setattr(moltis.Rpc, "call", call)
     output = moltis.Output({})
     with moltis.JobFeed(gateway.operator) as feed:
         session = moltis.chosen_session(feed, "main", output)
         chat = moltis.ChatTerminal(feed, session, output, None)
         shown = chat.look()
-        busy = moltis.RpcError("RATE_LIMITED", "too many requests")
-
-        def refuse(*_):
-            raise busy
-
-        monkeypatch.setattr(moltis.Rpc, "call", refuse)
+        refuses.set()
         assert chat.look() == shown
 
 
