@@ -777,7 +777,7 @@ def test_output_that_a_cancel_leaves_unread_is_not_done(tmp_path):
     """The window is full, the shell has ended, and the rest is in its pipe."""
     full = tmp_path / "full"
     size = moltis.LOG_WINDOW - moltis.MAX_LOG_MESSAGE  # then there is no room for more
-    text = f"head -c {size} /dev/zero; while [ ! -e {full} ]; do :; done; echo rest"
+    text = f"head -c {size} /dev/zero; {wait_in_shell(full)}; echo rest"
     with Background(text, Reader(acknowledges=False)) as background:
         wait_for(lambda: not background.command.log.room)
         full.touch()

@@ -765,8 +765,8 @@ def test_downloads_that_nobody_fetches_are_dropped():
     downloads.tick()
     assert dropped == [late]
     with pytest.raises(moltis.RpcError, match="waited too long"):
-        downloads.take(gone)
-    assert downloads.take(ticket) is early
+        downloads.find(gone, takes=True)
+    assert downloads.find(ticket, takes=True) is early
 
 
 def test_an_upload_that_ended_while_the_link_was_away_is_done(page):

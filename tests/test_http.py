@@ -576,7 +576,7 @@ def test_connections_are_forgotten_when_they_end(gateway):
 def test_a_wait_ends_when_its_client_has_left(gateway):
     """It held a place among the answers that wait until its time was up."""
     jobs = gateway.running.jobs
-    spec = {"command": "sleep 300"}
+    spec = {"command": "sleep 120"}
     asked = {"jobs": [{"node": "local"}], "work": "run", "spec": spec, "keep": True}
     with gateway.operator() as owner:
         [job] = owner.call("job.start", asked)["jobs"]

@@ -1281,7 +1281,7 @@ def test_a_look_at_a_join_link_does_not_use_it_up(plain):
 def test_a_wait_ends_when_its_client_says_over_tls_that_it_leaves(gateway, version):
     """RFC 8446 §6.1: its close_notify looks like data."""
     jobs = gateway.running.jobs
-    job, spec = moltis.new_id(), {"command": "sleep 300"}
+    job, spec = moltis.new_id(), {"command": "sleep 120"}
     asked = [{"id": job, "node": "local"}]
     gateway.call("job.start", jobs=asked, work="run", spec=spec, keep=True)
     params = {"id": job, "wait": 300}
