@@ -3819,7 +3819,11 @@ def _why_unreached(name: str, error: Exception) -> str:
     return f"{name} cannot be reached: {reason or error}"
 
 
-def _plain_type(_headers: HttpHeaders) -> str:
+def plain_type(_headers: HttpHeaders) -> str:
+    """Stand in for HTTPMessage.get_content_type(), for who reads headers only.
+
+    In a type "multipart/…" its parser looks for a boundary, in quadratic time.
+    """
     return "text/plain"
 
 
@@ -3855,8 +3859,7 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    # In a type "multipart/…" its parser looks for a boundary, in quadratic time.
-    http.client.HTTPMessage.get_content_type = _plain_type  # type: ignore[assignment]
+    http.client.HTTPMessage.get_content_type = plain_type  # type: ignore[assignment]
     # Without a port it would look for one in an IPv6 address.
     connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
@@ -6372,8 +6375,9 @@ class Command:
                 return True
         elif running:
             return False
-        owes = any(count > 0 for count in self._owed.values())
-        if group.terminal is not None and (gives_up or not owes):
+        if group.terminal is not None and (
+            gives_up or not any(count > 0 for count in self._owed.values())
+        ):
             group.terminal.close_slave()  # from now on the master reaches EOF
         # Bytes that were in a pipe at the shell's exit are read, even if the window is
         # full for long, unless it is cancelled; a grandchild has DRAIN_AFTER_EXIT to
@@ -24311,8 +24315,8 @@ class McpLines:
 # ==============================================================================
 # HTTP
 # Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
-#       WebSocket connections, TLS, Wire protocol, Files, Machine, Store, Access, Jobs,
-#       Gateway, MCP
+#       WebSocket connections, TLS, HTTP client, Wire protocol, Files, Machine, Store,
+#       Access, Jobs, Gateway, MCP
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -25713,9 +25717,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
     from http.server import BaseHTTPRequestHandler
 
     class Fields(HTTPMessage):
-        def get_content_type(self) -> str:
-            # For "multipart/…" the parser looks for a boundary, in quadratic time.
-            return "text/plain"
+        get_content_type = plain_type
 
     class Handler(BaseHTTPRequestHandler):
         MessageClass = Fields
