@@ -316,9 +316,11 @@ class Page:
                 failures.append(str(error))
                 return None
 
-        return wait_for(
-            value, timeout, lambda: f"{expression} {failures[-1:]} errors={self.errors}"
-        )
+        def what():
+            shown = self.evaluate("document.body?.innerText")
+            return f"{expression} {failures[-1:]} errors={self.errors} shown={shown!r}"
+
+        return wait_for(value, timeout, what)
 
     def wait_for_text(self, text, timeout=TIMEOUT):
         """Return when a person can read `text` on the page."""
@@ -328,8 +330,7 @@ class Page:
     def text(self, selector="body"):
         """Return what a person reads in the element, once there is one."""
         element = f"document.querySelector({json.dumps(selector)})"
-        self.wait_for(f"{element} !== null")
-        return self.evaluate(f"{element}.innerText")
+        return self.wait_for(f"(found => found && [found.innerText])({element})")[0]
 
     def click(self, selector, timeout=TIMEOUT):
         """Click the middle of the element, once a person could.

@@ -7,7 +7,9 @@ import http.server
 import json
 import os
 import pty
+import pwd
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -148,6 +150,29 @@ def clean_environment(home, **extra):
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         **extra,
+    }
+
+
+def account_in(home):
+    """Return the environment of a person in whose account `home` is the home directory.
+
+    Else a shell that a terminal opens reads the profile of whoever runs the tests: that
+    of pyenv waits a minute for a lock which an ended shell has left.  With Debian's
+    libnss-wrapper; without it the profile had better be quick.
+    """
+    libraries = list(Path("/usr/lib").glob("*/libnss_wrapper.so"))
+    if not libraries:
+        assert os.environ.get("MOLTIS_TEST_ALL") != "1", "libnss-wrapper is missing"
+        return {}
+    users, groups = Path(home) / "passwd", Path(home) / "group"
+    entry = pwd.getpwuid(os.getuid())
+    fields = (entry.pw_name, "x", *entry[2:5], home, "/bin/bash")
+    users.write_text(":".join(map(str, fields)) + "\n")
+    shutil.copy("/etc/group", groups)
+    return {
+        "LD_PRELOAD": str(libraries[0]),
+        "NSS_WRAPPER_PASSWD": str(users),
+        "NSS_WRAPPER_GROUP": str(groups),
     }
 
 

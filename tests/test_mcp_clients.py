@@ -7,6 +7,7 @@ since the versions of one SDK exclude each other.  A process runs all its sessio
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import http.server
 import importlib.util
@@ -595,17 +596,19 @@ class KeyProxy(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.headers["Authorization"] = f"Bearer {self.key}"
-        connection = http.client.HTTPConnection(self.target, timeout=60)
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.send_header("Connection", "close")
-        self.end_headers()
-        shutil.copyfileobj(answer, self.wfile)
-        connection.close()
         self.close_connection = True
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(ConnectionError))  # the runner left
+            connection = http.client.HTTPConnection(self.target, timeout=60)
+            stack.callback(connection.close)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            shutil.copyfileobj(answer, self.wfile)
 
     do_GET = do_DELETE = do_POST
 

@@ -27,6 +27,7 @@ from support import (
     Program,
     ScriptedServer,
     Terminal,
+    account_in,
     free_port,
     open_new_chat,
     wait_for,
@@ -68,6 +69,7 @@ class Site:
 
     def start(self, *options, **environ):
         words = ["gateway", "--port", str(self.port), *options]
+        environ = {**account_in(self.home), **environ}
         self.gateway = Program(*words, home=self.home, **environ)
         self.gateway.wait_for_output("Ctrl+C stops it.")
         self.key = json.loads((self.home / ".moltis/gateway.json").read_text())[
@@ -84,7 +86,7 @@ class Site:
         assert words.pop(0) == "moltis"
         home = self._directory / f"node-{len(self._nodes)}"
         home.mkdir()
-        self._nodes.append(Program(*words, home=home))
+        self._nodes.append(Program(*words, home=home, **account_in(home)))
         return self._nodes[-1]
 
     def call(self, method, **params):
@@ -199,7 +201,11 @@ def type_line(page, line):
 
 
 def run(page, line, verdict="Done"):
-    """Type a command, wait for its end, and return the text of its card."""
+    """Type a command, wait for its end, and return the text of its card.
+
+    In a chat that tests share no other may type the same line: its card would be taken
+    for this one's.
+    """
     command = line.split("\n")[0]
     type_line(page, line)
     page.wait_for(f"{shows(LAST, command)} && {shows(LAST, verdict)}")
@@ -326,7 +332,7 @@ def test_nothing_of_a_sign_in_is_left_in_the_document(site, browser, way_out):
         page.press("Enter")
         page.wait_for(READY)
         assert page.evaluate("document.querySelector('#key').value") == ""
-        run(page, "echo secret of the transcript")
+        run(page, f"echo secret of the transcript, {way_out}")
         page.fill("#text", "secret of the draft")
         if way_out == "signed out":
             names = '[{"label": "secret of the upload"}]'
@@ -3636,6 +3642,7 @@ def test_the_size_of_whoever_leaves_is_that_of_whoever_stays(site, make_page):
     page.wait_for(is_own)
     wait_for(lambda: size_of_terminal(page) == own, what="our size")
     shell = Terminal("node", "attach", job_id, home=site.home)
+    page.wait_for(shows("#terminal-note", "It has the size of owner: 80 × 24."))
     phone.wait_for(shows("#terminal-people", "In it: owner, owner, owner"))
     page.evaluate(HIDE)
     shell.type("\r~d")
