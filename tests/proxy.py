@@ -75,7 +75,7 @@ class FaultyProxy:
         self.passed = {UP: 0, DOWN: 0}  # bytes
         self.delay = 0.0  # s that each piece is held up
         self.piece = 65536  # bytes; how much is handed on at once
-        self.silent = False  # nothing moves, and nothing is accepted
+        self._silent = False
         self._rng = rng or random.Random(0)
         self._cut_after = {}  # bytes by direction, until all is cut
         self._links = []
@@ -89,6 +89,15 @@ class FaultyProxy:
         self._thread.start()
 
     # Orders, from any thread; each is carried out when it returns.
+
+    @property
+    def silent(self):
+        """Whether nothing moves, and nothing is accepted."""
+        return self._silent
+
+    @silent.setter
+    def silent(self, value):
+        self._do(lambda: setattr(self, "_silent", value))
 
     def cut(self):
         """Reset all connections."""
@@ -143,7 +152,7 @@ class FaultyProxy:
         """Let all connections pass from now on; those that never will are reset."""
 
         def heal():
-            self.silent, self.delay, self.piece = False, 0.0, 65536
+            self._silent, self.delay, self.piece = False, 0.0, 65536
             self._cut_after.clear()
             for link in list(self._links):
                 if any(pipe.deaf for pipe in link.pipes):
@@ -179,7 +188,7 @@ class FaultyProxy:
                 order, done = self._orders.get()
                 order()
                 done.set()
-            if self.silent:
+            if self._silent:
                 time.sleep(TICK)
             else:
                 self._move()
