@@ -2831,6 +2831,8 @@ def test_drafts_stay_in_their_chats_while_another_one_is_created(slow_chat):
     text = value_of("#text")
     line, page = slow_chat
     old = page.evaluate("location.href")
+    chats = "document.querySelectorAll('#sessions li').length"
+    before = page.evaluate(chats)
     line.silent = True
     page.click("#new-chat")
     page.wait_for(f"{text} === ''")
@@ -2839,7 +2841,7 @@ def test_drafts_stay_in_their_chats_while_another_one_is_created(slow_chat):
     page.click("#text")
     page.type("!")
     line.silent = False
-    page.wait_for("document.querySelectorAll('#sessions li').length > 2")
+    page.wait_for(f"{chats} > {before}")
     assert page.evaluate(text) == "stays!"
     page.click("#sessions li:first-child a")
     run(page, "echo used as well")  # else New chat would lead to it again
