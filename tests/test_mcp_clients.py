@@ -516,7 +516,9 @@ def test_the_inspector_runs_a_session(fleet, environment, kind):
         return inspect("tools/call", "--tool-name", name, "--tool-args-json", given)
 
     for machine in ("near", "far"):
-        result = call("exec", command="seq 20000", node=machine)["structuredContent"]
+        answer = call("exec", command="seq 20000", node=machine)
+        assert "structuredContent" in answer, answer
+        result = answer["structuredContent"]
         assert (result["node"], result["exit_code"]) == (machine, 0)
     read = inspect("resources/read", "--uri", result["log"])["contents"][0]["text"]
     assert read.split() == [str(n) for n in range(1, 20001)]
