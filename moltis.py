@@ -26589,7 +26589,8 @@ no command and sends no message.</p>
 <ul id="terminal-nodes" class="rows"></ul>
 <p class="lead">A terminal goes on when you leave the page: its link opens it
 again. It is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6
-takes the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
+takes the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes, Shift+Page Up
+scrolls.</p>
 </div>
 <div id="terminal-views"></div>
 <div id="terminal-keys" role="toolbar" aria-label="Keys"></div>
@@ -26723,7 +26724,10 @@ dials out.</p>
 <dt>↑ ↓</dt><dd>Earlier messages, from the first or the last line</dd>
 <dt>Ctrl+C</dt><dd>Stop what runs, while nothing is selected</dd>
 <dt>A, D</dt><dd>Approve or deny the command that asks</dd>
-<dt>Esc</dt><dd>Close what is open</dd></dl>
+<dt>Esc</dt><dd>Close what is open</dd>
+<dt>Ctrl+F6</dt><dd>Leave a terminal</dd>
+<dt>Ctrl+Shift+C, V</dt><dd>Copy and paste in a terminal</dd>
+<dt>Shift+Page Up</dt><dd>Scroll a terminal</dd></dl>
 <div class="actions"><button class="button main closes" autofocus>Done</button></div>
 </dialog>
 
@@ -35281,6 +35285,10 @@ class Grid {
   }
 }
 
+// Whether a key scrolls, as in other terminals.
+const isScroll = ({key, shiftKey, ctrlKey, altKey, metaKey}) =>
+  ["PageUp", "PageDown"].includes(key) && shiftKey && !ctrlKey && !altKey && !metaKey;
+
 // A terminal as it is seen and typed into.
 class TerminalView {
   constructor(id) {
@@ -35452,7 +35460,14 @@ class TerminalView {
       this.focus();
       return;
     }
-    const sequence = keySequence(event, this.session.emulator.modes, isMac);
+    const {modes, isAlternate} = this.session.emulator;
+    if (isScroll(event) && !isAlternate) {
+      event.preventDefault();
+      const rows = this.session.size.rows - 1;
+      this.box.scrollTop += rows * this.grid.cellHeight * (key === "PageUp" ? -1 : 1);
+      return;
+    }
+    const sequence = keySequence(event, modes, isMac);
     if (sequence === null) {
       if ([...key].length === 1 && !event.metaKey) this.focus(); // its text goes there
       return;

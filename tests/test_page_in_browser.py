@@ -4202,6 +4202,22 @@ def test_a_terminal_stays_where_a_person_scrolled_it(site, make_page, tmp_path):
     page.wait_for(f"{rows} > 4000")  # those that scrolled out follow
 
 
+def test_keys_scroll_a_terminal_unless_its_program_has_the_screen(keyboard):
+    page = keyboard.page
+    keyboard.show("row\r\n" * 200)
+    box = "document.querySelector('.term:not([hidden]) .term-box')"
+    at_end = f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight < 3"
+    page.wait_for(f"{box}.scrollTop > 1000 && {at_end}")
+    page.press("Shift+PageUp")
+    page.wait_for(f"!({at_end})")
+    page.press("Shift+PageDown")
+    page.wait_for(at_end)
+    assert keyboard.typed() == ""
+    keyboard.show("\x1b[?1049h")
+    page.press("Shift+PageUp")
+    assert keyboard.typed() == "\x1b[5;2~"
+
+
 def test_of_a_flood_frames_are_drawn_and_not_lines(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
