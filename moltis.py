@@ -32029,6 +32029,10 @@ const longRunning = () => state.running.filter(job =>
 const MAX_RUNNING = 6; // in the sidebar
 const isLow = matchMedia("(max-height: 860px)"); // half as many leave room for chats
 const LONG_COMMAND = 30; // s; a person may be elsewhere when it ends
+const startedHere = new Set(); // ids of jobs that this page started outside of chats
+
+// Whether the end of a job is notified.
+const isNotified = ({id, sessionKey}) => Boolean(sessionKey) || startedHere.has(id);
 
 function runningItem({id, command, node, sessionKey}) {
   const job = state.jobs.get(id);
@@ -32068,13 +32072,12 @@ function drawRunning() {
   count.classList.toggle("asks", asked > 0);
   for (const menu of document.querySelectorAll("[aria-label='Open menu']"))
     menu.dataset.count = items.length || "";
-  const isLong = jobs.some(job => now() - job.askedAt > LONG_COMMAND * 1000);
+  const isLong =
+    jobs.some(job => isNotified(job) && now() - job.askedAt > LONG_COMMAND * 1000);
   $("notify-offer").hidden = !((isLong || asked) && mayOfferNotices());
 }
 
 // == notifications ==
-
-const startedHere = new Set(); // ids of jobs that this page started outside of chats
 
 // Browsers notify over HTTPS and on this machine alone.
 const mayOfferNotices = () => "Notification" in window && isSecureContext &&
@@ -32102,7 +32105,7 @@ function notify(title, body, path, id) {
 function notifyEnd(job) {
   const {id, nodeName, command, words, sessionKey, startedAt, endedAt} = job;
   const isLong = (endedAt ?? now()) - startedAt > LONG_COMMAND * 1000;
-  if (!isLong || !(sessionKey || startedHere.has(id))) return;
+  if (!isLong || !isNotified(job)) return;
   const path = sessionKey ? chatPath(sessionKey) : jobPath(id);
   notify(`${capitalized(words)} on ${nodeName}`, command, path, id);
 }

@@ -1353,6 +1353,17 @@ const earlier = (_, name, ms) => `"${name}":${ms - 3600_000}`;
 JSON.parse = text => parse(text.replace(/"(startedAt|askedAt)":(\\d+)/g, earlier));"""
 
 
+def test_a_terminal_offers_no_notice_of_its_end(site, make_page):
+    page = make_page(site)
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES + EARLIER)
+    page.reload()
+    page.wait_for(READY)
+    open_terminal(page, site, "Local")
+    page.wait_for(shows("#running", "login shell"))
+    assert page.evaluate("document.querySelector('#notify-offer').hidden")
+    enter(page, "exit")
+
+
 def test_a_long_command_that_ends_notifies_who_asked_for_it_and_looks_elsewhere(
     site, make_page
 ):
