@@ -31043,6 +31043,7 @@ function learn(change) {
   if (isOld) return;
   // `change` lacks place and awayMs when they no longer apply.
   const job = {...known, place: null, awayMs: null, ...change};
+  job.awaySince = job.awayMs == null ? null : now() - job.awayMs;
   state.jobs.set(job.id, job);
   if (known ? isOpen(known) || isOpen(job) : isOpen(job)) listRunning();
   if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
@@ -35746,9 +35747,10 @@ function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size})
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
   if (isAway) {
-    const seconds = Math.round((job.awayMs || 0) / 1000);
-    const name = state.link === "up" ? machineName(job) : "the gateway";
-    const since = seconds ? ` (${formatDuration(seconds)})` : "";
+    const isUp = state.link === "up";
+    const name = isUp ? machineName(job) : "the gateway";
+    // A time, not a duration: a duration would be read aloud each second.
+    const since = isUp ? ` (away since ${formatTime(job.awaySince)})` : "";
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];

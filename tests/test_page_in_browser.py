@@ -4441,6 +4441,14 @@ def cable(own_site):
         node.end()
 
 
+def test_a_terminal_says_since_when_its_machine_is_away(own_site, cable, make_page):
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Far")
+    cable.target = free_port()
+    cable.cut()
+    page.wait_for(shows("#terminal-note", "Waiting for Far to come back (away since "))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_terminal_goes_from_a_cut_line_to_a_shell_and_into_its_recording(
     own_site, cable, browser, tmp_path, size
