@@ -35514,9 +35514,12 @@ class TerminalView {
     const {modes} = this.session.emulator;
     const lines = text.replace(/\r?\n$/, "").split(/\r\n|\r|\n/);
     if (/[\r\n]/.test(text) && !modes.bracketedPaste) {
-      const shown = lines.slice(0, 8).map(line => line.slice(0, 200)).join("\n");
+      const shown = lines.slice(0, 8)
+        .map(line => line.slice(0, 200) + (line.length > 200 ? "…" : ""));
+      if (lines.length > 8) shown.push(`… and ${lines.length - 8} more`);
       const yes = await confirmed(`Paste ${plural(lines.length, "line")}?`,
-        `The program there may run each of them at once:\n${shown}`, "Paste");
+        ["The program there may run each of them at once:", ...shown].join("\n"),
+        "Paste");
       this.focus();
       if (!yes) return;
     }

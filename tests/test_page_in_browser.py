@@ -3725,6 +3725,17 @@ def test_a_paste_of_several_lines_is_asked_about(site, make_page):
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_a_question_about_a_paste_says_what_it_leaves_out(keyboard):
+    page = keyboard.page
+    paste(page, "w" * 300 + "\n" + "line\n" * 20)
+    page.wait_for("document.querySelector('#confirm').open")
+    shown = page.text("#confirm-text").split("\n")
+    assert (shown[1], shown[-1]) == ("w" * 200 + "…", "… and 13 more")
+    page.press("Escape")
+    page.wait_for(KEYS)
+    assert keyboard.typed() == ""
+
+
 class Keyboard:
     """A terminal whose program, in raw mode, writes down each byte that is typed."""
 
