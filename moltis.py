@@ -27233,7 +27233,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-home .lead { margin-top: 20px; }
 #terminal-title.unseen + #terminal-tabs { flex: 1; }
 #terminal-tabs { display: flex; gap: 4px; min-width: 0; overflow-x: auto; }
-#terminal-tabs li { display: flex; align-items: center; min-width: 90px;
+#terminal-tabs li { display: flex; align-items: center; min-width: 120px;
   max-width: 260px; border-radius: 9px; }
 #terminal-tabs li:has([aria-current]) { background: var(--sunken); }
 #terminal-tabs a { flex: 1; min-width: 0; padding: 5px 2px 5px 12px; color: var(--ink);
@@ -35447,7 +35447,7 @@ class TerminalView {
     const {key, ctrlKey, shiftKey} = event;
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
-      $("terminal-tabs").querySelector("a[aria-current]").focus();
+      currentTab().focus();
       return;
     }
     const isLetter = letter => ctrlKey && key.toLowerCase() === letter;
@@ -35652,7 +35652,6 @@ async function makeTerminal(id) {
   terminalViews.set(id, view);
   const node = toStart.get(id);
   toStart.delete(id);
-  if (!matchMedia("(pointer:coarse)").matches) view.focus();
   if (node) {
     await view.session.start(node);
     return;
@@ -35688,12 +35687,14 @@ async function endTerminal() {
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
 const terminalName = ({job, emulator}) =>
-  dotted(job && machineName(job), [...emulator.title].slice(0, 60).join("")) ||
+  dotted([...emulator.title].slice(0, 60).join(""), job && machineName(job)) ||
     "Terminal";
 
 let lastView; // that was shown
+let lastTab = ""; // its id and name
 
 function drawTerminal() {
+  if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
@@ -35714,16 +35715,26 @@ function drawTerminal() {
   $("terminal-recording").hidden = !view.session.isOver || !view.session.job;
   $("terminal-recording").href = recordingPath(id);
   $("terminal-new").hidden = !view.session.job || !may("write");
-  if (view !== lastView) view.fit();
-  lastView = view;
+  if (view !== lastView) {
+    view.fit();
+    // On touch screens that would open the keyboard.
+    if (!matchMedia("(pointer:coarse)").matches) view.focus();
+  }
+  const tab = `${id} ${terminalName(view.session)}`;
+  if (tab !== lastTab) showTab();
+  [lastView, lastTab] = [view, tab];
 }
+
+const currentTab = () => $("terminal-tabs").querySelector("[aria-current]");
+
+const showTab = () => currentTab()?.closest("li").scrollIntoView({block: "nearest"});
 
 function drawTab([id, name, isOver]) {
   const isCurrent = id === state.route.id;
   const close = iconButton("close", `Close ${name}`, () => closeTerminal(id));
   return h("li", {"data-key": id, class: isOver ? "over" : null},
-    h("a", {href: terminalPath(id), "aria-current": isCurrent ? "page" : null}, name),
-    close);
+    h("a", {href: terminalPath(id), title: name,
+      "aria-current": isCurrent ? "page" : null}, name), close);
 }
 
 function drawTerminalHome() {
@@ -36244,6 +36255,7 @@ function start() {
   watch("route jobs asks", drawActivity, "activity");
   watch("route nodes", drawFilters);
   watch("route nodes running jobs link terminal", drawTerminal);
+  new ResizeObserver(showTab).observe($("terminal-tabs"));
   watch("route sessions running asks terminal nodes", drawTitle);
   watch("route link", drawRecording);
   watch("route nodes files", drawFiles, "files");

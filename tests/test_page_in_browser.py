@@ -3499,7 +3499,7 @@ def test_a_terminal_shows_its_end_and_its_last_screen(site, make_page):
     open_terminal(page, site, "Local")
     enter(page, "echo $((6*7)); stty size; printf '\\033]0;a title\\a'")
     page.wait_for(shows(SCREEN, "42\n"))
-    page.wait_for(shows("#terminal-tabs", "Local · a title"))
+    page.wait_for(shows("#terminal-tabs", "a title · Local"))
     enter(page, "exit 3")
     page.wait_for(shows("#terminal-note", "Exit status 3. The last screen stays here."))
     assert page.evaluate(shows(SCREEN, "42\n"))
