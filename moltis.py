@@ -26314,7 +26314,7 @@ terminal.</p>
 <div class="figures" data-part="figures"></div>
 <span class="seen detail" data-part="seen"></span>
 <span class="tools"><button class="bare" data-part="term" data-icon="term"
- data-needs="write" title="Open a terminal"></button>
+ data-needs="write" title="Open a terminal on this machine"></button>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button></span>
 </li></template>
@@ -26585,7 +26585,7 @@ no command and sends no message.</p>
  aria-label="Open and new terminals" hidden>
 <h2 id="terminal-open-head">Open terminals</h2>
 <ul id="terminal-open" class="rows"></ul>
-<h2>On a machine</h2>
+<h2 id="terminal-nodes-head">On a machine</h2>
 <ul id="terminal-nodes" class="rows"></ul>
 <p class="lead">A terminal goes on when you leave the page: its link opens it
 again. It is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6
@@ -27382,7 +27382,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .jobs .detail { flex: none; max-width: 60%; }
 .rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
-.scroll > * + h2 { margin-top: 28px; }
+.scroll > :not([hidden], :empty) ~ h2 { margin-top: 28px; }
 .inline { display: flex; gap: 8px; margin-top: 10px; }
 .inline input { flex: 1; }
 .panel, #node-cards { border-radius: 13px; }
@@ -30915,6 +30915,22 @@ function inOrder(nodes) {
 
 const connectedNodes = () => inOrder(state.nodes).filter(node => node.connected);
 
+const opensTerminals = ({connected, capabilities = []}) =>
+  connected && capabilities.includes("terminal");
+
+// Return the machines on which the operator may open a terminal.
+const terminalNodes = () =>
+  may("write") ? connectedNodes().filter(opensTerminals) : [];
+
+// Offer a terminal on a machine, or say that it has none.
+function offerTerminal(button, node) {
+  const {connected, capabilities} = node;
+  const opens = opensTerminals(node);
+  button.disabled = !opens;
+  button.title = connected && capabilities && !opens
+    ? "This machine opens no terminals" : "Open a terminal on this machine";
+}
+
 // Whether the operator's key has a scope, or one that includes it.
 function may(scope) {
   const {scopes} = state;
@@ -32880,6 +32896,7 @@ function drawComposer(chat) {
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
+  offerTerminal($("chat-term"), sessionNode(currentSession()));
   const current = namesOf(currentSession());
   setText($("fold-label"), `${current.model} on ${current.node}`);
   $("fold-dot").className =
@@ -33194,7 +33211,7 @@ class NodeRow {
     setText(this.state, wrong ? capitalized(wrong) : what);
     this.use.setAttribute("aria-label", `Use ${node.displayName} in the chat`);
     this.term.setAttribute("aria-label", `Open a terminal on ${node.displayName}`);
-    this.term.disabled = !node.connected;
+    offerTerminal(this.term, node);
     const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
     setText(this.seen, seen || "never");
     const jobs = runningOn(node);
@@ -33348,7 +33365,7 @@ function drawNode() {
   }
   setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
-  $("node-term").disabled = !node.connected;
+  offerTerminal($("node-term"), node);
   $("node-files").href = filesPath(node, "");
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
@@ -34996,7 +35013,7 @@ function paletteItems() {
     action("read", wraps() ? "Scroll long lines" : "Wrap long lines", switchWrap),
     ...connectedNodes().map(node =>
       action("write", `Use ${node.displayName} in the chat`, () => useNode(node))),
-    ...connectedNodes().map(node =>
+    ...terminalNodes().map(node =>
       action("write", `Open a terminal on ${node.displayName}`,
         () => openTerminal(node))),
     ...state.running.map(({id, command, nodeName}) =>
@@ -35686,6 +35703,7 @@ async function endTerminal() {
 // Return the name that a job's machine has now, or had before it was removed.
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
+// What tells terminals of a machine apart comes first: tabs may be narrow.
 const terminalName = ({job, emulator}) =>
   dotted([...emulator.title].slice(0, 60).join(""), job && machineName(job)) ||
     "Terminal";
@@ -35739,18 +35757,19 @@ function drawTab([id, name, isOver]) {
 
 function drawTerminalHome() {
   const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, machineName(job), job.askedAt]);
+    .map(job => [job.id, dotted(job.command, machineName(job)), job.askedAt]);
   fillIfChanged($("terminal-open"), jobs,
     all => all.map(([jobId, name, askedAt]) =>
       h("li", {"data-key": jobId},
         h("a", {class: "name", href: terminalPath(jobId)}, name),
         h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));
   $("terminal-open-head").hidden = !jobs.length;
-  const nodes = connectedNodes();
-  fillIfChanged($("terminal-nodes"), may("write") ? nodes.map(n => n.nodeId) : [], () =>
+  const nodes = terminalNodes();
+  fillIfChanged($("terminal-nodes"), nodes.map(n => [n.nodeId, n.displayName]), () =>
     nodes.map(node => h("li", {"data-key": node.nodeId},
       h("span", {class: "name"}, node.displayName),
       button("Open", () => openTerminal(node), "button small"))));
+  $("terminal-nodes-head").hidden = !nodes.length;
 }
 
 // Return what is said above a terminal, and a button.

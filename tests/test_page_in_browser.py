@@ -3615,6 +3615,94 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_a_key_that_reads_is_offered_no_new_terminal(site, browser):
+    key = site.call("keys.create", name="only looks", scopes=["operator.read"])["key"]
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{site.url}/#key={key}")
+        page.wait_for(LISTED)
+        page.goto(f"{site.url}/terminal/")
+        page.wait_for(LISTED)
+        page.wait_for(shows("#terminal-home", "A terminal goes on"))
+        assert not page.evaluate(shows("#terminal-home", "On a machine"))
+        assert not page.evaluate("document.querySelector('#terminal-nodes button')")
+
+
+def test_a_machine_that_opens_no_terminals_is_offered_none(own_site, make_page):
+    join(own_site, "Closed", "--no-terminal")
+    node_id = nodes(own_site)["Closed"]["nodeId"]
+    own_site.call("sessions.patch", key="main", node_id=node_id)
+    page = make_page(own_site, "/nodes/Closed")
+    page.wait_for(LISTED)
+
+    def wait_for_none(button):
+        said = f"(({{disabled, title}}) => disabled && title)({button})"
+        page.wait_for(f"{said} === 'This machine opens no terminals'")
+
+    wait_for_none("document.querySelector('#node-term')")
+    page.goto(f"{own_site.url}/nodes")
+    rows = "[...document.querySelectorAll('#nodes .node')]"
+    row = f"{rows}.find(row => row.innerText.includes('Closed'))"
+    wait_for_none(f"{row}.querySelector('[data-part=term]')")
+    page.goto(f"{own_site.url}/chat/main")
+    wait_for_none("document.querySelector('#chat-term')")
+    page.press("Control+k")
+    page.wait_for("document.querySelector('#palette').open")
+    page.type("open terminal on")
+    page.wait_for(shows("#palette-list", "Open a terminal on Local"))
+    assert not page.evaluate(shows("#palette-list", "Closed"))
+    page.goto(f"{own_site.url}/terminal/")
+    page.wait_for(shows("#terminal-nodes", "Local"))
+    assert page.text("#terminal-nodes").split() == ["Local", "Open"]
+
+
+def open_another(page):
+    """Open another terminal beside the one that is shown."""
+    before = page.evaluate("location.pathname")
+    page.click("#terminal-new")
+    page.wait_for(f"location.pathname !== {json.dumps(before)} && {KEYS}")
+    page.wait_for("!document.querySelector('#terminal-new').hidden")
+
+
+def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    open_another(page)
+    enter(page, "exit")
+    page.click("#terminal-tabs li:first-child a")
+    enter(page, "echo $((6*7))")
+    page.wait_for(shows(SCREEN, "42\n"))
+    page.click("#to-nodes")
+    page.wait_for("document.querySelector('#nodes').hidden === false")
+    page.evaluate("history.back()")
+    page.wait_for(KEYS)
+    enter(page, "exit")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_the_tab_of_the_shown_terminal_is_in_view_and_says_what_runs_there(
+    site, make_page
+):
+    page = make_page(site, width=800)
+    open_terminal(page, site, "Local")
+    for number in range(4):
+        open_another(page)
+        enter(page, f"printf '\\033]0;title {number}\\a'")
+        page.wait_for(shows("#terminal-tabs", f"title {number} · Local"))
+    in_bar = """(({left, right}, bar) => left >= bar.left && right <= bar.right)(
+        document.querySelector("#terminal-tabs li:has([aria-current])")
+          .getBoundingClientRect(),
+        document.querySelector("#terminal-tabs").getBoundingClientRect())"""
+    page.wait_for(in_bar)
+    page.set_viewport(500, 800)
+    page.wait_for(in_bar)
+    page.evaluate("document.querySelector('#terminal-tabs a').click()")
+    page.wait_for(f"document.querySelector('#terminal-tabs a').ariaCurrent && {in_bar}")
+    links = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
+    for path in page.evaluate(links):
+        site.call("job.cancel", id=path.split("/")[-1])
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
 def size_of_terminal(page):
     """Return the rows and columns that its program has, as its screen says."""
     enter(page, "clear; stty size; echo so")
@@ -4098,10 +4186,11 @@ def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_pag
     page.wait_for("document.querySelector('#terminal-keys').hidden")
 
 
-def join(site, name):
+def join(site, name, options=""):
     """Connect another machine."""
     token = site.call("device.token.create", displayName=name)["deviceToken"]
-    site.run(f"moltis node add --host {site.url} --token {token} --foreground")
+    line = f"moltis node add --host {site.url} --token {token} --foreground"
+    site.run(f"{line} {options}")
     wait_for(lambda: name in connected(site), what=name)
 
 
