@@ -26967,6 +26967,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
   max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
   background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
+#toast a { color: inherit; }
 
 /* frame */
 #app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
@@ -27241,7 +27242,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-tabs .over a { color: var(--soft); }
 #terminal-bar { display: flex; }
 #terminal-more[aria-pressed=true] { color: var(--accent); }
-#terminal-note { align-items: center; border-radius: 0; padding: 6px 20px; }
+:is(#terminal-note, #recording-note) { align-items: center; border-radius: 0;
+  padding: 6px 20px; }
 #terminal-note .link { flex: none; }
 #terminal-views, #recording-screen { flex: 1; min-height: 0; display: grid;
   background: var(--screen); }
@@ -35700,6 +35702,10 @@ async function endTerminal() {
   view?.focus();
 }
 
+// Whether the machine of a terminal opens another one.
+const mayReopen = ({nodeId}) =>
+  may("write") && opensTerminals(nodeById(nodeId) || {});
+
 // Return the name that a job's machine has now, or had before it was removed.
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
@@ -35732,7 +35738,7 @@ function drawTerminal() {
   $("terminal-end").hidden = view.session.isOver || !may("write");
   $("terminal-recording").hidden = !view.session.isOver || !view.session.job;
   $("terminal-recording").href = recordingPath(id);
-  $("terminal-new").hidden = !view.session.job || !may("write");
+  $("terminal-new").hidden = !mayReopen(view.session.job || {});
   if (view !== lastView) {
     view.fit();
     // On touch screens that would open the keyboard.
@@ -35776,7 +35782,7 @@ function drawTerminalHome() {
 function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size}) {
   if (problem) return [capitalized(problem)];
   if (!job) return ["Opening…"];
-  const again = may("write") && ["New terminal", () => openTerminal(job)];
+  const again = mayReopen(job) && ["New terminal", () => openTerminal(job)];
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
   if (isAway) {

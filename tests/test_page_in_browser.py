@@ -3655,6 +3655,32 @@ def test_a_machine_that_opens_no_terminals_is_offered_none(own_site, make_page):
     assert page.text("#terminal-nodes").split() == ["Local", "Open"]
 
 
+def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page):
+    join(own_site, "Gone")
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Gone")
+    page.wait_for("!document.querySelector('#terminal-new').hidden")
+    device_id = nodes(own_site)["Gone"]["deviceId"]
+    own_site.call("device.token.revoke", deviceId=device_id)
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+    page.wait_for("document.querySelector('#terminal-new').hidden")
+    page.wait_for("document.querySelector('#terminal-act').hidden")
+
+
+def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    job_id = page.evaluate("location.pathname").split("/")[-1]
+    page.click("#terminal-tabs button")
+    page.wait_for(shows("#toast", "Open it again"))
+    link, text = page.evaluate(
+        "['#toast a', '#toast'].map(one => "
+        "getComputedStyle(document.querySelector(one)).color)"
+    )
+    assert link == text
+    site.call("job.cancel", id=job_id)
+
+
 def open_another(page):
     """Open another terminal beside the one that is shown."""
     before = page.evaluate("location.pathname")
