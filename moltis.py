@@ -26314,7 +26314,7 @@ terminal.</p>
 <div class="figures" data-part="figures"></div>
 <span class="seen detail" data-part="seen"></span>
 <span class="tools"><button class="bare" data-part="term" data-icon="term"
- data-needs="write" title="Open a terminal"></button>
+ data-needs="write" title="Open a terminal on this machine"></button>
 <button class="bare" data-part="use" data-icon="chat" data-needs="write"
  title="Use in the chat"></button></span>
 </li></template>
@@ -26585,11 +26585,12 @@ no command and sends no message.</p>
  aria-label="Open and new terminals" hidden>
 <h2 id="terminal-open-head">Open terminals</h2>
 <ul id="terminal-open" class="rows"></ul>
-<h2>On a machine</h2>
+<h2 id="terminal-nodes-head">On a machine</h2>
 <ul id="terminal-nodes" class="rows"></ul>
 <p class="lead">A terminal goes on when you leave the page: its link opens it
 again. It is recorded, and it ends when moltis is restarted on its machine. Ctrl+F6
-takes the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes.</p>
+takes the focus out of it, Ctrl+Shift+C copies, Ctrl+Shift+V pastes, Shift+Page Up
+scrolls.</p>
 </div>
 <div id="terminal-views"></div>
 <div id="terminal-keys" role="toolbar" aria-label="Keys"></div>
@@ -26723,7 +26724,10 @@ dials out.</p>
 <dt>↑ ↓</dt><dd>Earlier messages, from the first or the last line</dd>
 <dt>Ctrl+C</dt><dd>Stop what runs, while nothing is selected</dd>
 <dt>A, D</dt><dd>Approve or deny the command that asks</dd>
-<dt>Esc</dt><dd>Close what is open</dd></dl>
+<dt>Esc</dt><dd>Close what is open</dd>
+<dt>Ctrl+F6</dt><dd>Leave a terminal</dd>
+<dt>Ctrl+Shift+C, V</dt><dd>Copy and paste in a terminal</dd>
+<dt>Shift+Page Up</dt><dd>Scroll a terminal</dd></dl>
 <div class="actions"><button class="button main closes" autofocus>Done</button></div>
 </dialog>
 
@@ -26963,6 +26967,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
   max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
   background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
+#toast a { color: inherit; }
 
 /* frame */
 #app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
@@ -27229,7 +27234,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-home .lead { margin-top: 20px; }
 #terminal-title.unseen + #terminal-tabs { flex: 1; }
 #terminal-tabs { display: flex; gap: 4px; min-width: 0; overflow-x: auto; }
-#terminal-tabs li { display: flex; align-items: center; min-width: 90px;
+#terminal-tabs li { display: flex; align-items: center; min-width: 120px;
   max-width: 260px; border-radius: 9px; }
 #terminal-tabs li:has([aria-current]) { background: var(--sunken); }
 #terminal-tabs a { flex: 1; min-width: 0; padding: 5px 2px 5px 12px; color: var(--ink);
@@ -27237,7 +27242,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-tabs .over a { color: var(--soft); }
 #terminal-bar { display: flex; }
 #terminal-more[aria-pressed=true] { color: var(--accent); }
-#terminal-note { align-items: center; border-radius: 0; padding: 6px 20px; }
+:is(#terminal-note, #recording-note) { align-items: center; border-radius: 0;
+  padding: 6px 20px; }
 #terminal-note .link { flex: none; }
 #terminal-views, #recording-screen { flex: 1; min-height: 0; display: grid;
   background: var(--screen); }
@@ -27378,7 +27384,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .jobs .detail { flex: none; max-width: 60%; }
 .rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
-.scroll > * + h2 { margin-top: 28px; }
+.scroll > :not([hidden], :empty) ~ h2 { margin-top: 28px; }
 .inline { display: flex; gap: 8px; margin-top: 10px; }
 .inline input { flex: 1; }
 .panel, #node-cards { border-radius: 13px; }
@@ -30911,6 +30917,22 @@ function inOrder(nodes) {
 
 const connectedNodes = () => inOrder(state.nodes).filter(node => node.connected);
 
+const opensTerminals = ({connected, capabilities = []}) =>
+  connected && capabilities.includes("terminal");
+
+// Return the machines on which the operator may open a terminal.
+const terminalNodes = () =>
+  may("write") ? connectedNodes().filter(opensTerminals) : [];
+
+// Offer a terminal on a machine, or say that it has none.
+function offerTerminal(button, node) {
+  const {connected, capabilities} = node;
+  const opens = opensTerminals(node);
+  button.disabled = !opens;
+  button.title = connected && capabilities && !opens
+    ? "This machine opens no terminals" : "Open a terminal on this machine";
+}
+
 // Whether the operator's key has a scope, or one that includes it.
 function may(scope) {
   const {scopes} = state;
@@ -31039,6 +31061,7 @@ function learn(change) {
   if (isOld) return;
   // `change` lacks place and awayMs when they no longer apply.
   const job = {...known, place: null, awayMs: null, ...change};
+  job.awaySince = job.awayMs == null ? null : now() - job.awayMs;
   state.jobs.set(job.id, job);
   if (known ? isOpen(known) || isOpen(job) : isOpen(job)) listRunning();
   if (known && isOpen(known) && !isOpen(job)) notifyEnd(job);
@@ -32025,6 +32048,10 @@ const longRunning = () => state.running.filter(job =>
 const MAX_RUNNING = 6; // in the sidebar
 const isLow = matchMedia("(max-height: 860px)"); // half as many leave room for chats
 const LONG_COMMAND = 30; // s; a person may be elsewhere when it ends
+const startedHere = new Set(); // ids of jobs that this page started outside of chats
+
+// Whether the end of a job is notified.
+const isNotified = ({id, sessionKey}) => Boolean(sessionKey) || startedHere.has(id);
 
 function runningItem({id, command, node, sessionKey}) {
   const job = state.jobs.get(id);
@@ -32064,13 +32091,12 @@ function drawRunning() {
   count.classList.toggle("asks", asked > 0);
   for (const menu of document.querySelectorAll("[aria-label='Open menu']"))
     menu.dataset.count = items.length || "";
-  const isLong = jobs.some(job => now() - job.askedAt > LONG_COMMAND * 1000);
+  const isLong =
+    jobs.some(job => isNotified(job) && now() - job.askedAt > LONG_COMMAND * 1000);
   $("notify-offer").hidden = !((isLong || asked) && mayOfferNotices());
 }
 
 // == notifications ==
-
-const startedHere = new Set(); // ids of jobs that this page started outside of chats
 
 // Browsers notify over HTTPS and on this machine alone.
 const mayOfferNotices = () => "Notification" in window && isSecureContext &&
@@ -32098,7 +32124,7 @@ function notify(title, body, path, id) {
 function notifyEnd(job) {
   const {id, nodeName, command, words, sessionKey, startedAt, endedAt} = job;
   const isLong = (endedAt ?? now()) - startedAt > LONG_COMMAND * 1000;
-  if (!isLong || !(sessionKey || startedHere.has(id))) return;
+  if (!isLong || !isNotified(job)) return;
   const path = sessionKey ? chatPath(sessionKey) : jobPath(id);
   notify(`${capitalized(words)} on ${nodeName}`, command, path, id);
 }
@@ -32872,6 +32898,7 @@ function drawComposer(chat) {
   const chosen = state.models.find(each => each.id === currentModel(entry));
   $("effort").hidden = shell || chosen?.reasoning === false;
   pickers.forEach(picker => picker.draw());
+  offerTerminal($("chat-term"), sessionNode(currentSession()));
   const current = namesOf(currentSession());
   setText($("fold-label"), `${current.model} on ${current.node}`);
   $("fold-dot").className =
@@ -33186,7 +33213,7 @@ class NodeRow {
     setText(this.state, wrong ? capitalized(wrong) : what);
     this.use.setAttribute("aria-label", `Use ${node.displayName} in the chat`);
     this.term.setAttribute("aria-label", `Open a terminal on ${node.displayName}`);
-    this.term.disabled = !node.connected;
+    offerTerminal(this.term, node);
     const seen = node.connected ? "now" : node.lastSeenAt && ago(node.lastSeenAt);
     setText(this.seen, seen || "never");
     const jobs = runningOn(node);
@@ -33340,7 +33367,7 @@ function drawNode() {
   }
   setText($("node-title"), node.displayName);
   $("node-rename").hidden = node.nodeId === LOCAL;
-  $("node-term").disabled = !node.connected;
+  offerTerminal($("node-term"), node);
   $("node-files").href = filesPath(node, "");
   setText($("node-state"), nodeStateText(node));
   loadUsage(node);
@@ -34988,7 +35015,7 @@ function paletteItems() {
     action("read", wraps() ? "Scroll long lines" : "Wrap long lines", switchWrap),
     ...connectedNodes().map(node =>
       action("write", `Use ${node.displayName} in the chat`, () => useNode(node))),
-    ...connectedNodes().map(node =>
+    ...terminalNodes().map(node =>
       action("write", `Open a terminal on ${node.displayName}`,
         () => openTerminal(node))),
     ...state.running.map(({id, command, nodeName}) =>
@@ -35281,6 +35308,10 @@ class Grid {
   }
 }
 
+// Whether a key scrolls, as in other terminals.
+const isScroll = ({key, shiftKey, ctrlKey, altKey, metaKey}) =>
+  ["PageUp", "PageDown"].includes(key) && shiftKey && !ctrlKey && !altKey && !metaKey;
+
 // A terminal as it is seen and typed into.
 class TerminalView {
   constructor(id) {
@@ -35435,7 +35466,7 @@ class TerminalView {
     const {key, ctrlKey, shiftKey} = event;
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
-      $("terminal-tabs").querySelector("a[aria-current]").focus();
+      currentTab().focus();
       return;
     }
     const isLetter = letter => ctrlKey && key.toLowerCase() === letter;
@@ -35452,7 +35483,14 @@ class TerminalView {
       this.focus();
       return;
     }
-    const sequence = keySequence(event, this.session.emulator.modes, isMac);
+    const {modes, isAlternate} = this.session.emulator;
+    if (isScroll(event) && !isAlternate) {
+      event.preventDefault();
+      const rows = this.session.size.rows - 1;
+      this.box.scrollTop += rows * this.grid.cellHeight * (key === "PageUp" ? -1 : 1);
+      return;
+    }
+    const sequence = keySequence(event, modes, isMac);
     if (sequence === null) {
       if ([...key].length === 1 && !event.metaKey) this.focus(); // its text goes there
       return;
@@ -35495,9 +35533,12 @@ class TerminalView {
     const {modes} = this.session.emulator;
     const lines = text.replace(/\r?\n$/, "").split(/\r\n|\r|\n/);
     if (/[\r\n]/.test(text) && !modes.bracketedPaste) {
-      const shown = lines.slice(0, 8).map(line => line.slice(0, 200)).join("\n");
+      const shown = lines.slice(0, 8)
+        .map(line => line.slice(0, 200) + (line.length > 200 ? "…" : ""));
+      if (lines.length > 8) shown.push(`… and ${lines.length - 8} more`);
       const yes = await confirmed(`Paste ${plural(lines.length, "line")}?`,
-        `The program there may run each of them at once:\n${shown}`, "Paste");
+        ["The program there may run each of them at once:", ...shown].join("\n"),
+        "Paste");
       this.focus();
       if (!yes) return;
     }
@@ -35630,7 +35671,6 @@ async function makeTerminal(id) {
   terminalViews.set(id, view);
   const node = toStart.get(id);
   toStart.delete(id);
-  if (!matchMedia("(pointer:coarse)").matches) view.focus();
   if (node) {
     await view.session.start(node);
     return;
@@ -35662,16 +35702,23 @@ async function endTerminal() {
   view?.focus();
 }
 
+// Whether the machine of a terminal opens another one.
+const mayReopen = ({nodeId}) =>
+  may("write") && opensTerminals(nodeById(nodeId) || {});
+
 // Return the name that a job's machine has now, or had before it was removed.
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
+// What tells terminals of a machine apart comes first: tabs may be narrow.
 const terminalName = ({job, emulator}) =>
-  dotted(job && machineName(job), [...emulator.title].slice(0, 60).join("")) ||
+  dotted([...emulator.title].slice(0, 60).join(""), job && machineName(job)) ||
     "Terminal";
 
 let lastView; // that was shown
+let lastTab = ""; // its id and name
 
 function drawTerminal() {
+  if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
@@ -35691,46 +35738,58 @@ function drawTerminal() {
   $("terminal-end").hidden = view.session.isOver || !may("write");
   $("terminal-recording").hidden = !view.session.isOver || !view.session.job;
   $("terminal-recording").href = recordingPath(id);
-  $("terminal-new").hidden = !view.session.job || !may("write");
-  if (view !== lastView) view.fit();
-  lastView = view;
+  $("terminal-new").hidden = !mayReopen(view.session.job || {});
+  if (view !== lastView) {
+    view.fit();
+    // On touch screens that would open the keyboard.
+    if (!matchMedia("(pointer:coarse)").matches) view.focus();
+  }
+  const tab = `${id} ${terminalName(view.session)}`;
+  if (tab !== lastTab) showTab();
+  [lastView, lastTab] = [view, tab];
 }
+
+const currentTab = () => $("terminal-tabs").querySelector("[aria-current]");
+
+const showTab = () => currentTab()?.closest("li").scrollIntoView({block: "nearest"});
 
 function drawTab([id, name, isOver]) {
   const isCurrent = id === state.route.id;
   const close = iconButton("close", `Close ${name}`, () => closeTerminal(id));
   return h("li", {"data-key": id, class: isOver ? "over" : null},
-    h("a", {href: terminalPath(id), "aria-current": isCurrent ? "page" : null}, name),
-    close);
+    h("a", {href: terminalPath(id), title: name,
+      "aria-current": isCurrent ? "page" : null}, name), close);
 }
 
 function drawTerminalHome() {
   const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, machineName(job), job.askedAt]);
+    .map(job => [job.id, dotted(job.command, machineName(job)), job.askedAt]);
   fillIfChanged($("terminal-open"), jobs,
     all => all.map(([jobId, name, askedAt]) =>
       h("li", {"data-key": jobId},
         h("a", {class: "name", href: terminalPath(jobId)}, name),
         h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));
   $("terminal-open-head").hidden = !jobs.length;
-  const nodes = connectedNodes();
-  fillIfChanged($("terminal-nodes"), may("write") ? nodes.map(n => n.nodeId) : [], () =>
+  const nodes = terminalNodes();
+  fillIfChanged($("terminal-nodes"), nodes.map(n => [n.nodeId, n.displayName]), () =>
     nodes.map(node => h("li", {"data-key": node.nodeId},
       h("span", {class: "name"}, node.displayName),
       button("Open", () => openTerminal(node), "button small"))));
+  $("terminal-nodes-head").hidden = !nodes.length;
 }
 
 // Return what is said above a terminal, and a button.
 function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size}) {
   if (problem) return [capitalized(problem)];
   if (!job) return ["Opening…"];
-  const again = may("write") && ["New terminal", () => openTerminal(job)];
+  const again = mayReopen(job) && ["New terminal", () => openTerminal(job)];
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
   if (isAway) {
-    const seconds = Math.round((job.awayMs || 0) / 1000);
-    const name = state.link === "up" ? machineName(job) : "the gateway";
-    const since = seconds ? ` (${formatDuration(seconds)})` : "";
+    const isUp = state.link === "up";
+    const name = isUp ? machineName(job) : "the gateway";
+    // A time, not a duration: a duration would be read aloud each second.
+    const since = isUp ? ` (away since ${formatTime(job.awaySince)})` : "";
     return [`Waiting for ${name} to come back${since}. What you type is kept.`];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];
@@ -36221,6 +36280,7 @@ function start() {
   watch("route jobs asks", drawActivity, "activity");
   watch("route nodes", drawFilters);
   watch("route nodes running jobs link terminal", drawTerminal);
+  new ResizeObserver(showTab).observe($("terminal-tabs"));
   watch("route sessions running asks terminal nodes", drawTitle);
   watch("route link", drawRecording);
   watch("route nodes files", drawFiles, "files");

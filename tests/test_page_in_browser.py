@@ -1353,6 +1353,17 @@ const earlier = (_, name, ms) => `"${name}":${ms - 3600_000}`;
 JSON.parse = text => parse(text.replace(/"(startedAt|askedAt)":(\\d+)/g, earlier));"""
 
 
+def test_a_terminal_offers_no_notice_of_its_end(site, make_page):
+    page = make_page(site)
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTICES + EARLIER)
+    page.reload()
+    page.wait_for(READY)
+    open_terminal(page, site, "Local")
+    page.wait_for(shows("#running", "login shell"))
+    assert page.evaluate("document.querySelector('#notify-offer').hidden")
+    enter(page, "exit")
+
+
 def test_a_long_command_that_ends_notifies_who_asked_for_it_and_looks_elsewhere(
     site, make_page
 ):
@@ -3490,7 +3501,7 @@ def test_a_terminal_shows_its_end_and_its_last_screen(site, make_page):
     open_terminal(page, site, "Local")
     enter(page, "echo $((6*7)); stty size; printf '\\033]0;a title\\a'")
     page.wait_for(shows(SCREEN, "42\n"))
-    page.wait_for(shows("#terminal-tabs", "Local · a title"))
+    page.wait_for(shows("#terminal-tabs", "a title · Local"))
     enter(page, "exit 3")
     page.wait_for(shows("#terminal-note", "Exit status 3. The last screen stays here."))
     assert page.evaluate(shows(SCREEN, "42\n"))
@@ -3584,7 +3595,7 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
     page = make_page(site)
     open_terminal(page, site, "Local")
     enter(page, "exec cat")
-    key = site.call("keys.create", name="looks", scopes=["operator.read"])["key"]
+    key = site.call("keys.create", name="watches", scopes=["operator.read"])["key"]
     with browser.new_page(isolated=True, width=700) as other:
         other.goto(f"{site.url}/#key={key}")
         other.wait_for(READY)
@@ -3594,7 +3605,7 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
         assert not other.evaluate(
             "document.querySelector('#terminal-end').offsetParent"
         )
-        page.wait_for(shows("#terminal-people", "looks"))
+        page.wait_for(shows("#terminal-people", "watches"))
         assert page.evaluate("document.querySelector('#terminal-note').hidden")
         other.click(SCREEN)
         enter(other, "not typed")
@@ -3603,6 +3614,120 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
         assert not other.evaluate(shows(SCREEN, "not typed"))
         assert other.errors == []
     page.press("Control+d")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_key_that_reads_is_offered_no_new_terminal(site, browser):
+    key = site.call("keys.create", name="only looks", scopes=["operator.read"])["key"]
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{site.url}/#key={key}")
+        page.wait_for(LISTED)
+        page.goto(f"{site.url}/terminal/")
+        page.wait_for(LISTED)
+        page.wait_for(shows("#terminal-home", "A terminal goes on"))
+        assert not page.evaluate(shows("#terminal-home", "On a machine"))
+        assert not page.evaluate("document.querySelector('#terminal-nodes button')")
+
+
+def test_a_machine_that_opens_no_terminals_is_offered_none(own_site, make_page):
+    join(own_site, "Closed", "--no-terminal")
+    node_id = nodes(own_site)["Closed"]["nodeId"]
+    own_site.call("sessions.patch", key="main", node_id=node_id)
+    page = make_page(own_site, "/nodes/Closed")
+    page.wait_for(LISTED)
+
+    def wait_for_none(button):
+        said = f"(({{disabled, title}}) => disabled && title)({button})"
+        page.wait_for(f"{said} === 'This machine opens no terminals'")
+
+    wait_for_none("document.querySelector('#node-term')")
+    page.goto(f"{own_site.url}/nodes")
+    rows = "[...document.querySelectorAll('#nodes .node')]"
+    row = f"{rows}.find(row => row.innerText.includes('Closed'))"
+    wait_for_none(f"{row}.querySelector('[data-part=term]')")
+    page.goto(f"{own_site.url}/chat/main")
+    wait_for_none("document.querySelector('#chat-term')")
+    page.press("Control+k")
+    page.wait_for("document.querySelector('#palette').open")
+    page.type("open terminal on")
+    page.wait_for(shows("#palette-list", "Open a terminal on Local"))
+    assert not page.evaluate(shows("#palette-list", "Closed"))
+    page.goto(f"{own_site.url}/terminal/")
+    page.wait_for(shows("#terminal-nodes", "Local"))
+    assert page.text("#terminal-nodes").split() == ["Local", "Open"]
+
+
+def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page):
+    join(own_site, "Gone")
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Gone")
+    page.wait_for("!document.querySelector('#terminal-new').hidden")
+    device_id = nodes(own_site)["Gone"]["deviceId"]
+    own_site.call("device.token.revoke", deviceId=device_id)
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+    page.wait_for("document.querySelector('#terminal-new').hidden")
+    page.wait_for("document.querySelector('#terminal-act').hidden")
+
+
+def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    job_id = page.evaluate("location.pathname").split("/")[-1]
+    page.click("#terminal-tabs button")
+    page.wait_for(shows("#toast", "Open it again"))
+    link, text = page.evaluate(
+        "['#toast a', '#toast'].map(one => "
+        "getComputedStyle(document.querySelector(one)).color)"
+    )
+    assert link == text
+    site.call("job.cancel", id=job_id)
+
+
+def open_another(page):
+    """Open another terminal beside the one that is shown."""
+    before = page.evaluate("location.pathname")
+    page.click("#terminal-new")
+    page.wait_for(f"location.pathname !== {json.dumps(before)} && {KEYS}")
+    page.wait_for("!document.querySelector('#terminal-new').hidden")
+
+
+def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    open_another(page)
+    enter(page, "exit")
+    page.click("#terminal-tabs li:first-child a")
+    enter(page, "echo $((6*7))")
+    page.wait_for(shows(SCREEN, "42\n"))
+    page.click("#to-nodes")
+    page.wait_for("document.querySelector('#nodes').hidden === false")
+    page.evaluate("history.back()")
+    page.wait_for(KEYS)
+    enter(page, "exit")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_the_tab_of_the_shown_terminal_is_in_view_and_says_what_runs_there(
+    site, make_page
+):
+    page = make_page(site, width=800)
+    open_terminal(page, site, "Local")
+    for number in range(4):
+        open_another(page)
+        enter(page, f"printf '\\033]0;title {number}\\a'")
+        page.wait_for(shows("#terminal-tabs", f"title {number} · Local"))
+    in_bar = """(({left, right}, bar) => left >= bar.left && right <= bar.right)(
+        document.querySelector("#terminal-tabs li:has([aria-current])")
+          .getBoundingClientRect(),
+        document.querySelector("#terminal-tabs").getBoundingClientRect())"""
+    page.wait_for(in_bar)
+    page.set_viewport(500, 800)
+    page.wait_for(in_bar)
+    page.evaluate("document.querySelector('#terminal-tabs a').click()")
+    page.wait_for(f"document.querySelector('#terminal-tabs a').ariaCurrent && {in_bar}")
+    links = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
+    for path in page.evaluate(links):
+        site.call("job.cancel", id=path.split("/")[-1])
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
@@ -3714,6 +3839,17 @@ def test_a_paste_of_several_lines_is_asked_about(site, make_page):
     page.wait_for(shows(SCREEN, "one[31m\ntwo\none[31m\ntwo\n"))
     page.press("Control+d")
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_a_question_about_a_paste_says_what_it_leaves_out(keyboard):
+    page = keyboard.page
+    paste(page, "w" * 300 + "\n" + "line\n" * 20)
+    page.wait_for("document.querySelector('#confirm').open")
+    shown = page.text("#confirm-text").split("\n")
+    assert (shown[1], shown[-1]) == ("w" * 200 + "…", "… and 13 more")
+    page.press("Escape")
+    page.wait_for(KEYS)
+    assert keyboard.typed() == ""
 
 
 class Keyboard:
@@ -4078,10 +4214,11 @@ def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_pag
     page.wait_for("document.querySelector('#terminal-keys').hidden")
 
 
-def join(site, name):
+def join(site, name, options=""):
     """Connect another machine."""
     token = site.call("device.token.create", displayName=name)["deviceToken"]
-    site.run(f"moltis node add --host {site.url} --token {token} --foreground")
+    line = f"moltis node add --host {site.url} --token {token} --foreground"
+    site.run(f"{line} {options}")
     wait_for(lambda: name in connected(site), what=name)
 
 
@@ -4202,6 +4339,22 @@ def test_a_terminal_stays_where_a_person_scrolled_it(site, make_page, tmp_path):
     page.wait_for(shows(SCREEN, "42\n"))
     rows = f"document.querySelectorAll('{SCREEN} > div > div').length"
     page.wait_for(f"{rows} > 4000")  # those that scrolled out follow
+
+
+def test_keys_scroll_a_terminal_unless_its_program_has_the_screen(keyboard):
+    page = keyboard.page
+    keyboard.show("row\r\n" * 200)
+    box = "document.querySelector('.term:not([hidden]) .term-box')"
+    at_end = f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight < 3"
+    page.wait_for(f"{box}.scrollTop > 1000 && {at_end}")
+    page.press("Shift+PageUp")
+    page.wait_for(f"!({at_end})")
+    page.press("Shift+PageDown")
+    page.wait_for(at_end)
+    assert keyboard.typed() == ""
+    keyboard.show("\x1b[?1049h")
+    page.press("Shift+PageUp")
+    assert keyboard.typed() == "\x1b[5;2~"
 
 
 def test_of_a_flood_frames_are_drawn_and_not_lines(site, make_page):
@@ -4414,6 +4567,14 @@ def cable(own_site):
         wait_for(lambda: "Far" in connected(own_site), what="the node")
         yield proxy
         node.end()
+
+
+def test_a_terminal_says_since_when_its_machine_is_away(own_site, cable, make_page):
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Far")
+    cable.target = free_port()
+    cable.cut()
+    page.wait_for(shows("#terminal-note", "Waiting for Far to come back (away since "))
 
 
 @pytest.mark.parametrize("size", SIZES)
