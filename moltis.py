@@ -37945,14 +37945,22 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
     return wanted.hostname in {*host_names(), *host_addresses()}
 
 
+def check_secret(text: str, name: str) -> None:
+    """Raises UsageError for what can be no key or token; SCRAM takes ASCII only."""
+    if not text.isascii():
+        raise UsageError(f"{name} has characters that none has; copy it once more")
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
-    The key is "" where none is known.  Raises Unreachable where no gateway is known.
+    The key is "" where none is known.  Raises Unreachable where no gateway is known,
+    UsageError.
     """
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
     key = args.api_key or context.environ.get("MOLTIS_API_KEY")
+    check_secret(key or "", "the operator key")
     if not given and file is None:
         raise Unreachable(
             f"no gateway is known: {context.directory / GatewayFile.FILE} does not "
@@ -38020,7 +38028,7 @@ def operator_client(
     on_news: NewsHandler = ignore_news,
     client: str = "shell",
 ) -> OperatorClient:
-    """Raises Unreachable or Refused."""
+    """Raises Unreachable, Refused or UsageError."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
@@ -38033,7 +38041,9 @@ def operator_client(
             "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
         )
     try:
-        return OperatorClient(url, key, trust, on_news, client)
+        found = OperatorClient(url, key, trust, on_news, client)
+        args.signed_in = True
+        return found
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -38404,6 +38414,7 @@ def node_settings(
             "--token takes a device token (mdt_…), and this is an operator key (mk_…); "
             "`moltis node generate-token` makes a device token"
         )
+    check_secret(token, "the device token")
     trust = chosen_trust(args, context)
     require_tls(trust, host)
     working_dir = args.working_dir and local_path(args.working_dir)
@@ -42670,10 +42681,13 @@ def run_subcommand(
     surplus = [word for word in surplus if word != "--"]
     if surplus:
         raise surplus_words(parser, surplus)
-    args.command, args.build_parser = command, build_parser
-    asks_gateway = "api_key" in args
-    with making_sense() if asks_gateway else contextlib.nullcontext():
+    args.command, args.build_parser, args.signed_in = command, build_parser, False
+    try:
         status: int = args.run(args, context)
+    except MISREADING as error:
+        if not args.signed_in:  # no answer was read yet: the fault is ours
+            raise
+        raise Nonsense(error) from error
     return status
 
 
