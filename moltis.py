@@ -1006,6 +1006,19 @@ def is_locked_file(name: str, directory: int, *, follow: bool) -> bool:
     return False
 
 
+def require_regular(*paths: Path) -> None:
+    """Raise BadConfiguration for a directory, or a pipe, which could take for ever.
+
+    What is missing, or cannot be examined, is left to whoever opens it.
+    """
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadConfiguration(
+                    f"{path} is not a regular file; delete it, or use another"
+                )
+
+
 def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
@@ -1739,9 +1752,8 @@ def read_settings_file(path: Path) -> JsonObject | None:
 
     Raises BadConfiguration if it cannot be used.
     """
+    require_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe could take for ever
-            raise BadConfiguration(f"{path} is not a regular file; delete it")
         data = path.read_bytes()
         # Zeros are what a file system keeps of a file when the power fails.
         value = from_json(data) if data.strip(b"\0 \t\r\n") else None
@@ -3517,8 +3529,9 @@ def parse_certificate(der: bytes) -> Certificate:
 def read_certificate(path: Path) -> bytes:
     """Return the first certificate of a PEM file, in DER.
 
-    Raises OSError, ValueError.
+    Raises OSError, ValueError, BadConfiguration.
     """
+    require_regular(path)
     found = re.search(
         rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
         path.read_bytes(),
@@ -3594,6 +3607,7 @@ def read_ca(path: str) -> str:
 
     Raises BadConfiguration.
     """
+    require_regular(Path(path))
     try:
         read_certificate(Path(path))
         text = Path(path).read_text("ascii", "replace")
@@ -3631,6 +3645,7 @@ def load_tls(files: TlsFiles) -> TlsIdentity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    require_regular(files.certificate, files.key)
     try:
         # Without the empty password OpenSSL would ask for one on the terminal.
         context.load_cert_chain(files.certificate, files.key, password=lambda: "")
@@ -14108,6 +14123,12 @@ def _cannot_use_database(path: Path, error: Exception) -> str:
     return "; ".join([f"cannot use the database {path}: {reason}", *advice])
 
 
+def _require_regular_database(path: Path) -> None:
+    # Of any other file SQLite says that the disk is full, or the file read-only.
+    own = (path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))
+    require_regular(path, *own)
+
+
 def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     version, newest = db.execute("PRAGMA user_version").fetchone()[0], max(MIGRATIONS)
     if version > newest:
@@ -14149,6 +14170,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
     import sqlite3
 
     make_private_directory(path.parent)
+    _require_regular_database(path)
     try:
         # SQLite gives its own files beside this one the same permissions.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -14181,6 +14203,7 @@ def check_database(path: Path) -> None:
     require_sqlite()
     import sqlite3
 
+    _require_regular_database(path)
     try:
         # `rw` makes no file, so that a wrong path is an error.
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
