@@ -14944,6 +14944,7 @@ class AuditTable(Table):
         *,
         node_id: str = "",
         state: str = "",
+        query: str = "",
         caller: str = "",
         event: str = "",
         since: int = 0,
@@ -14953,10 +14954,10 @@ class AuditTable(Table):
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        With a node, or a state as in JobsTable.page(), these are commands; `event` is
-        an AuditEvent, or what is before its dot.  To go on, `until` is the time of the
-        last entry the caller has, and `offset` the number of entries it has of that
-        time.
+        With a node, or a state or a query as in JobsTable.page(), these are commands;
+        `event` is an AuditEvent, or what is before its dot.  To go on, `until` is the
+        time of the last entry the caller has, and `offset` the number of entries it has
+        of that time.
         """
         events = ["at BETWEEN :since AND :until"]
         jobs = ["asked_at BETWEEN :since AND :until"]
@@ -14965,12 +14966,14 @@ class AuditTable(Table):
             jobs.append("node_id = :node_id")
         if state and state not in JobsTable.STATES:
             jobs.append("state = :state")
+        if query:
+            jobs.append("instr(lower(command), lower(:query))")
         if caller:
             events.append("caller = :caller COLLATE NOCASE")
             jobs.append("caller_name = :caller COLLATE NOCASE")
         if event:
             events.append("(event = :event OR substr(event, 1, :dot) = :event || '.')")
-        if node_id or state or event == AuditEvent.COMMAND:
+        if node_id or state or query or event == AuditEvent.COMMAND:
             events = []
         if event not in ("", AuditEvent.COMMAND):
             jobs = []
@@ -14997,6 +15000,7 @@ class AuditTable(Table):
             {
                 "node_id": node_id,
                 "state": state,
+                "query": query,
                 "caller": caller,
                 "event": event,
                 "dot": len(event) + 1,
@@ -22400,6 +22404,7 @@ class Rpc:
                 *(access.audit, admin),
                 nodeId=word,
                 state=filtered,
+                query=word,
                 caller=word,
                 event=word,
                 since=Optional(int, 0),
@@ -22411,6 +22416,7 @@ class Rpc:
                 *(access.exporting, admin),
                 nodeId=word,
                 state=filtered,
+                query=word,
                 caller=word,
                 event=word,
                 since=Optional(int, 0),
@@ -25314,15 +25320,15 @@ class HttpApp:
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all of the audit, the newest first, for a spreadsheet.
 
-        The query may name a node and a state, as for `audit.list`.
+        The query may name a node, a state and a part of commands, as for `audit.list`.
         """
         caller, rpc = self.caller(request), self._gateway.rpc
         given = parse_qs(request.query, errors="replace")
-        unknown = given.keys() - {"nodeId", "state"}
+        unknown = given.keys() - {"nodeId", "state", "query"}
         if unknown:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state, query",
             )
         filters = {name: values[-1] for name, values in given.items()}
         pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
@@ -34614,6 +34620,7 @@ function filterActivity() {
   const filters = new URLSearchParams();
   if (activity.node) filters.set("nodeId", activity.node);
   if (activity.result) filters.set("state", activity.result);
+  if (activity.query) filters.set("query", activity.query);
   $("audit-save").search = filters;
   loadActivity();
 }

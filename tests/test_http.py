@@ -389,6 +389,7 @@ def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
             asked_at=1000 + number // 20,  # more of one time than a page has
             state="done",
             exit_code=number % 3,
+            command="Make all" if number % 5 else "ls",
         )
         for number in range(60)
     ]
@@ -406,6 +407,8 @@ def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
     assert jobs("?nodeId=n1") == sorted(r.id for r in made if r.node_id == "n1")
     both = [r.id for r in made if r.node_id == "n1" and r.exit_code]
     assert jobs("?state=failed&nodeId=n1") == sorted(both)
+    made_all = [r.id for r in made if r.command == "Make all" and r.node_id == "n1"]
+    assert jobs("?query=make+A&nodeId=n1") == sorted(made_all)
     assert jobs("?state=lost") == []
     assert download(gateway, "/api/audit.csv?state=lost").body.startswith(b'"at"')
     assert download(gateway, "/api/audit.csv?state=bogus").status == 400

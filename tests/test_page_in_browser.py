@@ -1326,6 +1326,8 @@ def test_activity_filters_mean_what_they_say(site, make_page):
     choose_in(page, "#filter-state", "failed")
     page.wait_for(f"{shows('#activity-list', 'exit 9')}")
     assert "echo fine" not in page.text("#activity-list")
+    saved = page.evaluate("document.querySelector('#audit-save').search")
+    assert saved == "?state=failed&query=IN+ANY+case"
     # What happens meanwhile is filtered as well.
     site.call("job.wait", id=start(site, "echo again in any case"))
     site.call("job.wait", id=start(site, "exit 8 in any case"))
