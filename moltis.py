@@ -26694,7 +26694,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <section aria-labelledby="key-form-head">
 <form id="key-form" class="panel"><h2 id="key-form-head">Create a key</h2>
 <label for="key-name">Whose it is</label>
-<input id="key-name" required maxlength="100" placeholder="A person or a script"
+<input id="key-name" required maxlength="200" placeholder="A person or a script"
  autocomplete="off">
 <fieldset id="key-scopes"><legend>What it may do</legend></fieldset>
 <button class="button main">Create key</button></form>
@@ -26714,7 +26714,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <p>Any machine with Python 3.8 that can reach this gateway. Nothing connects to it: it
 dials out.</p>
 <label for="token-name">Name</label>
-<input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
+<input id="token-name" maxlength="200" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button class="button closes" type="button">Cancel</button>
 <button class="button main" type="submit">Show the command</button></div>
@@ -27403,7 +27403,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .rows { max-width: 640px; margin-top: 8px; }
 .rows li { display: flex; align-items: center; gap: 9px; padding: 6px 0;
   border-bottom: var(--rule); font-size: 14px; }
-.jobs code { flex: 1; min-width: 60px; }
+.jobs a { flex: 1; min-width: 60px; color: inherit; text-decoration: none; }
+.jobs a:hover { text-decoration: underline; }
+.jobs code { display: block; }
 .jobs .detail { flex: none; max-width: 60%; }
 .rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
@@ -31720,8 +31722,11 @@ const confirmed = async (...question) => (await decided(...question)) === "yes";
 
 // Ask for a name; resolves to "" if the question is closed.  The first `end` characters
 // of the old one are selected.
-async function askedName(title, action, name = "", end = name.length) {
+const MAX_NAME = 200; // characters, of what the gateway names; a file's machine decides
+
+async function askedName(title, action, limit = "", name = "", end = name.length) {
   const field = $("name-text");
+  field.setAttribute("maxlength", limit); // "": none
   fill($("name-title"), visible(title));
   setText($("name-yes"), action);
   const answer = answerOf($("name"));
@@ -31731,8 +31736,8 @@ async function askedName(title, action, name = "", end = name.length) {
 }
 
 // Ask for another name; resolves to "" if it stays.
-async function otherName(name, end) {
-  const given = await askedName(`Rename ${name}`, "Rename", name, end);
+async function otherName(name, limit, end) {
+  const given = await askedName(`Rename ${name}`, "Rename", limit, name, end);
   return given === name ? "" : given;
 }
 
@@ -32145,7 +32150,7 @@ class SessionItem {
     this.remove.hidden = entry.key === MAIN;
     on(this.remove, "click", () => this.discard());
     on(this.rename, "click", async () => {
-      const label = await otherName(sessionName(this.entry));
+      const label = await otherName(sessionName(this.entry), MAX_NAME);
       if (label) patchSession(entry.key, {label});
     });
   }
@@ -33345,7 +33350,8 @@ function nodeFacts(node) {
 const nodeFigures = new Figures($("node-figures"));
 
 const jobItem = ({id, command, words, startedAt, askedAt, result, ...job}) =>
-  h("li", {"data-key": id}, dotOf(jobKind(job)), h("code", {title: command}, command),
+  h("li", {"data-key": id}, dotOf(jobKind(job)),
+    h("a", {href: jobPath(id), title: command}, h("code", command)),
     h("span", {class: "detail", title: words},
       `${result ? transferWords(result) : capitalized(words)}, ` +
       formatTime(startedAt || askedAt)),
@@ -33398,7 +33404,7 @@ async function loadNodeJobs() {
 
 async function renameNode() {
   const {nodeId, displayName} = routeNode();
-  const name = (await otherName(displayName)).trim();
+  const name = (await otherName(displayName, MAX_NAME)).trim();
   if (!name) return;
   await attempt("node.rename", {nodeId, displayName: name});
   refresh("nodes", "devices");
@@ -33949,8 +33955,8 @@ function uploadRow(one) {
     h("span", {class: "name", title: name}, name),
     h("progress", {max: 1, value: taken / total, hidden: stage !== "sends"}),
     h("span", {class: "detail", role: "status"}, detail),
-    iconButton("close", end, () => endUpload(one)),
-    stage === "waits" && resumeField(one));
+    stage === "waits" && resumeField(one),
+    iconButton("close", end, () => endUpload(one)));
 }
 
 function drawUploads() {
@@ -34268,7 +34274,7 @@ async function makeDirectory() {
 
 async function renameFile(path, entry) {
   const known = shownName(entry.name);
-  const name = await otherName(known, /^.+(?=\.)|.*/s.exec(known)[0].length);
+  const name = await otherName(known, "", /^.+(?=\.)|.*/s.exec(known)[0].length);
   if (!name) return;
   const to = encodePath(name[0] === "/" ? name : pathIn(files.path, name));
   await changeFile({action: "rename", path: encodePath(path), to});

@@ -736,7 +736,10 @@ def test_output_goes_on_when_a_person_comes_back_to_the_chat(site, make_page):
     page.click("#node-cards > :nth-child(1) .name")
     page.wait_for(shows("#node-jobs", "Running"))
     page.wait_for(f"{shows('#node-state', 'Busy')}")
-    page.evaluate("history.go(-2)")
+    page.click("#node-jobs a")
+    page.wait_for("location.pathname.startsWith('/activity/')")
+    page.wait_for(shows("#activity-list .command:not(.folded)", "for n in"))
+    page.evaluate("history.go(-3)")
     page.wait_for(shows(LAST, "line 12\n"))
     lines = page.text(f"{LAST} .lines").split("\n")
     assert lines[:12] == [f"line {n}" for n in range(1, 13)]
@@ -827,6 +830,17 @@ def test_a_long_name_fits_into_the_dialog_that_asks_for_another(site, make_page)
     assert page.evaluate(width) == 0
     page.press("Escape")
     site.call("sessions.delete", key=key)
+
+
+def test_a_field_takes_no_longer_name_than_the_gateway(site, make_page):
+    page = make_page(site, "/nodes/Demo%20node")
+    page.wait_for(shows("#node-title", "Demo node"))
+    page.click("#node-rename")
+    page.wait_for(NAMING)
+    for field in ("name-text", "key-name", "token-name"):
+        limit = page.evaluate(f"document.querySelector('#{field}').maxLength")
+        assert limit == moltis.MAX_NAME, field
+    page.press("Escape")
 
 
 def test_markup_in_output_and_messages_stays_text(site, make_page):
