@@ -24383,7 +24383,7 @@ MCP_PATH = "/mcp"
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = (  # answered with the page
     *("/chat", "/chat/", "/activity", "/activity/", "/nodes", "/nodes/"),
-    *("/settings", "/settings/", "/terminal", "/terminal/"),
+    *("/settings", "/settings/", "/terminal", "/terminal/", "/models", "/access"),
 )
 
 SECURITY_HEADERS = (
@@ -31632,7 +31632,9 @@ function routeOf(path) {
     const [id, what] = rest.split("/");
     return {page: what === "recording" ? what : "terminal", id};
   }
-  if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
+  if (area === "models" || area === "access") return {page: area};
+  if (area === "settings")
+    return {page: Object.keys(PAGES).includes(rest) ? rest : "nodes"};
   if (area === "nodes" && !rest) return {page: "nodes"};
   const [, name, below] = /^([^/]*)\/files(\/.*|)$/.exec(rest) || [];
   if (area === "nodes" && name)

@@ -268,6 +268,7 @@ def test_an_address_of_nothing_gets_a_sentence(site, make_page):
         "/terminal/%/recording": "There is no job '%'",
         "/activity/?state=%zz": "All results",
         "/settings/%": "All well",
+        "/settings/constructor": "All well",
         "/terminal": "Terminals",
     }.items():
         page.goto(site.url + path)
@@ -276,6 +277,12 @@ def test_an_address_of_nothing_gets_a_sentence(site, make_page):
     page.errors.clear()  # Chromium reports the 404 of the recording
     page.goto(site.url)  # shows another chat than that which there is not
     page.wait_for("location.pathname === '/chat/main'")
+
+
+@pytest.mark.parametrize("name", ["activity", "nodes", "models", "access"])
+def test_each_view_opens_by_its_name_as_an_address(site, make_page, name):
+    page = make_page(site, f"/{name}")
+    page.wait_for(f"document.querySelector('#{name}')?.hidden === false")
 
 
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
