@@ -34395,11 +34395,19 @@ function openToken() {
   $("token-name").focus();
 }
 
+let tokenRequest = null; // stands for the one that is not answered
+
 async function generateToken() {
+  if (tokenRequest) return; // submitted twice
+  const request = tokenRequest = {};
   const name = $("token-name").value.trim();
   try {
     const named = name ? {displayName: name} : {};
     const made = await link.call("device.token.create", named);
+    if (tokenRequest !== request) { // closed meanwhile: nobody sees the token
+      await link.call("device.token.revoke", {deviceId: made.deviceId});
+      return;
+    }
     state.token = {...made, name, expiresAt: now() + JOIN_LIFETIME};
     $("token-form").hidden = true;
     $("token-made").hidden = false;
@@ -34409,14 +34417,17 @@ async function generateToken() {
     refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), capitalized(error.message));
+  } finally {
+    if (tokenRequest === request) tokenRequest = null;
   }
 }
 
 // Replace a link that has expired; its token was never used.
 async function renewToken() {
-  const {deviceId, name} = state.token;
-  await attempt("device.token.revoke", {deviceId});
-  $("token-name").value = name;
+  const old = state.token;
+  await attempt("device.token.revoke", {deviceId: old.deviceId});
+  if (state.token !== old) return; // closed meanwhile
+  $("token-name").value = old.name;
   generateToken();
 }
 
@@ -34512,7 +34523,7 @@ function drawTokenWait() {
 }
 
 function forgetToken() {
-  state.token = null;
+  state.token = tokenRequest = null;
   fillIfChanged($("token-lines"), [], () => []); // they show a secret
 }
 

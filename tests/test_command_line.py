@@ -2782,7 +2782,11 @@ def test_an_error_of_our_own_before_any_answer_is_not_the_gateways(
     ("variable", "words", "said"),
     [
         ("MOLTIS_API_KEY", "node list", "the operator key"),
-        ("MOLTIS_DEVICE_TOKEN", "node add --foreground --host ws://h", "the device token"),
+        (
+            "MOLTIS_DEVICE_TOKEN",
+            "node add --foreground --host ws://h",
+            "the device token",
+        ),
     ],
 )
 def test_a_secret_that_is_not_ascii_is_refused_in_one_sentence(

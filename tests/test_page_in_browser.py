@@ -1192,6 +1192,39 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     revoke_unused(page)
 
 
+# Requests for a token wait in `held`, for the test to send them.
+HOLD_TOKENS = """(() => {
+  const {send} = WebSocket.prototype;
+  window.held = [];
+  WebSocket.prototype.send = function(data) {
+    if (String(data).includes('"device.token.create"'))
+      held.push(() => send.call(this, data));
+    else send.call(this, data);
+  };
+})()"""
+
+
+def test_a_token_whose_dialog_is_closed_before_it_is_made_is_revoked(site, make_page):
+    page = make_page(site, "/nodes")
+    page.evaluate(HOLD_TOKENS)
+    page.click("#new-token")
+    page.fill("#token-name", "Unseen")
+    submit = "document.querySelector('#token-form').requestSubmit()"
+    page.evaluate(f"{submit}, {submit}")
+    page.wait_for("held.length > 0")
+    assert page.evaluate("held.length") == 1
+    page.press("Escape")
+    page.wait_for("!document.querySelector('#token').open")
+    page.click("#new-token")
+    page.evaluate("held[0]()")
+    newest = lambda event: str(site.call("audit.list", event=event, limit=1))  # noqa: E731
+    wait_for(lambda: "Unseen" in newest("token.revoked"))
+    assert "Unseen" in newest("token.created")
+    assert page.evaluate("document.querySelector('#token-made').hidden")
+    assert "mdt_" not in page.evaluate("document.documentElement.outerHTML")
+    page.press("Escape")
+
+
 # -- what runs, and what ran ---------------------------------------------------
 
 STOP = "[data-part=stop]"
