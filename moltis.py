@@ -25328,7 +25328,8 @@ class HttpApp:
         if unknown:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state, query",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state, "
+                "query",
             )
         filters = {name: values[-1] for name, values in given.items()}
         pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
@@ -41260,6 +41261,7 @@ class ChatTerminal:
         self._subscribed: OperatorClient | None = None
         self._seq = 0  # of the newest event, and of all that it builds on
         self._run_id = ""  # of this turn, once the gateway has the message
+        self._message_id = ""  # of what this turn answers
         self._typed = False  # the command of this turn, by a person
         self._said: dict[str, int] = {}  # characters printed, by message
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
@@ -41319,11 +41321,12 @@ class ChatTerminal:
         """Have `text` answered; return the exit status.  Raises UserError."""
         session = self.session
         self._status, self._run_id, self._stops = EXIT_OK, "", False
+        self._message_id = new_id()
         self._typed = session["model"] == SHELL_ID or text.startswith("!")
         message = {
             "sessionKey": session["key"],
             "text": text,
-            "id": new_id(),
+            "id": self._message_id,
             "model": session["model"],
             "nodeId": session["node_id"] or LOCAL_ID,
         }
@@ -41428,9 +41431,21 @@ class ChatTerminal:
             self._output.say("an earlier message is being answered; this one waits")
         for known in history:
             self._seq = max(self._seq, known["seq"])
-            if known["runId"] == self._run_id:
+            if self._is_ours(known["runId"], known):
                 self._show_message(known)
         return over
+
+    def _is_ours(self, run_id: str, message: JsonObject | None) -> bool:
+        """Return whether `run_id`, that of `message`, is our turn's.
+
+        Raises LookupError.
+        """
+        if run_id == self._run_id:
+            return True
+        if message is not None and message["id"] == self._message_id:
+            # What chat.send named would never end.
+            raise LookupError(f"our message is in {run_id}, not {self._run_id}")
+        return False
 
     def _sent(self, message: JsonObject) -> JsonObject:
         """Return the answer to `chat.send`.  Raises UserError."""
@@ -41480,9 +41495,9 @@ class ChatTerminal:
             return False
         is_new = event["seq"] > self._seq
         self._seq = max(self._seq, event["seq"])
-        if event["runId"] != self._run_id:
-            return False
         state, message = event["state"], event.get("message")
+        if not self._is_ours(event["runId"], message):
+            return False
         if message is not None:
             self._show_message(message)
         elif state == "delta" and is_new:

@@ -2767,6 +2767,22 @@ def test_an_answer_without_the_job_that_was_asked_for_ends_the_wait(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_chat_does_not_wait_for_another_run_than_that_of_its_message(
+    gateway, home, monkeypatch
+):
+    call = moltis.Rpc.call
+
+    def answer(rpc, caller, method, *rest):
+        found = call(rpc, caller, method, *rest)
+        return {**found, "runId": "another"} if method == "chat.send" else found
+
+    monkeypatch.setattr(moltis.Rpc, "call", answer)
+    done = run_moltis("chat", "true", home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr.startswith("moltis: the gateway's answer makes no sense here")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_error_of_our_own_before_any_answer_is_not_the_gateways(
     gateway, monkeypatch, capsys
 ):
