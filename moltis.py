@@ -15281,6 +15281,23 @@ class MessagesTable(Table):
             (session_key, seq, limit),
         )[::-1]
 
+    def last_question(self, session_key: str) -> SessionMessage | None:
+        """Return what a model was asked last, of what is no longer in line."""
+        return self._first(
+            SessionMessage,
+            "session_key = ? AND role = 'user' AND state = 'done'"
+            # In JSON no text has these: its quotes are escaped.
+            " AND instr(details, '\"nodeId\":') AND NOT instr(details, '\"typed\":')"
+            " ORDER BY created_at DESC LIMIT 1",
+            (session_key,),
+        )
+
+    def is_interrupted(self, session_key: str, run_id: str) -> bool:
+        """Return whether a message of a run was cut short by the gateway's end."""
+        condition = "session_key = ? AND run_id = ? AND state = 'interrupted'"
+        found = self._first(SessionMessage, condition, (session_key, run_id))
+        return found is not None
+
     def by_id(self, message_id: str) -> SessionMessage | None:
         return self._first(SessionMessage, "id = ?", (message_id,))
 
@@ -20063,14 +20080,8 @@ class SessionLog:
 
     def asked_on(self) -> str:
         """Return the id of the node that was chosen for the last question, or ""."""
-        questions = [
-            message.details["nodeId"]
-            for message in self.last(None)
-            if (message.role, message.state) == ("user", MessageState.DONE)
-            and "nodeId" in message.details
-            and "typed" not in message.details
-        ]
-        return str(questions[-1]) if questions else ""
+        question = self._store.messages.last_question(self.key)
+        return str(question.details["nodeId"]) if question else ""
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
         """Return the messages that changed after `seq`, up to one more than a page."""
@@ -20937,14 +20948,10 @@ class Chats:
 
     def _recover_run(self, session: Session) -> None:
         """Show that a model did not answer, unless an interrupted message does."""
-        session_log = self._log(session.key)
-        if not any(
-            message.run_id == session.run_id
-            and message.state == MessageState.INTERRUPTED
-            for message in session_log.last(None)
-        ):
+        if not self._store.messages.is_interrupted(session.key, session.run_id):
             text = "The gateway was restarted before the answer was complete."
             event, interrupted = "notice", MessageState.INTERRUPTED
+            session_log = self._log(session.key)
             session_log.add(event, "notice", session.run_id, interrupted, text=text)
         self._store.sessions.change(session.key, run_id="")
 
