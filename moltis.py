@@ -7004,13 +7004,13 @@ class FileListing:
         self,
         spec: FileList,
         places: FilePlaces,
-        pause: Callable[[], None] = lambda: None,
+        step: Callable[[], None] = lambda: None,
     ) -> None:
-        """`pause` is called now and then; it may raise.
+        """`step` is called now and then; it may raise.
 
         Raises RpcError if there is nothing to list.
         """
-        self._pause = pause
+        self._step = step
         self._away = 0  # entries whose file system does not answer
         self.path = places.absolute(decode_path(spec.path))
         self._follow = places.follows_links
@@ -7045,7 +7045,7 @@ class FileListing:
         One where a file system is mounted that does not answer is "other".
         """
         if self._away >= MAX_AWAY:
-            self._pause()
+            self._step()
             return [FileEntry(encode_path(name), "other", 0, 0, 0) for name in names]
         look = partial(self._entries, names)
         path = os.path.join(self.path, *names[:1])
@@ -7058,7 +7058,7 @@ class FileListing:
                 return [FileEntry(encode_path(names[0]), "other", 0, 0, 0)]
         found: list[FileEntry] = []
         for name in names:  # each by itself: a thread for each costs ten times more
-            self._pause()
+            self._step()
             found += self._look_at([name])
         return found
 
@@ -7083,17 +7083,17 @@ class FileListing:
 # -- changing ------------------------------------------------------------------
 
 
-def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
+def remove_tree(parent: int, name: str, step: Callable[[], None]) -> None:
     """Delete a directory tree without following links.
 
-    Calls `pause` before each entry.  Raises OSError, and what `pause` raises.
+    Calls `step` before each entry.  Raises OSError, and what `step` raises.
     """
     waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
     try:
         while waiting:
             directory, names = waiting[-1]
             if names:
-                pause()
+                step()
                 facts = os.stat(names[-1], dir_fd=directory, follow_symlinks=False)
                 if stat.S_ISDIR(facts.st_mode):
                     below = descend(os.dup(directory), names[-1:])
@@ -7142,23 +7142,23 @@ def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
 
 
 def _delete(
-    parent: int, name: str, pause: Callable[[], None], *, recursive: bool
+    parent: int, name: str, step: Callable[[], None], *, recursive: bool
 ) -> None:
     facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if not stat.S_ISDIR(facts.st_mode):
         os.unlink(name, dir_fd=parent)
     elif recursive:
-        remove_tree(parent, name, pause)
+        remove_tree(parent, name, step)
     else:
         os.rmdir(name, dir_fd=parent)
 
 
 def change_file(
-    spec: FileChange, places: FilePlaces, umask: int, pause: Callable[[], None]
+    spec: FileChange, places: FilePlaces, umask: int, step: Callable[[], None]
 ) -> JsonObject:
     """Make, rename or delete a file, replacing none; return its path.
 
-    `pause` is called before each entry is deleted.  Raises RpcError.
+    `step` is called before each entry is deleted.  Raises RpcError.
     """
     if spec.action not in FILE_ACTIONS:
         known = ", ".join(FILE_ACTIONS)
@@ -7173,7 +7173,7 @@ def change_file(
             elif spec.action == "rename":
                 _rename(parent, name, places, places.absolute(decode_path(spec.to)))
             else:
-                _delete(parent, name, pause, recursive=spec.recursive)
+                _delete(parent, name, step, recursive=spec.recursive)
     except OSError as error:
         code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
         raise RpcError(code, file_problem(path, error)) from error
@@ -7452,7 +7452,7 @@ class TransferHooks(Value):
     # Called before a step that neither sends nor receives, with its time limit in s, or
     # None for the usual one.
     alive: Callable[[float | None], None] = lambda _limit: None
-    pause: Callable[[], None] = lambda: None  # called now and then; may raise
+    step: Callable[[], None] = lambda: None  # called now and then; may raise
     # Called with the number of bytes that were checked, and of all; may raise.
     progress: Callable[[int, int], None] = lambda _done, _size: None
     say: Callable[[str], None] = lambda _text: None  # called with a sentence
@@ -7611,9 +7611,9 @@ class FileSource:
         total = 0
         with opened(top):
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
-                self._hooks.pause()
+                self._hooks.step()
                 for name in names:
-                    self._hooks.pause()  # each may take its time on a slow disk
+                    self._hooks.step()  # each may take its time on a slow disk
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
@@ -7650,7 +7650,7 @@ class FileSource:
         try:
             while waiting:
                 directory, entries, path = waiting[-1]
-                self._hooks.pause()
+                self._hooks.step()
                 found = next(entries, None)
                 if found is None:
                     waiting.pop()
@@ -11776,10 +11776,10 @@ class Errand:
     def commit(self) -> None:
         """Begin what cannot be taken back: no later cancel ends it.
 
-        Raises Cancelled, which pause() no longer does after this.
+        Raises Cancelled, which step() no longer does after this.
         """
         with self._deciding:
-            self.pause()
+            self.step()
             if self._cancel_due < math.inf:
                 raise Cancelled
             self._committed = True
@@ -11789,7 +11789,7 @@ class Errand:
         self._held = HELD_TIMEOUT if limit is None else limit
         self._due = time.monotonic() + self._held
 
-    def pause(self) -> None:
+    def step(self) -> None:
         """Begin the next step.  Raises Cancelled."""
         self.alive()
         if not self._committed:
@@ -11830,8 +11830,8 @@ class Errand:
                 self._due = math.inf
                 self._room.wait()
                 self._room.clear()
-                self.pause()
-            self.pause()
+                self.step()
+            self.step()
             self._log.append(kind, data[start : start + MAX_FRAME_DATA])
             self._log.ready()
 
@@ -11970,7 +11970,7 @@ def file_places(options: MachineOptions) -> FilePlaces:
 
 
 def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
-    find = partial(FileListing, spec, file_places(options), errand.pause)
+    find = partial(FileListing, spec, file_places(options), errand.step)
     listing = errand.call_file_system(find, spec.path, LOOK_TIMEOUT)
     lines: list[str] = []
     for entry in listing.entries():
@@ -11990,7 +11990,7 @@ def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
     umask = file_umask(options.inherited)
-    change = partial(change_file, spec, file_places(options), umask, errand.pause)
+    change = partial(change_file, spec, file_places(options), umask, errand.step)
     return errand.call_file_system(change, spec.path)
 
 
@@ -12014,7 +12014,7 @@ class Notes:
         """Return hooks that report to the log, and end a transfer that is cancelled."""
         return TransferHooks(
             alive=self._errand.alive,
-            pause=self._errand.pause,
+            step=self._errand.step,
             progress=self._checked,
             say=self._say,
             skip=self._skip,
@@ -12023,7 +12023,7 @@ class Notes:
 
     def _checked(self, done: int, size: int) -> None:
         """Raises Cancelled."""
-        self._errand.pause()
+        self._errand.step()
         now = time.monotonic()
         if now >= self._shown_at + CHECKED_INTERVAL or done == size:
             self._shown_at = now
@@ -12048,7 +12048,7 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
 
     def read() -> JsonObject:
         if spec.part is not None:
-            text, result = TextSource(spec, places).read(errand.pause)
+            text, result = TextSource(spec, places).read(errand.step)
             errand.write_bytes(text)
             return {**result, "notes": 0}
         notes = Notes(errand)
