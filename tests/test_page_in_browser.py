@@ -3776,7 +3776,7 @@ class Keyboard:
     def __init__(self, page, site, directory):
         self.page = page
         self._file = directory / "typed"
-        self._read = 0
+        self._read = self._shown = 0
         open_terminal(page, site, "Local")
         name = directory / "name"
         files = [shlex.quote(str(path)) for path in (name, self._file)]
@@ -3786,9 +3786,10 @@ class Keyboard:
 
     def show(self, text):
         """Have the program print `text`; return once the page has taken it."""
+        self._shown += 1  # what is waited for must not be there already
         with open(self.screen, "w", encoding="utf-8") as screen:
-            screen.write(f"\x1b[2J\x1b[H{text}\r\nshown {self._read}")
-        self.page.wait_for(shows(SCREEN, f"shown {self._read}"))
+            screen.write(f"\x1b[2J\x1b[H{text}\r\nshown {self._shown}")
+        self.page.wait_for(shows(SCREEN, f"shown {self._shown}"))
 
     def typed(self):
         """Return what was typed since the last call."""
