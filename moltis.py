@@ -25738,6 +25738,13 @@ def is_closed_there(sock: socket.socket) -> bool:
     return not head or tls_alert
 
 
+def is_reset(sock: socket.socket) -> bool:
+    """Return whether the other end takes no more bytes, as it said to earlier ones."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
 class TcpPeer(Value):
     """The other end of an accepted connection."""
 
@@ -25769,6 +25776,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Serves the upgraded connection after this handler is gone, whose objects and
         # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
+        probed = False  # whether the client is gone
+        replies = False  # the answer has begun
 
         def setup(self) -> None:
             super().setup()
@@ -25781,6 +25790,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
         def handle_one_request(self) -> None:
             self.stream.begin()
+            self.replies = False
             try:
                 super().handle_one_request()
             except MalformedHead as error:
@@ -25906,9 +25916,28 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
                 on_identified=self.peer.on_identified,
-                is_abandoned=partial(is_closed_there, self.connection),
+                is_abandoned=self.is_abandoned,
                 query=query,
             )
+
+        def is_abandoned(self) -> bool:
+            """Return whether the client left.
+
+            One that only ended its own side still reads (RFC 9112 §9.6); that sends the
+            same FIN as one that is gone.  Bytes show it: the latter resets.
+            """
+            if not is_closed_there(self.connection):
+                return False
+            if self.replies or self.request_version == "HTTP/1.0":
+                return True
+            if self.probed:
+                return is_reset(self.connection)
+            self.probed = True
+            try:
+                self.handle_expect_100()  # also unasked, clients discard it: RFC 9110
+            except OSError:
+                return True
+            return False
 
         def refuse(self, status: int, message: str) -> None:
             """Send an error, then close the connection."""
@@ -25922,6 +25951,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
+            self.replies = True
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             body, length = reply.body, reply.length
