@@ -1006,6 +1006,19 @@ def is_locked_file(name: str, directory: int, *, follow: bool) -> bool:
     return False
 
 
+def require_regular(*paths: Path) -> None:
+    """Raise BadConfiguration for a directory, or a pipe, which could take for ever.
+
+    What is missing, or cannot be examined, is left to whoever opens it.
+    """
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadConfiguration(
+                    f"{path} is not a regular file; delete it, or use another"
+                )
+
+
 def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
@@ -1739,9 +1752,8 @@ def read_settings_file(path: Path) -> JsonObject | None:
 
     Raises BadConfiguration if it cannot be used.
     """
+    require_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe could take for ever
-            raise BadConfiguration(f"{path} is not a regular file; delete it")
         data = path.read_bytes()
         # Zeros are what a file system keeps of a file when the power fails.
         value = from_json(data) if data.strip(b"\0 \t\r\n") else None
@@ -3517,8 +3529,9 @@ def parse_certificate(der: bytes) -> Certificate:
 def read_certificate(path: Path) -> bytes:
     """Return the first certificate of a PEM file, in DER.
 
-    Raises OSError, ValueError.
+    Raises OSError, ValueError, BadConfiguration.
     """
+    require_regular(path)
     found = re.search(
         rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
         path.read_bytes(),
@@ -3594,6 +3607,7 @@ def read_ca(path: str) -> str:
 
     Raises BadConfiguration.
     """
+    require_regular(Path(path))
     try:
         read_certificate(Path(path))
         text = Path(path).read_text("ascii", "replace")
@@ -3631,6 +3645,7 @@ def load_tls(files: TlsFiles) -> TlsIdentity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    require_regular(files.certificate, files.key)
     try:
         # Without the empty password OpenSSL would ask for one on the terminal.
         context.load_cert_chain(files.certificate, files.key, password=lambda: "")
@@ -6989,13 +7004,13 @@ class FileListing:
         self,
         spec: FileList,
         places: FilePlaces,
-        pause: Callable[[], None] = lambda: None,
+        step: Callable[[], None] = lambda: None,
     ) -> None:
-        """`pause` is called now and then; it may raise.
+        """`step` is called now and then; it may raise.
 
         Raises RpcError if there is nothing to list.
         """
-        self._pause = pause
+        self._step = step
         self._away = 0  # entries whose file system does not answer
         self.path = places.absolute(decode_path(spec.path))
         self._follow = places.follows_links
@@ -7030,7 +7045,7 @@ class FileListing:
         One where a file system is mounted that does not answer is "other".
         """
         if self._away >= MAX_AWAY:
-            self._pause()
+            self._step()
             return [FileEntry(encode_path(name), "other", 0, 0, 0) for name in names]
         look = partial(self._entries, names)
         path = os.path.join(self.path, *names[:1])
@@ -7043,7 +7058,7 @@ class FileListing:
                 return [FileEntry(encode_path(names[0]), "other", 0, 0, 0)]
         found: list[FileEntry] = []
         for name in names:  # each by itself: a thread for each costs ten times more
-            self._pause()
+            self._step()
             found += self._look_at([name])
         return found
 
@@ -7068,17 +7083,17 @@ class FileListing:
 # -- changing ------------------------------------------------------------------
 
 
-def remove_tree(parent: int, name: str, pause: Callable[[], None]) -> None:
+def remove_tree(parent: int, name: str, step: Callable[[], None]) -> None:
     """Delete a directory tree without following links.
 
-    Calls `pause` before each entry.  Raises OSError, and what `pause` raises.
+    Calls `step` before each entry.  Raises OSError, and what `step` raises.
     """
     waiting = [(os.dup(parent), [name])]  # directories, with the names left in each
     try:
         while waiting:
             directory, names = waiting[-1]
             if names:
-                pause()
+                step()
                 facts = os.stat(names[-1], dir_fd=directory, follow_symlinks=False)
                 if stat.S_ISDIR(facts.st_mode):
                     below = descend(os.dup(directory), names[-1:])
@@ -7127,23 +7142,23 @@ def _rename(parent: int, name: str, places: FilePlaces, target: str) -> None:
 
 
 def _delete(
-    parent: int, name: str, pause: Callable[[], None], *, recursive: bool
+    parent: int, name: str, step: Callable[[], None], *, recursive: bool
 ) -> None:
     facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if not stat.S_ISDIR(facts.st_mode):
         os.unlink(name, dir_fd=parent)
     elif recursive:
-        remove_tree(parent, name, pause)
+        remove_tree(parent, name, step)
     else:
         os.rmdir(name, dir_fd=parent)
 
 
 def change_file(
-    spec: FileChange, places: FilePlaces, umask: int, pause: Callable[[], None]
+    spec: FileChange, places: FilePlaces, umask: int, step: Callable[[], None]
 ) -> JsonObject:
     """Make, rename or delete a file, replacing none; return its path.
 
-    `pause` is called before each entry is deleted.  Raises RpcError.
+    `step` is called before each entry is deleted.  Raises RpcError.
     """
     if spec.action not in FILE_ACTIONS:
         known = ", ".join(FILE_ACTIONS)
@@ -7158,7 +7173,7 @@ def change_file(
             elif spec.action == "rename":
                 _rename(parent, name, places, places.absolute(decode_path(spec.to)))
             else:
-                _delete(parent, name, pause, recursive=spec.recursive)
+                _delete(parent, name, step, recursive=spec.recursive)
     except OSError as error:
         code = "NOT_FOUND" if error.errno == errno.ENOENT else "CONFLICT"
         raise RpcError(code, file_problem(path, error)) from error
@@ -7437,7 +7452,7 @@ class TransferHooks(Value):
     # Called before a step that neither sends nor receives, with its time limit in s, or
     # None for the usual one.
     alive: Callable[[float | None], None] = lambda _limit: None
-    pause: Callable[[], None] = lambda: None  # called now and then; may raise
+    step: Callable[[], None] = lambda: None  # called now and then; may raise
     # Called with the number of bytes that were checked, and of all; may raise.
     progress: Callable[[int, int], None] = lambda _done, _size: None
     say: Callable[[str], None] = lambda _text: None  # called with a sentence
@@ -7596,9 +7611,9 @@ class FileSource:
         total = 0
         with opened(top):
             for _, _, names, directory in os.fwalk(".", dir_fd=top):
-                self._hooks.pause()
+                self._hooks.step()
                 for name in names:
-                    self._hooks.pause()  # each may take its time on a slow disk
+                    self._hooks.step()  # each may take its time on a slow disk
                     with contextlib.suppress(OSError):
                         facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         total += facts.st_size
@@ -7635,7 +7650,7 @@ class FileSource:
         try:
             while waiting:
                 directory, entries, path = waiting[-1]
-                self._hooks.pause()
+                self._hooks.step()
                 found = next(entries, None)
                 if found is None:
                     waiting.pop()
@@ -11761,10 +11776,10 @@ class Errand:
     def commit(self) -> None:
         """Begin what cannot be taken back: no later cancel ends it.
 
-        Raises Cancelled, which pause() no longer does after this.
+        Raises Cancelled, which step() no longer does after this.
         """
         with self._deciding:
-            self.pause()
+            self.step()
             if self._cancel_due < math.inf:
                 raise Cancelled
             self._committed = True
@@ -11774,7 +11789,7 @@ class Errand:
         self._held = HELD_TIMEOUT if limit is None else limit
         self._due = time.monotonic() + self._held
 
-    def pause(self) -> None:
+    def step(self) -> None:
         """Begin the next step.  Raises Cancelled."""
         self.alive()
         if not self._committed:
@@ -11815,8 +11830,8 @@ class Errand:
                 self._due = math.inf
                 self._room.wait()
                 self._room.clear()
-                self.pause()
-            self.pause()
+                self.step()
+            self.step()
             self._log.append(kind, data[start : start + MAX_FRAME_DATA])
             self._log.ready()
 
@@ -11955,7 +11970,7 @@ def file_places(options: MachineOptions) -> FilePlaces:
 
 
 def _list_files(options: MachineOptions, spec: FileList, errand: Errand) -> JsonObject:
-    find = partial(FileListing, spec, file_places(options), errand.pause)
+    find = partial(FileListing, spec, file_places(options), errand.step)
     listing = errand.call_file_system(find, spec.path, LOOK_TIMEOUT)
     lines: list[str] = []
     for entry in listing.entries():
@@ -11975,7 +11990,7 @@ def _change_file(
     options: MachineOptions, spec: FileChange, errand: Errand
 ) -> JsonObject:
     umask = file_umask(options.inherited)
-    change = partial(change_file, spec, file_places(options), umask, errand.pause)
+    change = partial(change_file, spec, file_places(options), umask, errand.step)
     return errand.call_file_system(change, spec.path)
 
 
@@ -11999,7 +12014,7 @@ class Notes:
         """Return hooks that report to the log, and end a transfer that is cancelled."""
         return TransferHooks(
             alive=self._errand.alive,
-            pause=self._errand.pause,
+            step=self._errand.step,
             progress=self._checked,
             say=self._say,
             skip=self._skip,
@@ -12008,7 +12023,7 @@ class Notes:
 
     def _checked(self, done: int, size: int) -> None:
         """Raises Cancelled."""
-        self._errand.pause()
+        self._errand.step()
         now = time.monotonic()
         if now >= self._shown_at + CHECKED_INTERVAL or done == size:
             self._shown_at = now
@@ -12033,7 +12048,7 @@ def _read_files(options: MachineOptions, spec: FileRead, errand: Errand) -> Json
 
     def read() -> JsonObject:
         if spec.part is not None:
-            text, result = TextSource(spec, places).read(errand.pause)
+            text, result = TextSource(spec, places).read(errand.step)
             errand.write_bytes(text)
             return {**result, "notes": 0}
         notes = Notes(errand)
@@ -14108,6 +14123,12 @@ def _cannot_use_database(path: Path, error: Exception) -> str:
     return "; ".join([f"cannot use the database {path}: {reason}", *advice])
 
 
+def _require_regular_database(path: Path) -> None:
+    # Of any other file SQLite says that the disk is full, or the file read-only.
+    own = (path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))
+    require_regular(path, *own)
+
+
 def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     version, newest = db.execute("PRAGMA user_version").fetchone()[0], max(MIGRATIONS)
     if version > newest:
@@ -14149,6 +14170,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
     import sqlite3
 
     make_private_directory(path.parent)
+    _require_regular_database(path)
     try:
         # SQLite gives its own files beside this one the same permissions.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -14181,6 +14203,7 @@ def check_database(path: Path) -> None:
     require_sqlite()
     import sqlite3
 
+    _require_regular_database(path)
     try:
         # `rw` makes no file, so that a wrong path is an error.
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
@@ -14921,6 +14944,7 @@ class AuditTable(Table):
         *,
         node_id: str = "",
         state: str = "",
+        query: str = "",
         caller: str = "",
         event: str = "",
         since: int = 0,
@@ -14930,10 +14954,10 @@ class AuditTable(Table):
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        With a node, or a state as in JobsTable.page(), these are commands; `event` is
-        an AuditEvent, or what is before its dot.  To go on, `until` is the time of the
-        last entry the caller has, and `offset` the number of entries it has of that
-        time.
+        With a node, or a state or a query as in JobsTable.page(), these are commands;
+        `event` is an AuditEvent, or what is before its dot.  To go on, `until` is the
+        time of the last entry the caller has, and `offset` the number of entries it has
+        of that time.
         """
         events = ["at BETWEEN :since AND :until"]
         jobs = ["asked_at BETWEEN :since AND :until"]
@@ -14942,12 +14966,14 @@ class AuditTable(Table):
             jobs.append("node_id = :node_id")
         if state and state not in JobsTable.STATES:
             jobs.append("state = :state")
+        if query:
+            jobs.append("instr(lower(command), lower(:query))")
         if caller:
             events.append("caller = :caller COLLATE NOCASE")
             jobs.append("caller_name = :caller COLLATE NOCASE")
         if event:
             events.append("(event = :event OR substr(event, 1, :dot) = :event || '.')")
-        if node_id or state or event == AuditEvent.COMMAND:
+        if node_id or state or query or event == AuditEvent.COMMAND:
             events = []
         if event not in ("", AuditEvent.COMMAND):
             jobs = []
@@ -14974,6 +15000,7 @@ class AuditTable(Table):
             {
                 "node_id": node_id,
                 "state": state,
+                "query": query,
                 "caller": caller,
                 "event": event,
                 "dot": len(event) + 1,
@@ -15253,6 +15280,23 @@ class MessagesTable(Table):
             "session_key = ? AND seq > ? ORDER BY created_at DESC LIMIT ?",
             (session_key, seq, limit),
         )[::-1]
+
+    def last_question(self, session_key: str) -> SessionMessage | None:
+        """Return what a model was asked last, of what is no longer in line."""
+        return self._first(
+            SessionMessage,
+            "session_key = ? AND role = 'user' AND state = 'done'"
+            # In JSON no text has these: its quotes are escaped.
+            " AND instr(details, '\"nodeId\":') AND NOT instr(details, '\"typed\":')"
+            " ORDER BY created_at DESC LIMIT 1",
+            (session_key,),
+        )
+
+    def is_interrupted(self, session_key: str, run_id: str) -> bool:
+        """Return whether a message of a run was cut short by the gateway's end."""
+        condition = "session_key = ? AND run_id = ? AND state = 'interrupted'"
+        found = self._first(SessionMessage, condition, (session_key, run_id))
+        return found is not None
 
     def by_id(self, message_id: str) -> SessionMessage | None:
         return self._first(SessionMessage, "id = ?", (message_id,))
@@ -20036,14 +20080,8 @@ class SessionLog:
 
     def asked_on(self) -> str:
         """Return the id of the node that was chosen for the last question, or ""."""
-        questions = [
-            message.details["nodeId"]
-            for message in self.last(None)
-            if (message.role, message.state) == ("user", MessageState.DONE)
-            and "nodeId" in message.details
-            and "typed" not in message.details
-        ]
-        return str(questions[-1]) if questions else ""
+        question = self._store.messages.last_question(self.key)
+        return str(question.details["nodeId"]) if question else ""
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
         """Return the messages that changed after `seq`, up to one more than a page."""
@@ -20910,14 +20948,10 @@ class Chats:
 
     def _recover_run(self, session: Session) -> None:
         """Show that a model did not answer, unless an interrupted message does."""
-        session_log = self._log(session.key)
-        if not any(
-            message.run_id == session.run_id
-            and message.state == MessageState.INTERRUPTED
-            for message in session_log.last(None)
-        ):
+        if not self._store.messages.is_interrupted(session.key, session.run_id):
             text = "The gateway was restarted before the answer was complete."
             event, interrupted = "notice", MessageState.INTERRUPTED
+            session_log = self._log(session.key)
             session_log.add(event, "notice", session.run_id, interrupted, text=text)
         self._store.sessions.change(session.key, run_id="")
 
@@ -22377,6 +22411,7 @@ class Rpc:
                 *(access.audit, admin),
                 nodeId=word,
                 state=filtered,
+                query=word,
                 caller=word,
                 event=word,
                 since=Optional(int, 0),
@@ -22388,6 +22423,7 @@ class Rpc:
                 *(access.exporting, admin),
                 nodeId=word,
                 state=filtered,
+                query=word,
                 caller=word,
                 event=word,
                 since=Optional(int, 0),
@@ -24354,7 +24390,7 @@ MCP_PATH = "/mcp"
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = (  # answered with the page
     *("/chat", "/chat/", "/activity", "/activity/", "/nodes", "/nodes/"),
-    *("/settings", "/settings/", "/terminal", "/terminal/"),
+    *("/settings", "/settings/", "/terminal", "/terminal/", "/models", "/access"),
 )
 
 SECURITY_HEADERS = (
@@ -25291,15 +25327,16 @@ class HttpApp:
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all of the audit, the newest first, for a spreadsheet.
 
-        The query may name a node and a state, as for `audit.list`.
+        The query may name a node, a state and a part of commands, as for `audit.list`.
         """
         caller, rpc = self.caller(request), self._gateway.rpc
         given = parse_qs(request.query, errors="replace")
-        unknown = given.keys() - {"nodeId", "state"}
+        unknown = given.keys() - {"nodeId", "state", "query"}
         if unknown:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state, "
+                "query",
             )
         filters = {name: values[-1] for name, values in given.items()}
         pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
@@ -25701,6 +25738,13 @@ def is_closed_there(sock: socket.socket) -> bool:
     return not head or tls_alert
 
 
+def is_reset(sock: socket.socket) -> bool:
+    """Return whether the other end takes no more bytes, as it said to earlier ones."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
 class TcpPeer(Value):
     """The other end of an accepted connection."""
 
@@ -25732,6 +25776,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Serves the upgraded connection after this handler is gone, whose objects and
         # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
+        probed = False  # whether the client is gone
+        replies = False  # the answer has begun
 
         def setup(self) -> None:
             super().setup()
@@ -25744,6 +25790,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
         def handle_one_request(self) -> None:
             self.stream.begin()
+            self.replies = False
             try:
                 super().handle_one_request()
             except MalformedHead as error:
@@ -25869,9 +25916,28 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
                 on_identified=self.peer.on_identified,
-                is_abandoned=partial(is_closed_there, self.connection),
+                is_abandoned=self.is_abandoned,
                 query=query,
             )
+
+        def is_abandoned(self) -> bool:
+            """Return whether the client left.
+
+            One that only ended its own side still reads (RFC 9112 §9.6); that sends the
+            same FIN as one that is gone.  Bytes show it: the latter resets.
+            """
+            if not is_closed_there(self.connection):
+                return False
+            if self.replies or self.request_version == "HTTP/1.0":
+                return True
+            if self.probed:
+                return is_reset(self.connection)
+            self.probed = True
+            try:
+                self.handle_expect_100()  # also unasked, clients discard it: RFC 9110
+            except OSError:
+                return True
+            return False
 
         def refuse(self, status: int, message: str) -> None:
             """Send an error, then close the connection."""
@@ -25885,6 +25951,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
+            self.replies = True
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             body, length = reply.body, reply.length
@@ -26666,7 +26733,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <section aria-labelledby="key-form-head">
 <form id="key-form" class="panel"><h2 id="key-form-head">Create a key</h2>
 <label for="key-name">Whose it is</label>
-<input id="key-name" required maxlength="100" placeholder="A person or a script"
+<input id="key-name" required maxlength="200" placeholder="A person or a script"
  autocomplete="off">
 <fieldset id="key-scopes"><legend>What it may do</legend></fieldset>
 <button class="button main">Create key</button></form>
@@ -26686,7 +26753,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <p>Any machine with Python 3.8 that can reach this gateway. Nothing connects to it: it
 dials out.</p>
 <label for="token-name">Name</label>
-<input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
+<input id="token-name" maxlength="200" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button class="button closes" type="button">Cancel</button>
 <button class="button main" type="submit">Show the command</button></div>
@@ -27380,7 +27447,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .rows { max-width: 640px; margin-top: 8px; }
 .rows li { display: flex; align-items: center; gap: 9px; padding: 6px 0;
   border-bottom: var(--rule); font-size: 14px; }
-.jobs code { flex: 1; min-width: 60px; }
+.jobs a { flex: 1; min-width: 60px; color: inherit; text-decoration: none; }
+.jobs a:hover { text-decoration: underline; }
+.jobs code { display: block; }
 .jobs .detail { flex: none; max-width: 60%; }
 .rows .name { flex: 1; overflow-wrap: anywhere; }
 .scroll > h2 + *, form > h2 + * { margin-top: 6px; }
@@ -31624,7 +31693,9 @@ function routeOf(path) {
     const [id, what] = rest.split("/");
     return {page: what === "recording" ? what : "terminal", id};
   }
-  if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
+  if (area === "models" || area === "access") return {page: area};
+  if (area === "settings")
+    return {page: Object.keys(PAGES).includes(rest) ? rest : "nodes"};
   if (area === "nodes" && !rest) return {page: "nodes"};
   const [, name, below] = /^([^/]*)\/files(\/.*|)$/.exec(rest) || [];
   if (area === "nodes" && name)
@@ -31714,8 +31785,11 @@ const confirmed = async (...question) => (await decided(...question)) === "yes";
 
 // Ask for a name; resolves to "" if the question is closed.  The first `end` characters
 // of the old one are selected.
-async function askedName(title, action, name = "", end = name.length) {
+const MAX_NAME = 200; // characters, of what the gateway names; a file's machine decides
+
+async function askedName(title, action, limit = "", name = "", end = name.length) {
   const field = $("name-text");
+  field.setAttribute("maxlength", limit); // "": none
   fill($("name-title"), visible(title));
   setText($("name-yes"), action);
   const answer = answerOf($("name"));
@@ -31725,8 +31799,8 @@ async function askedName(title, action, name = "", end = name.length) {
 }
 
 // Ask for another name; resolves to "" if it stays.
-async function otherName(name, end) {
-  const given = await askedName(`Rename ${name}`, "Rename", name, end);
+async function otherName(name, limit, end) {
+  const given = await askedName(`Rename ${name}`, "Rename", limit, name, end);
   return given === name ? "" : given;
 }
 
@@ -32142,7 +32216,7 @@ class SessionItem {
     this.remove.hidden = entry.key === MAIN;
     on(this.remove, "click", () => this.discard());
     on(this.rename, "click", async () => {
-      const label = await otherName(sessionName(this.entry));
+      const label = await otherName(sessionName(this.entry), MAX_NAME);
       if (label) patchSession(entry.key, {label});
     });
   }
@@ -33343,7 +33417,8 @@ function nodeFacts(node) {
 const nodeFigures = new Figures($("node-figures"));
 
 const jobItem = ({id, command, words, startedAt, askedAt, result, ...job}) =>
-  h("li", {"data-key": id}, dotOf(jobKind(job)), h("code", {title: command}, command),
+  h("li", {"data-key": id}, dotOf(jobKind(job)),
+    h("a", {href: jobPath(id), title: command}, h("code", command)),
     h("span", {class: "detail", title: words},
       `${result ? transferWords(result) : capitalized(words)}, ` +
       formatTime(startedAt || askedAt)),
@@ -33396,7 +33471,7 @@ async function loadNodeJobs() {
 
 async function renameNode() {
   const {nodeId, displayName} = routeNode();
-  const name = (await otherName(displayName)).trim();
+  const name = (await otherName(displayName, MAX_NAME)).trim();
   if (!name) return;
   await attempt("node.rename", {nodeId, displayName: name});
   refresh("nodes", "devices");
@@ -33947,8 +34022,8 @@ function uploadRow(one) {
     h("span", {class: "name", title: name}, name),
     h("progress", {max: 1, value: taken / total, hidden: stage !== "sends"}),
     h("span", {class: "detail", role: "status"}, detail),
-    iconButton("close", end, () => endUpload(one)),
-    stage === "waits" && resumeField(one));
+    stage === "waits" && resumeField(one),
+    iconButton("close", end, () => endUpload(one)));
 }
 
 function drawUploads() {
@@ -34266,7 +34341,7 @@ async function makeDirectory() {
 
 async function renameFile(path, entry) {
   const known = shownName(entry.name);
-  const name = await otherName(known, /^.+(?=\.)|.*/s.exec(known)[0].length);
+  const name = await otherName(known, "", /^.+(?=\.)|.*/s.exec(known)[0].length);
   if (!name) return;
   const to = encodePath(name[0] === "/" ? name : pathIn(files.path, name));
   await changeFile({action: "rename", path: encodePath(path), to});
@@ -34385,11 +34460,19 @@ function openToken() {
   $("token-name").focus();
 }
 
+let tokenRequest = null; // stands for the one that is not answered
+
 async function generateToken() {
+  if (tokenRequest) return; // submitted twice
+  const request = tokenRequest = {};
   const name = $("token-name").value.trim();
   try {
     const named = name ? {displayName: name} : {};
     const made = await link.call("device.token.create", named);
+    if (tokenRequest !== request) { // closed meanwhile: nobody sees the token
+      await link.call("device.token.revoke", {deviceId: made.deviceId});
+      return;
+    }
     state.token = {...made, name, expiresAt: now() + JOIN_LIFETIME};
     $("token-form").hidden = true;
     $("token-made").hidden = false;
@@ -34399,14 +34482,17 @@ async function generateToken() {
     refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), capitalized(error.message));
+  } finally {
+    if (tokenRequest === request) tokenRequest = null;
   }
 }
 
 // Replace a link that has expired; its token was never used.
 async function renewToken() {
-  const {deviceId, name} = state.token;
-  await attempt("device.token.revoke", {deviceId});
-  $("token-name").value = name;
+  const old = state.token;
+  await attempt("device.token.revoke", {deviceId: old.deviceId});
+  if (state.token !== old) return; // closed meanwhile
+  $("token-name").value = old.name;
   generateToken();
 }
 
@@ -34502,7 +34588,7 @@ function drawTokenWait() {
 }
 
 function forgetToken() {
-  state.token = null;
+  state.token = tokenRequest = null;
   fillIfChanged($("token-lines"), [], () => []); // they show a secret
 }
 
@@ -34618,6 +34704,7 @@ function filterActivity() {
   const filters = new URLSearchParams();
   if (activity.node) filters.set("nodeId", activity.node);
   if (activity.result) filters.set("state", activity.result);
+  if (activity.query) filters.set("query", activity.query);
   $("audit-save").search = filters;
   loadActivity();
 }
@@ -38005,14 +38092,22 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
     return wanted.hostname in {*host_names(), *host_addresses()}
 
 
+def check_secret(text: str, name: str) -> None:
+    """Raises UsageError for what can be no key or token; SCRAM takes ASCII only."""
+    if not text.isascii():
+        raise UsageError(f"{name} has characters that none has; copy it once more")
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
-    The key is "" where none is known.  Raises Unreachable where no gateway is known.
+    The key is "" where none is known.  Raises Unreachable where no gateway is known,
+    UsageError.
     """
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
     key = args.api_key or context.environ.get("MOLTIS_API_KEY")
+    check_secret(key or "", "the operator key")
     if not given and file is None:
         raise Unreachable(
             f"no gateway is known: {context.directory / GatewayFile.FILE} does not "
@@ -38080,7 +38175,7 @@ def operator_client(
     on_news: NewsHandler = ignore_news,
     client: str = "shell",
 ) -> OperatorClient:
-    """Raises Unreachable or Refused."""
+    """Raises Unreachable, Refused or UsageError."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
@@ -38093,7 +38188,9 @@ def operator_client(
             "in MOLTIS_API_KEY (gateway.json holds it on the gateway's machine)"
         )
     try:
-        return OperatorClient(url, key, trust, on_news, client)
+        found = OperatorClient(url, key, trust, on_news, client)
+        args.signed_in = True
+        return found
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -38464,6 +38561,7 @@ def node_settings(
             "--token takes a device token (mdt_…), and this is an operator key (mk_…); "
             "`moltis node generate-token` makes a device token"
         )
+    check_secret(token, "the device token")
     trust = chosen_trust(args, context)
     require_tls(trust, host)
     working_dir = args.working_dir and local_path(args.working_dir)
@@ -41260,6 +41358,7 @@ class ChatTerminal:
         self._subscribed: OperatorClient | None = None
         self._seq = 0  # of the newest event, and of all that it builds on
         self._run_id = ""  # of this turn, once the gateway has the message
+        self._message_id = ""  # of what this turn answers
         self._typed = False  # the command of this turn, by a person
         self._said: dict[str, int] = {}  # characters printed, by message
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
@@ -41319,11 +41418,12 @@ class ChatTerminal:
         """Have `text` answered; return the exit status.  Raises UserError."""
         session = self.session
         self._status, self._run_id, self._stops = EXIT_OK, "", False
+        self._message_id = new_id()
         self._typed = session["model"] == SHELL_ID or text.startswith("!")
         message = {
             "sessionKey": session["key"],
             "text": text,
-            "id": new_id(),
+            "id": self._message_id,
             "model": session["model"],
             "nodeId": session["node_id"] or LOCAL_ID,
         }
@@ -41428,9 +41528,21 @@ class ChatTerminal:
             self._output.say("an earlier message is being answered; this one waits")
         for known in history:
             self._seq = max(self._seq, known["seq"])
-            if known["runId"] == self._run_id:
+            if self._is_ours(known["runId"], known):
                 self._show_message(known)
         return over
+
+    def _is_ours(self, run_id: str, message: JsonObject | None) -> bool:
+        """Return whether `run_id`, that of `message`, is our turn's.
+
+        Raises LookupError.
+        """
+        if run_id == self._run_id:
+            return True
+        if message is not None and message["id"] == self._message_id:
+            # What chat.send named would never end.
+            raise LookupError(f"our message is in {run_id}, not {self._run_id}")
+        return False
 
     def _sent(self, message: JsonObject) -> JsonObject:
         """Return the answer to `chat.send`.  Raises UserError."""
@@ -41480,9 +41592,9 @@ class ChatTerminal:
             return False
         is_new = event["seq"] > self._seq
         self._seq = max(self._seq, event["seq"])
-        if event["runId"] != self._run_id:
-            return False
         state, message = event["state"], event.get("message")
+        if not self._is_ours(event["runId"], message):
+            return False
         if message is not None:
             self._show_message(message)
         elif state == "delta" and is_new:
@@ -42730,10 +42842,13 @@ def run_subcommand(
     surplus = [word for word in surplus if word != "--"]
     if surplus:
         raise surplus_words(parser, surplus)
-    args.command, args.build_parser = command, build_parser
-    asks_gateway = "api_key" in args
-    with making_sense() if asks_gateway else contextlib.nullcontext():
+    args.command, args.build_parser, args.signed_in = command, build_parser, False
+    try:
         status: int = args.run(args, context)
+    except MISREADING as error:
+        if not args.signed_in:  # no answer was read yet: the fault is ours
+            raise
+        raise Nonsense(error) from error
     return status
 
 

@@ -320,6 +320,28 @@ def test_what_was_accepted_is_not_lost_with_a_gateway_that_is_killed(restartable
     assert [row["state"] for row in said[1:]] == ["interrupted"] * 7
 
 
+def test_a_long_turn_that_the_end_of_the_gateway_cut_is_said_to_be_once(tmp_path):
+    """Also where more messages than a page of the history came after what it cut."""
+    store = moltis.Store(tmp_path / moltis.STORE_FILE)
+    fields = {"label": "", "model": moltis.SHELL_ID, "node_id": moltis.LOCAL_ID}
+    store.sessions.add(moltis.Session("main", created_at=1, updated_at=1, **fields))
+    store.sessions.change("main", run_id="r")
+    for number in range(moltis.HISTORY_PAGE + 2):
+        message = moltis.SessionMessage(
+            id=f"m{number}",
+            session_key="main",
+            run_id="r",
+            role="notice" if number else "assistant",
+            created_at=number,
+            state="done" if number else "running",
+            seq=number,
+        )
+        store.messages.save(message)
+    store.close()
+    with InProcessGateway(tmp_path) as gateway:
+        assert history_of(gateway)[-1]["id"] == f"m{moltis.HISTORY_PAGE + 1}"
+
+
 # -- catching up ---------------------------------------------------------------
 
 
@@ -752,7 +774,10 @@ def test_after_an_error_the_model_goes_on_and_what_was_answered_is_shown(tmp_pat
             gateway.call("chat.retry")
 
 
-def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path):
+@pytest.mark.parametrize("page", [moltis.HISTORY_PAGE, 0])
+def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path, monkeypatch, page):
+    """Also where more messages than a page of the history came after it."""
+
     def fail(_model):
         raise ConnectionError
 
@@ -762,6 +787,7 @@ def test_a_question_that_failed_goes_on_where_it_was_asked(tmp_path):
         chat.send("hello")
         chat.until(lambda: chat.saw("error"))
         gateway.call("sessions.patch", key="main", node_id="far")
+        monkeypatch.setattr(moltis, "HISTORY_PAGE", page)
         gateway.call("chat.retry")
         chat.until(lambda: chat.saw("final"))
         (card,) = chat.of("command")

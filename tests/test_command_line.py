@@ -2767,6 +2767,53 @@ def test_an_answer_without_the_job_that_was_asked_for_ends_the_wait(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_chat_does_not_wait_for_another_run_than_that_of_its_message(
+    gateway, home, monkeypatch
+):
+    call = moltis.Rpc.call
+
+    def answer(rpc, caller, method, *rest):
+        found = call(rpc, caller, method, *rest)
+        return {**found, "runId": "another"} if method == "chat.send" else found
+
+    monkeypatch.setattr(moltis.Rpc, "call", answer)
+    done = run_moltis("chat", "true", home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr.startswith("moltis: the gateway's answer makes no sense here")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_our_own_before_any_answer_is_not_the_gateways(
+    gateway, monkeypatch, capsys
+):
+    def fail(*_):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(moltis, "operator_trust", fail)
+    with pytest.raises(ValueError, match="ours"):
+        moltis.main(["node", "list"])
+
+
+@pytest.mark.parametrize(
+    ("variable", "words", "said"),
+    [
+        ("MOLTIS_API_KEY", "node list", "the operator key"),
+        (
+            "MOLTIS_DEVICE_TOKEN",
+            "node add --foreground --host ws://h",
+            "the device token",
+        ),
+    ],
+)
+def test_a_secret_that_is_not_ascii_is_refused_in_one_sentence(
+    gateway, home, variable, words, said
+):
+    done = run_moltis(*words.split(), home=home, **{variable: os.fsdecode(b"x\xff")})
+    assert done.returncode == moltis.EXIT_USAGE
+    assert done.stderr.startswith(f"moltis: {said} has characters that none has")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_audit_whose_pages_repeat_ends(gateway, home, monkeypatch):
     row = {"at": 1.0, "event": "job.start"}
     monkeypatch.setattr(moltis.Rpc, "call", lambda *_: [row])

@@ -1861,10 +1861,10 @@ def test_a_sender_has_time_to_check_a_part_by_its_size(big, tmp_path):
         def alive(self, limit):
             pass
 
-        def pause(self):
+        def step(self):
             pass
 
-        commit = pause
+        commit = step
 
     errand, size = Errand(), part.stat().st_size
     options = moltis.MachineOptions({}, None, files=FilePlaces("/"))
@@ -2321,27 +2321,27 @@ def test_what_is_done_as_a_wait_for_it_ends_is_not_away(monkeypatch):
 def test_a_list_ends_although_nothing_in_the_directory_answers(tmp_path, monkeypatch):
     for number in range(260):
         (tmp_path / f"f{number}").touch()
-    answers, paused = threading.Event(), []
+    answers, steps = threading.Event(), []
     monkeypatch.setattr(moltis, "_file_entry", lambda *_, **__: answers.wait(60))
     monkeypatch.setattr(moltis, "LOOK_TIMEOUT", 0.05)
     monkeypatch.setattr(moltis, "LOOK_AGAIN", 0.01)
     spec = moltis.FileList(moltis.encode_path(str(tmp_path)))
 
-    def pause():
-        paused.append(1)
-        if len(paused) == limit:
+    def step():
+        steps.append(1)
+        if len(steps) == limit:
             raise moltis.Cancelled
 
     try:
         limit = None
-        listing = moltis.FileListing(spec, FilePlaces("/"), pause)
+        listing = moltis.FileListing(spec, FilePlaces("/"), step)
         kinds = [entry.kind for entry in listing.entries()]
         # Those that are asked each keep a thread; the others are not asked.
         assert kinds == ["other"] * 260
         assert listing._away == moltis.MAX_AWAY
-        limit = len(paused) + 3
+        limit = len(steps) + 3
         with pytest.raises(moltis.Cancelled):
-            list(moltis.FileListing(spec, FilePlaces("/"), pause).entries())
+            list(moltis.FileListing(spec, FilePlaces("/"), step).entries())
     finally:
         answers.set()
 
@@ -2353,7 +2353,7 @@ def test_files_that_are_measured_or_made_one_by_one_are_signs_of_life(tmp_path):
         (tmp_path / "d" / str(number)).touch()
     signs = []
     hooks = moltis.TransferHooks(
-        alive=lambda _limit: signs.append("made"), pause=lambda: signs.append("seen")
+        alive=lambda _limit: signs.append("made"), step=lambda: signs.append("seen")
     )
     places = FilePlaces(str(tmp_path))
     source = FileSource(

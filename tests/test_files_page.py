@@ -537,6 +537,12 @@ def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen)
     page.wait_for_text("Stopped by a reload: choose it again to go on.")
     choose(page, "#uploads input", chosen / "f")
     page.wait_for_text("These are not the files that were being uploaded.")
+    buttons = "[...document.querySelectorAll('#uploads button')]"
+    page.evaluate(f"{buttons}[0].focus()")
+    page.press("Tab")
+    assert page.evaluate(f"{buttons}.map(it => it.textContent)[0]") == "Choose it again"
+    focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert focused.startswith("Cancel: large")
     world.node_proxy.cut()
     choose(page, "#uploads input", large)
     uploaded(page, "1 file uploaded")

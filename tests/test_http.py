@@ -13,7 +13,7 @@ import types
 
 import pytest
 from peers import InProcessGateway, RawPeer
-from support import PROGRAM, wait_for
+from support import PROGRAM, wait_for, wait_in_shell
 
 import moltis
 
@@ -389,6 +389,7 @@ def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
             asked_at=1000 + number // 20,  # more of one time than a page has
             state="done",
             exit_code=number % 3,
+            command="Make all" if number % 5 else "ls",
         )
         for number in range(60)
     ]
@@ -406,6 +407,8 @@ def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
     assert jobs("?nodeId=n1") == sorted(r.id for r in made if r.node_id == "n1")
     both = [r.id for r in made if r.node_id == "n1" and r.exit_code]
     assert jobs("?state=failed&nodeId=n1") == sorted(both)
+    made_all = [r.id for r in made if r.command == "Make all" and r.node_id == "n1"]
+    assert jobs("?query=make+A&nodeId=n1") == sorted(made_all)
     assert jobs("?state=lost") == []
     assert download(gateway, "/api/audit.csv?state=lost").body.startswith(b'"at"')
     assert download(gateway, "/api/audit.csv?state=bogus").status == 400
@@ -537,6 +540,39 @@ def test_a_client_that_leaves_in_the_middle_does_no_harm(gateway):
         with socket.create_connection(("127.0.0.1", port), 5) as sock:
             sock.sendall(data)
     assert ask(gateway, "GET", "/health").status == 200
+
+
+def test_a_client_that_ends_only_its_own_side_gets_its_answer(
+    gateway, monkeypatch, tmp_path
+):
+    """RFC 9112 §9.6; as `nc -N` does it"""
+    looks, look = [], moltis.is_closed_there
+    monkeypatch.setattr(moltis, "ABANDONED_LOOK", 0.01)
+    monkeypatch.setattr(
+        moltis, "is_closed_there", lambda sock: looks.append(look(sock)) or looks[-1]
+    )
+    spec = {"command": wait_in_shell(tmp_path / "go")}
+    jobs = [{"id": moltis.new_id(), "node": moltis.LOCAL_ID}]
+    gateway.call("job.start", jobs=jobs, work="run", spec=spec, keep=True)
+    body = json.dumps(
+        {"method": "job.wait", "params": {"id": jobs[0]["id"], "wait": 300}}
+    ).encode()
+    head = (
+        "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Authorization: Bearer {gateway.api_key}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    port = int(gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), 60) as sock:
+        sock.sendall(head.encode() + body)
+        sock.shutdown(socket.SHUT_WR)
+        wait_for(lambda: looks.count(True) > 2, what="looks whether it has left")
+        (tmp_path / "go").touch()
+        with sock.makefile("rb") as file:
+            interim, rest = file.read().split(b"\r\n\r\n", 1)
+    assert interim == b"HTTP/1.1 100 Continue"
+    assert Answer(rest).status == 200
+    assert Answer(rest).json["payload"]["state"] == "done"
 
 
 def test_what_follows_the_upgrade_in_the_same_packet_is_read(gateway):

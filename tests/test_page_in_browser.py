@@ -268,6 +268,7 @@ def test_an_address_of_nothing_gets_a_sentence(site, make_page):
         "/terminal/%/recording": "There is no job '%'",
         "/activity/?state=%zz": "All results",
         "/settings/%": "All well",
+        "/settings/constructor": "All well",
         "/terminal": "Terminals",
     }.items():
         page.goto(site.url + path)
@@ -276,6 +277,12 @@ def test_an_address_of_nothing_gets_a_sentence(site, make_page):
     page.errors.clear()  # Chromium reports the 404 of the recording
     page.goto(site.url)  # shows another chat than that which there is not
     page.wait_for("location.pathname === '/chat/main'")
+
+
+@pytest.mark.parametrize("name", ["activity", "nodes", "models", "access"])
+def test_each_view_opens_by_its_name_as_an_address(site, make_page, name):
+    page = make_page(site, f"/{name}")
+    page.wait_for(f"document.querySelector('#{name}')?.hidden === false")
 
 
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
@@ -736,7 +743,10 @@ def test_output_goes_on_when_a_person_comes_back_to_the_chat(site, make_page):
     page.click("#node-cards > :nth-child(1) .name")
     page.wait_for(shows("#node-jobs", "Running"))
     page.wait_for(f"{shows('#node-state', 'Busy')}")
-    page.evaluate("history.go(-2)")
+    page.click("#node-jobs a")
+    page.wait_for("location.pathname.startsWith('/activity/')")
+    page.wait_for(shows("#activity-list .command:not(.folded)", "for n in"))
+    page.evaluate("history.go(-3)")
     page.wait_for(shows(LAST, "line 12\n"))
     lines = page.text(f"{LAST} .lines").split("\n")
     assert lines[:12] == [f"line {n}" for n in range(1, 13)]
@@ -827,6 +837,17 @@ def test_a_long_name_fits_into_the_dialog_that_asks_for_another(site, make_page)
     assert page.evaluate(width) == 0
     page.press("Escape")
     site.call("sessions.delete", key=key)
+
+
+def test_a_field_takes_no_longer_name_than_the_gateway(site, make_page):
+    page = make_page(site, "/nodes/Demo%20node")
+    page.wait_for(shows("#node-title", "Demo node"))
+    page.click("#node-rename")
+    page.wait_for(NAMING)
+    for field in ("name-text", "key-name", "token-name"):
+        limit = page.evaluate(f"document.querySelector('#{field}').maxLength")
+        assert limit == moltis.MAX_NAME, field
+    page.press("Escape")
 
 
 def test_markup_in_output_and_messages_stays_text(site, make_page):
@@ -1171,6 +1192,39 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     revoke_unused(page)
 
 
+# Requests for a token wait in `held`, for the test to send them.
+HOLD_TOKENS = """(() => {
+  const {send} = WebSocket.prototype;
+  window.held = [];
+  WebSocket.prototype.send = function(data) {
+    if (String(data).includes('"device.token.create"'))
+      held.push(() => send.call(this, data));
+    else send.call(this, data);
+  };
+})()"""
+
+
+def test_a_token_whose_dialog_is_closed_before_it_is_made_is_revoked(site, make_page):
+    page = make_page(site, "/nodes")
+    page.evaluate(HOLD_TOKENS)
+    page.click("#new-token")
+    page.fill("#token-name", "Unseen")
+    submit = "document.querySelector('#token-form').requestSubmit()"
+    page.evaluate(f"{submit}, {submit}")
+    page.wait_for("held.length > 0")
+    assert page.evaluate("held.length") == 1
+    page.press("Escape")
+    page.wait_for("!document.querySelector('#token').open")
+    page.click("#new-token")
+    page.evaluate("held[0]()")
+    newest = lambda event: str(site.call("audit.list", event=event, limit=1))  # noqa: E731
+    wait_for(lambda: "Unseen" in newest("token.revoked"))
+    assert "Unseen" in newest("token.created")
+    assert page.evaluate("document.querySelector('#token-made').hidden")
+    assert "mdt_" not in page.evaluate("document.documentElement.outerHTML")
+    page.press("Escape")
+
+
 # -- what runs, and what ran ---------------------------------------------------
 
 STOP = "[data-part=stop]"
@@ -1326,6 +1380,8 @@ def test_activity_filters_mean_what_they_say(site, make_page):
     choose_in(page, "#filter-state", "failed")
     page.wait_for(f"{shows('#activity-list', 'exit 9')}")
     assert "echo fine" not in page.text("#activity-list")
+    saved = page.evaluate("document.querySelector('#audit-save').search")
+    assert saved == "?state=failed&query=IN+ANY+case"
     # What happens meanwhile is filtered as well.
     site.call("job.wait", id=start(site, "echo again in any case"))
     site.call("job.wait", id=start(site, "exit 8 in any case"))
@@ -3858,7 +3914,7 @@ class Keyboard:
     def __init__(self, page, site, directory):
         self.page = page
         self._file = directory / "typed"
-        self._read = 0
+        self._read = self._shown = 0
         open_terminal(page, site, "Local")
         name = directory / "name"
         files = [shlex.quote(str(path)) for path in (name, self._file)]
@@ -3868,9 +3924,10 @@ class Keyboard:
 
     def show(self, text):
         """Have the program print `text`; return once the page has taken it."""
+        self._shown += 1  # what is waited for must not be there already
         with open(self.screen, "w", encoding="utf-8") as screen:
-            screen.write(f"\x1b[2J\x1b[H{text}\r\nshown {self._read}")
-        self.page.wait_for(shows(SCREEN, f"shown {self._read}"))
+            screen.write(f"\x1b[2J\x1b[H{text}\r\nshown {self._shown}")
+        self.page.wait_for(shows(SCREEN, f"shown {self._shown}"))
 
     def typed(self):
         """Return what was typed since the last call."""

@@ -278,6 +278,17 @@ def test_a_full_disk_is_an_error_and_nothing_stored_before_is_lost(store):
     assert store.settings.get("big") == "x" * 100_000
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal"])
+def test_what_is_no_file_in_place_of_the_database_is_named(tmp_path, end, make):
+    path = tmp_path / f"moltis.db{end}"
+    make(path)
+    for use in (moltis.Store, moltis.check_database):
+        with pytest.raises(moltis.BadConfiguration) as caught:
+            use(tmp_path / "moltis.db")
+        assert str(caught.value).startswith(f"{path} is not a regular file; delete it")
+
+
 def test_a_transaction_that_fails_changes_nothing_and_holds_no_lock(store):
     store.settings.put("a", 1)
     with pytest.raises(StoreError), store.settings._db.transaction() as db:

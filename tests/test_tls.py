@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 import socket
@@ -16,7 +17,7 @@ import threading
 import time
 
 import pytest
-from support import ROOT
+from support import ROOT, wait_for
 
 import moltis
 from moltis import (
@@ -325,6 +326,28 @@ def test_a_renewed_certificate_is_another_identity(files):
     assert old.channel_binding != new.channel_binding
     seen, _ = handshake(old, unverified())
     assert tls_server_end_point(seen) == old.channel_binding
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named_and_never_waited_for(files, tmp_path, make):
+    path = tmp_path / "other"
+    make(path)
+    problems = []
+
+    def use(read, *arguments):
+        with pytest.raises(BadConfiguration) as caught:
+            read(*arguments)
+        problems.append(str(caught.value))
+
+    for use_of_path in (
+        (load_tls, TlsFiles(path, files.key)),
+        (load_tls, TlsFiles(files.certificate, path)),
+        (moltis.read_ca, str(path)),
+        (moltis.read_channel_binding, path),
+    ):
+        threading.Thread(target=use, args=use_of_path, daemon=True).start()
+    wait_for(lambda: len(problems) == 4)
+    assert all(p.startswith(f"{path} is not a regular file") for p in problems)
 
 
 def test_files_that_cannot_be_used_are_named(files, tmp_path):
