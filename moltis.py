@@ -5095,6 +5095,7 @@ REDRAW_PAUSE = 0.1  # s; programs redraw only at a size that differs
 FD_SETSIZE = 1024  # select() takes descriptors below it
 SELECT_PAUSE = 0.02  # s between two checks of larger descriptors
 INPUT_REPORT = 0.1  # s after which input is reported as consumed
+TERMINAL_INPUT = 4 * LOG_WINDOW  # bytes on their way to a terminal, of all who type
 INPUT_UNREPORTED = 1024  # bytes that are reported only with the next output
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
@@ -6146,7 +6147,7 @@ class Command:
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next seven
         # Several may type into a terminal, each a window ahead of the program.
-        self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
+        self._input = InputWindow(LOG_WINDOW if spec.tty is None else TERMINAL_INPUT)
         self._wanted_size: TerminalSize | None = None  # requested, not yet set
         self._input_reported = 0  # offset
         self._report = Deadline(None)  # of what is consumed and not reported
@@ -16837,6 +16838,10 @@ class Job:
         self.input_at = 0  # bytes of input that the node has consumed
         # Bytes of input sent to a terminal; None until its node reports them.
         self.input_end: int | None = None if record.sent_to else 0
+        # Of a terminal: the input before input_end that is not known to be consumed.
+        # Whoever typed it may have left when a new connection of its node needs it.
+        self.typed = bytearray()
+        self.refuses_input = False  # more was sent than TERMINAL_INPUT
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # requested since its start
         self.redrawn_at = -math.inf  # monotonic; of the last request to redraw
@@ -17357,7 +17362,14 @@ class Jobs:
             if job.is_terminal:
                 if job.input_end is None or offset > job.input_end:
                     return  # sent before the request to resend
-                job.input_end = max(job.input_end, offset + len(data))
+                data, offset = data[job.input_end - offset :], job.input_end
+                if len(job.typed) + len(data) > TERMINAL_INPUT:
+                    job.refuses_input = True
+                    return
+                if not data:
+                    return
+                job.typed += data
+                job.input_end += len(data)
             # No follower and no other lock is reached from here.
             self._notify(job, lambda link: link.input(job.id, offset, data))
 
@@ -17448,11 +17460,32 @@ class Jobs:
         if job is None or job.sent_over is not link:  # of an earlier connection
             return
         job.input_at = offset
-        if resume:
-            with job.typing:
-                job.input_end = offset
-                job.input_resumes += 1
+        with job.typing:
+            if resume:
+                with contextlib.suppress(ConnectionClosed):
+                    self._resume_input(job, link, offset)
+            elif job.input_end is not None:
+                del job.typed[: max(0, len(job.typed) - (job.input_end - offset))]
+                if job.refuses_input and len(job.typed) <= TERMINAL_INPUT // 2:
+                    job.refuses_input = False
+                    job.input_resumes += 1
         self._wake(job)
+
+    def _resume_input(self, job: Job, link: NodeLink, offset: int) -> None:
+        """Resend input from `offset` on, which the holder continues; `job.typing` is held.
+
+        Raises ConnectionClosed.
+        """
+        end = job.input_end
+        if end is None or not end - len(job.typed) <= offset <= end:
+            job.typed.clear()  # of an earlier life of this gateway
+            end = offset
+        del job.typed[: len(job.typed) - (end - offset)]
+        job.input_end = end
+        job.input_resumes += 1
+        for at in range(0, len(job.typed), MAX_LOG_MESSAGE):
+            data = bytes(job.typed[at : at + MAX_LOG_MESSAGE])
+            link.input(job.id, offset + at, data)
 
     def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
         """Return the offset from which the node sends each log that it holds, by id.
@@ -17697,8 +17730,7 @@ class Jobs:
                 link.start(job.id, record.work, record.spec or {})
                 if job.size is not None:  # requested before the start arrived
                     link.resize(job.id, job.size)
-            job.input_end = 0
-            job.input_resumes += 1  # input that came before has gone nowhere
+                self._resume_input(job, link, 0)  # what came before has gone nowhere
         self._wake(job)
 
     def _notify(self, job: Job, notify: Callable[[NodeLink], None]) -> None:

@@ -1383,3 +1383,59 @@ def test_a_size_that_is_chosen_while_the_node_is_away_reaches_it(world, known):
     assert sizes == []
     world.node.come()
     assert sizes == [(50, 200)]
+
+
+def test_keys_on_a_link_that_breaks_arrive_though_another_person_types_by_then(world):
+    """The gateway has them: whoever typed them was told that they were forwarded."""
+    received = []
+
+    def take(_job_id, offset, data):
+        world.node._check_up()
+        received.append((offset, bytes(data)))
+
+    world.node.input = take
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    first = Reader(world.jobs, job)
+    world.jobs.input(job, first, 0, b"abc")
+    world.jobs.input(job, first, 3, b"def")
+    world.jobs.on_input(world.node, job.id, 2, resume=False)
+    world.node.drop()  # it has received no more than it consumed
+    second = Reader(world.jobs, job)
+    assert first.lost_at == job.input_end == 6
+    world.jobs.input(job, second, 6, b"ghi")
+    del received[:]
+    world.node.come()
+    world.jobs.on_input(world.node, job.id, 2, resume=True)
+    assert received == [(2, b"cdefghi")]
+    assert job.input_end == 9
+
+
+def test_a_terminal_has_no_end_of_input(world):
+    """It would end it for everyone, for good: people type Ctrl+D."""
+    received = []
+    world.node.input = lambda _job_id, offset, data: received.append((offset, data))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    world.jobs.input(job, reader, 0, b"")
+    world.jobs.input(job, reader, 0, b"ls\r")
+    assert received == [(0, b"ls\r")]
+
+
+def test_a_terminal_takes_input_again_once_what_was_too_much_for_its_node_is_read(
+    world, monkeypatch
+):
+    """Its node would refuse more: all that follows would be after a gap."""
+    monkeypatch.setattr(moltis, "TERMINAL_INPUT", 10)
+    received = []
+    world.node.input = lambda _job_id, offset, data: received.append((offset, data))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    resumes = job.input_resumes
+    world.jobs.input(job, reader, 0, b"12345678")
+    world.jobs.input(job, reader, 8, b"abcd")
+    world.jobs.input(job, reader, 12, b"ef")
+    assert received == [(0, b"12345678")]
+    world.jobs.on_input(world.node, job.id, 8, resume=False)
+    assert (job.input_end, job.input_resumes) == (8, resumes + 1)  # asks for the rest
+    world.jobs.input(job, reader, 8, b"abcdef")
+    assert received[1:] == [(8, b"abcdef")]
