@@ -16881,10 +16881,14 @@ class Job:
 
     def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
+        if not self.is_terminal:
+            return []
         people = []
-        for f in self.followers if self.is_terminal else ():
+        with self.lock:  # both change when a client follows anew
+            followers, sized_by = self.followers, self.sized_by
+        for f in followers:
             if f.person:
-                row = {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+                row = {"name": f.person, "types": f.holds, "sizes": f is sized_by}
                 people.append({**row, "you": True} if f is you else row)
         return people
 
@@ -17216,10 +17220,18 @@ class Jobs:
         with self._lock:
             return [self._jobs.get(row.id, row) for row in rows]
 
-    def follow(self, job: Job, follower: Follower) -> None:
-        """Wake `follower` at each change; one that holds replaces the holder."""
+    def follow(
+        self, job: Job, follower: Follower, before: Follower | None = None
+    ) -> None:
+        """Wake `follower` at each change; one that holds replaces the holder.
+
+        `before`: the same client until now, which unfollow() takes next.
+        """
         with job.typing if follower.holds else contextlib.nullcontext(), job.lock:
-            job.followers = (*job.followers, follower)
+            others = (f for f in job.followers if f is not before)
+            job.followers = (*others, follower)
+            if before is not None and job.sized_by is before:
+                job.sized_by = follower  # or the others would see that it left
             if follower.holds:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
@@ -21243,17 +21255,13 @@ class OperatorPeer:
         with self._lock:
             before = self._followers.get(job.id)
             self._followers[job.id] = follower
-        if before is not None:
-            before.person = ""  # not listed twice among the people
         self._unopened.append(follower)
-        self._jobs.follow(job, follower)
-        if before is not None:  # the same client, from another offset
-            if job.sized_by is before:
-                job.sized_by = follower
-            self._jobs.unfollow(job, before, leaves=False)
-        elif opens:
+        if opens and before is None:
             job.sized_by = follower  # it was asked for with a size
-        else:
+        self._jobs.follow(job, follower, before)
+        if before is not None:  # the same client, from another offset
+            self._jobs.unfollow(job, before, leaves=False)
+        elif not opens:
             self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
 

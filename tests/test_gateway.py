@@ -1051,6 +1051,27 @@ def test_a_key_that_only_reads_has_a_terminal_redrawn_rarely_and_changes_nothing
         assert events[1]["payload"] == events[2]["payload"] == size
 
 
+def test_whoever_takes_the_input_over_keeps_the_size_and_is_there_once(gateway, client):
+    """If nobody seems to size it, the others set theirs: whoever had it has left."""
+    with silent_node(gateway, "sized") as node, Client(gateway) as other:
+        size = {"rows": 24, "cols": 80}
+        job_id = client.start("sized", "vi", spec={"tty": size}, keep=True, hold=True)
+        node.receive()
+        other.call("job.follow", id=job_id)
+        other.call("job.resize", id=job_id, **size)
+        client.call("job.list")
+        del client.events[:]
+        for _ in range(3):
+            other.call("job.follow", id=job_id, hold=True)
+            client.call("job.follow", id=job_id, hold=True)
+        client.call("job.cancel", id=job_id)
+        states = [state for name, state in client.events if name == "job.state"]
+        assert states
+        for state in states:
+            assert len(state["people"]) == 2
+            assert [p["sizes"] for p in state["people"] if "you" not in p] == [True]
+
+
 def test_output_is_read_in_pieces_that_keep_their_order(client):
     job_id = client.start("local", "echo one; echo two >&2; printf '\\377'", keep=True)
     client.call("job.wait", id=job_id, wait=60)
