@@ -30582,14 +30582,14 @@ class TypedInput {
   }
 
   take({offset, resume, held}) {
-    const gone = offset - this.consumed;
-    if (gone >= 0 && gone <= this.sent - this.consumed) {
+    // Others may have typed before `offset`, too.
+    const gone = Math.min(offset, this.sent) - this.consumed;
+    if (gone >= 0) {
       // A view of the rest: a copy for each answer makes a paste take quadratic time.
       this.kept = gone < this.kept.length ? this.kept.subarray(gone) : new Uint8Array();
-      this.consumed = offset;
+      this.consumed += gone;
     }
     if (resume) {
-      // Others may have typed: ours, which was not sent yet, follows.
       this.consumed = this.sent = offset;
       this.flows = true;
     }
@@ -36824,10 +36824,10 @@ class TypedInput(JobInput):
     def go_on(self, offset: int) -> None:
         """Send what is kept from `offset` on; everything before it has arrived."""
         with self._changed:
-            gone = offset - self._consumed
-            if 0 <= gone <= self._sent - self._consumed:
-                del self._kept[:gone]
-            # Otherwise other clients have typed; ours is unsent and follows.
+            if offset >= self._consumed:
+                # Others may have typed before `offset`, too.  What was sent and not
+                # reported as lost has arrived, as far as is known.
+                del self._kept[: min(offset, self._sent) - self._consumed]
             self._consumed = offset
         self.resume()
 
