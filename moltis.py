@@ -4402,6 +4402,7 @@ MAX_SIDE = 1000  # rows and columns of a terminal
 MODES_ON = frozenset(("7", "25"))  # set after a reset
 SOFT_MODES = frozenset(("1", "6", "7", "25", "66"))  # those that DECSTR resets
 KEYBOARD_OFF: Mapping[str, bytes] = {"kitty": b"\x1b[<99u", "modify": b"\x1b[>4m"}
+RESET = b"\x1bc"  # RIS
 MODE_NAMES = frozenset(
     (
         *(MODES_ON | SOFT_MODES | KEYBOARD_OFF.keys()),
@@ -4621,18 +4622,25 @@ class Recording:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._size: tuple[int, int] | None = None  # columns, rows
         self._at = 0.0  # s
+        self._is_cut = True  # the next mark begins a screen
+
+    def cut(self) -> None:
+        """Begin another screen at the next mark: a part of the log is missing."""
+        self._is_cut = True
+        self._decoder.reset()
 
     def lines(self, kind: int, data: bytes) -> Iterator[str]:
         """Yield the lines for one log frame."""
         mark = decode_mark(data) if kind == MARK else None
         if mark is not None:
             self._at = max(self._at, mark.ms / 1000)
-            is_first = self._size is None
+            begin = b"" if self._size is None else RESET
             yield from self._resize(mark.cols, mark.rows)
-            if is_first and mark.modes:  # the log's beginning was cut
-                modes = TerminalModes(mark.modes).restoring()
-                yield self._event("o", modes.decode("ascii"))
-        elif kind in STREAMS and self._size is not None:
+            begin += TerminalModes(mark.modes).restoring()
+            if self._is_cut and begin:
+                yield self._event("o", begin.decode("ascii"))
+            self._is_cut = False
+        elif kind in STREAMS and not self._is_cut:
             text = self._decoder.decode(data)
             if text:
                 yield self._event("o", text)
@@ -24595,7 +24603,9 @@ def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
     record = job.record
     recording = Recording(record.command, record.node_name, record.asked_at)
-    for _, data in log_so_far(job):
+    for missing, data in log_so_far(job):
+        if missing:
+            recording.cut()
         lines = itertools.chain.from_iterable(
             recording.lines(*frame) for frame in log_frames(data)
         )
@@ -40193,6 +40203,8 @@ def cmd_node_recording(args: argparse.Namespace, context: Context) -> int:
         job = feed.follow(job_id, view["nodeName"])
         for news in feed.news():
             if isinstance(news, JobOutput):
+                if news.cut:
+                    recording.cut()
                 for kind, data in news.frames:
                     for line in recording.lines(kind, data):
                         sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
