@@ -4591,6 +4591,11 @@ class TerminalModes:
         last = data[max(0, data.rfind(b"\x1b")) :]
         self._rest = last if MODE_PREFIX.fullmatch(last) else b""
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the output so far ends inside a sequence."""
+        return bool(self._rest)
+
     def _set(self, name: str, value: bool) -> None:
         if name in MODE_NAMES:
             self.changed[name] = value
@@ -5798,9 +5803,9 @@ class Terminal:
         return to_json(Mark(ms, size.rows, size.cols, self._modes.changed)).encode()
 
     def needs_mark(self, data: bytes) -> bool:
-        """Return whether a mark is due before this output."""
+        """Return whether a mark is due before this output, not inside a sequence."""
         self._since_mark += len(data)
-        return (
+        return not self._modes.is_inside and (
             self._since_mark > MARK_BYTES
             or time.monotonic() - self._mark_at >= MARK_INTERVAL
         )
@@ -16496,8 +16501,9 @@ class Segment:
         size = whole_frames(data)
         if not ended:
             for kind, start, _ in scan_frames(data):
-                if kind == ENDING:
+                if kind == ENDING:  # or zeros, after a power failure
                     size = start - FRAME_HEAD.size
+                    break
         os.truncate(self._path, size)
         self.end = self.begin + size
         return data[:size]
@@ -16521,6 +16527,7 @@ class Log:
         self._memory: collections.deque[Piece] = collections.deque()
         self._segments: list[Segment] = []
         self._in_files = False
+        self._has_lost = False  # the last write failed
         self._written = 0  # offset before which all is in files, once some is
         self._newest = 0  # offset of what was added last
         self.begin = self.end = 0
@@ -16741,7 +16748,11 @@ class Log:
             else:
                 last.append(data)
         except OSError as error:  # the command goes on: these bytes are a gap
-            log.error("output is lost: %s", error)
+            if not self._has_lost:
+                log.error("output is lost: %s", error)
+            self._has_lost = True
+        else:
+            self._has_lost = False
         while len(self._segments) > MAX_SEGMENTS:
             self._remove(1)
 

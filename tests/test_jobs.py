@@ -7,6 +7,7 @@ Store and files are real.
 from __future__ import annotations
 
 import gc
+import errno
 import json
 import os
 import threading
@@ -555,6 +556,17 @@ def test_half_a_frame_at_the_end_of_a_file_is_cut_off(world):
     assert world.jobs.get(job.id).log.end == 60_005
 
 
+def test_zeros_that_a_power_failure_left_at_the_end_of_a_file_are_cut_off(world):
+    """They look like endings without a text."""
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"x" * 60000)] * 2)
+    world.node.drop()
+    with (world.directory / "jobs" / job.id / "0").open("ab") as file:
+        file.write(bytes(4096))
+    world.restart_gateway()
+    assert world.jobs.get(job.id).log.end == 2 * 60_005
+
+
 def test_a_gateway_starts_with_an_empty_directory_of_a_job(world):
     job = world.start(kept=True)
     (world.directory / "jobs" / job.id).mkdir(parents=True)
@@ -776,6 +788,24 @@ def test_what_a_disk_takes_in_part_is_cut_to_whole_frames(world, monkeypatch):
         world.node.write(job.id, out(b"b" * 65000))
     path = world.directory / "jobs" / job.id / "0"
     assert path.stat().st_size == 2 * 65005
+
+
+def test_a_full_disk_is_reported_once_until_it_has_room_again(
+    world, monkeypatch, caplog
+):
+    """A command that prints without end would fill the disk of the log as well."""
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "full")
+
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"a" * 65000)] * 2)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            world.node.write(job.id, *[out(b"b" * 65000)] * 9)
+        world.node.write(job.id, out(b"c" * 65000))
+    assert caplog.text.count("output is lost") == 2
 
 
 @pytest.mark.parametrize(
