@@ -17490,6 +17490,9 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is None or job.sent_over is not link:  # of an earlier connection
             return
+        if job.is_terminal:  # a node that claims more than it was sent gains nothing
+            end = job.input_end
+            offset = min(offset, MAX_OFFSET // 2 if end is None else end)
         job.input_at = offset
         with job.typing:
             if resume:
@@ -17503,9 +17506,9 @@ class Jobs:
         self._wake(job)
 
     def _resume_input(self, job: Job, link: NodeLink, offset: int) -> None:
-        """Resend input from `offset` on, which the holder continues; `job.typing` is held.
+        """Resend input from `offset` on, and have the holder continue.
 
-        Raises ConnectionClosed.
+        `job.typing` is held.  Raises ConnectionClosed.
         """
         end = job.input_end
         if end is None or not end - len(job.typed) <= offset <= end:

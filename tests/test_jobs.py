@@ -6,8 +6,8 @@ Store and files are real.
 
 from __future__ import annotations
 
-import gc
 import errno
+import gc
 import json
 import os
 import threading
@@ -1469,3 +1469,18 @@ def test_a_terminal_takes_input_again_once_what_was_too_much_for_its_node_is_rea
     assert (job.input_end, job.input_resumes) == (8, resumes + 1)  # asks for the rest
     world.jobs.input(job, reader, 8, b"abcdef")
     assert received[1:] == [(8, b"abcdef")]
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["sent", "restarted"])
+def test_a_node_that_claims_more_input_than_it_was_sent_stops_nobody(world, is_known):
+    """The gateway would hang up on whoever types at such an offset."""
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    if is_known:
+        world.jobs.input(job, reader, 0, b"abc")
+    else:
+        job.input_end = None
+    world.jobs.on_input(world.node, job.id, moltis.MAX_OFFSET - 1, resume=True)
+    typed = moltis.encode_job_data(moltis.INPUT_DATA, job.id, job.input_end, b"x" * 100)
+    assert moltis.decode_job_data(typed)
+    assert job.input_end == (3 if is_known else moltis.MAX_OFFSET // 2)
