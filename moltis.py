@@ -16919,20 +16919,19 @@ class Job:
 
     def current_size(self) -> TerminalSize | None:
         """Return a terminal's size, None before its first mark."""
-        size = self.size
-        for _, mark in () if size else self._late_marks():
-            if mark is not None:
-                size = TerminalSize(mark.rows, mark.cols)
-        return size
+        marks = [] if self.size else [data for _, data in self._late_marks()]
+        # There may be thousands, and whoever types waits meanwhile.
+        mark = next(filter(None, map(decode_mark, reversed(marks))), None)
+        return self.size if mark is None else TerminalSize(mark.rows, mark.cols)
 
-    def _late_marks(self) -> Iterator[tuple[int, Mark | None]]:
+    def _late_marks(self) -> Iterator[tuple[int, bytes]]:
         """Yield the marks in the last SCREEN bytes of the log, with their offsets."""
         offset, end = self.log.tail(SCREEN), self.log.end
         while offset < end:
             start, data = self.log.read(offset, SCREEN)
             for kind, at, stop in scan_frames(data):
                 if kind == MARK:
-                    yield start + at - FRAME_HEAD.size, decode_mark(data[at:stop])
+                    yield start + at - FRAME_HEAD.size, data[at:stop]
             offset = start + len(data) if data else end
 
     @property

@@ -1484,3 +1484,18 @@ def test_a_node_that_claims_more_input_than_it_was_sent_stops_nobody(world, is_k
     typed = moltis.encode_job_data(moltis.INPUT_DATA, job.id, job.input_end, b"x" * 100)
     assert moltis.decode_job_data(typed)
     assert job.input_end == (3 if is_known else moltis.MAX_OFFSET // 2)
+
+
+def test_the_size_of_a_terminal_is_read_from_its_last_mark_alone(world, monkeypatch):
+    """There may be thousands, and whoever types waits meanwhile."""
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    for rows in range(1, 100):
+        mark = moltis.to_json(moltis.Mark(rows, rows, 80)).encode()
+        world.node.write(job.id, frame(moltis.MARK, mark), out(b"x"))
+    world.node.write(job.id, frame(moltis.MARK, b"malformed"))
+    decoded, decode = [], moltis.decode_mark
+    monkeypatch.setattr(
+        moltis, "decode_mark", lambda data: decoded.append(data) or decode(data)
+    )
+    assert job.current_size() == moltis.TerminalSize(99, 80)
+    assert len(decoded) == 2
