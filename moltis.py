@@ -21119,6 +21119,7 @@ class ClientFollower:
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
+        self._is_closed = False
         self._sent = offset
         self._state: object = None  # the last one sent
         self._is_told = False  # the ending was sent
@@ -21128,6 +21129,10 @@ class ClientFollower:
         """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
+
+    def close(self) -> None:
+        """Send nothing more; a job that prints faster than a client reads has no end."""
+        self._is_closed = True
 
     def wake(self, job: Job) -> None:
         if self._is_open:
@@ -21150,6 +21155,8 @@ class ClientFollower:
 
     def _next(self) -> str | bytes | None:
         """Return the next message; only one thread at a time calls it."""
+        if self._is_closed:
+            return None
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
         if self._held and not self.holds:
@@ -21276,6 +21283,8 @@ class OperatorPeer:
         with self._lock:
             before = self._followers.get(job.id)
             self._followers[job.id] = follower
+        if before is not None:
+            before.close()
         self._unopened.append(follower)
         if opens and before is None:
             job.sized_by = follower  # it was asked for with a size
@@ -21317,6 +21326,7 @@ class OperatorPeer:
             known = self._followers.get(follower.job.id) is follower
             if known:
                 del self._followers[follower.job.id]
+        follower.close()
         self._jobs.unfollow(follower.job, follower, leaves=leaves)
         if known:
             self._note(follower.job, AuditEvent.TERMINAL_LEFT)

@@ -927,6 +927,22 @@ def test_a_job_can_be_followed_from_its_tail(client):
     assert client.output(job_id).endswith(b"\0end\n")
 
 
+@pytest.mark.parametrize("way", ["unfollow", "follow"])
+def test_a_client_that_follows_no_longer_gets_no_more(client, way):
+    """Of a job that prints faster than the client reads it would have no end."""
+    job_id = client.start("local", "head -c 30000000 /dev/zero; echo end", keep=True)
+    end = client.call("job.wait", id=job_id, wait=60)["end"]
+    client.call("job.follow", id=job_id)
+    parameters = {"offset": end} if way == "follow" else {}
+    client.call(f"job.{way}", id=job_id, **parameters)
+    known = client.logs.pop(job_id, b"")
+    assert len(known) < end
+    client.starts.pop(job_id, None)
+    for _ in range(9):
+        client.call("node.list")
+    assert job_id not in client.logs
+
+
 def test_a_holder_that_leaves_cancels_an_unkept_job(gateway, client):
     job_id = client.start("local", "sleep 120", hold=True)
     assert client.call("job.unfollow", id=job_id, leave=True) == {}
