@@ -21131,7 +21131,7 @@ class ClientFollower:
         self.wake(self.job)
 
     def close(self) -> None:
-        """Send nothing more; a job that prints faster than a client reads has no end."""
+        """Send nothing more: of a job that prints all the time there is no last."""
         self._is_closed = True
 
     def wake(self, job: Job) -> None:
