@@ -4417,6 +4417,7 @@ MAX_SIDE = 1000  # rows and columns of a terminal
 MODES_ON = frozenset(("7", "25"))  # set after a reset
 SOFT_MODES = frozenset(("1", "6", "7", "25", "66"))  # those that DECSTR resets
 KEYBOARD_OFF: Mapping[str, bytes] = {"kitty": b"\x1b[<99u", "modify": b"\x1b[>4m"}
+RESET = b"\x1bc"  # RIS
 MODE_NAMES = frozenset(
     (
         *(MODES_ON | SOFT_MODES | KEYBOARD_OFF.keys()),
@@ -4605,6 +4606,11 @@ class TerminalModes:
         last = data[max(0, data.rfind(b"\x1b")) :]
         self._rest = last if MODE_PREFIX.fullmatch(last) else b""
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the output so far ends inside a sequence."""
+        return bool(self._rest)
+
     def _set(self, name: str, value: bool) -> None:
         if name in MODE_NAMES:
             self.changed[name] = value
@@ -4636,18 +4642,25 @@ class Recording:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._size: tuple[int, int] | None = None  # columns, rows
         self._at = 0.0  # s
+        self._is_cut = True  # the next mark begins a screen
+
+    def cut(self) -> None:
+        """Begin another screen at the next mark: a part of the log is missing."""
+        self._is_cut = True
+        self._decoder.reset()
 
     def lines(self, kind: int, data: bytes) -> Iterator[str]:
         """Yield the lines for one log frame."""
         mark = decode_mark(data) if kind == MARK else None
         if mark is not None:
             self._at = max(self._at, mark.ms / 1000)
-            is_first = self._size is None
+            begin = b"" if self._size is None else RESET
             yield from self._resize(mark.cols, mark.rows)
-            if is_first and mark.modes:  # the log's beginning was cut
-                modes = TerminalModes(mark.modes).restoring()
-                yield self._event("o", modes.decode("ascii"))
-        elif kind in STREAMS and self._size is not None:
+            begin += TerminalModes(mark.modes).restoring()
+            if self._is_cut and begin:
+                yield self._event("o", begin.decode("ascii"))
+            self._is_cut = False
+        elif kind in STREAMS and not self._is_cut:
             text = self._decoder.decode(data)
             if text:
                 yield self._event("o", text)
@@ -5110,6 +5123,7 @@ REDRAW_PAUSE = 0.1  # s; programs redraw only at a size that differs
 FD_SETSIZE = 1024  # select() takes descriptors below it
 SELECT_PAUSE = 0.02  # s between two checks of larger descriptors
 INPUT_REPORT = 0.1  # s after which input is reported as consumed
+TERMINAL_INPUT = 4 * LOG_WINDOW  # bytes on their way to a terminal, of all who type
 INPUT_UNREPORTED = 1024  # bytes that are reported only with the next output
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
@@ -5804,9 +5818,9 @@ class Terminal:
         return to_json(Mark(ms, size.rows, size.cols, self._modes.changed)).encode()
 
     def needs_mark(self, data: bytes) -> bool:
-        """Return whether a mark is due before this output."""
+        """Return whether a mark is due before this output, not inside a sequence."""
         self._since_mark += len(data)
-        return (
+        return not self._modes.is_inside and (
             self._since_mark > MARK_BYTES
             or time.monotonic() - self._mark_at >= MARK_INTERVAL
         )
@@ -6161,7 +6175,7 @@ class Command:
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next seven
         # Several may type into a terminal, each a window ahead of the program.
-        self._input = InputWindow(LOG_WINDOW if spec.tty is None else 4 * LOG_WINDOW)
+        self._input = InputWindow(LOG_WINDOW if spec.tty is None else TERMINAL_INPUT)
         self._wanted_size: TerminalSize | None = None  # requested, not yet set
         self._input_reported = 0  # offset
         self._report = Deadline(None)  # of what is consumed and not reported
@@ -16531,8 +16545,9 @@ class Segment:
         size = whole_frames(data)
         if not ended:
             for kind, start, _ in scan_frames(data):
-                if kind == ENDING:
+                if kind == ENDING:  # or zeros, after a power failure
                     size = start - FRAME_HEAD.size
+                    break
         os.truncate(self._path, size)
         self.end = self.begin + size
         return data[:size]
@@ -16556,6 +16571,7 @@ class Log:
         self._memory: collections.deque[Piece] = collections.deque()
         self._segments: list[Segment] = []
         self._in_files = False
+        self._has_lost = False  # the last write failed
         self._written = 0  # offset before which all is in files, once some is
         self._newest = 0  # offset of what was added last
         self.begin = self.end = 0
@@ -16776,7 +16792,11 @@ class Log:
             else:
                 last.append(data)
         except OSError as error:  # the command goes on: these bytes are a gap
-            log.error("output is lost: %s", error)
+            if not self._has_lost:
+                log.error("output is lost: %s", error)
+            self._has_lost = True
+        else:
+            self._has_lost = False
         while len(self._segments) > MAX_SEGMENTS:
             self._remove(1)
 
@@ -16881,6 +16901,10 @@ class Job:
         self.input_at = 0  # bytes of input that the node has consumed
         # Bytes of input sent to a terminal; None until its node reports them.
         self.input_end: int | None = None if record.sent_to else 0
+        # Of a terminal: the input before input_end that is not known to be consumed.
+        # Whoever typed it may have left when a new connection of its node needs it.
+        self.typed = bytearray()
+        self.refuses_input = False  # more was sent than TERMINAL_INPUT
         self.sized_by: Follower | None = None  # of a terminal
         self.size: TerminalSize | None = None  # requested since its start
         self.redrawn_at = -math.inf  # monotonic; of the last request to redraw
@@ -16920,10 +16944,14 @@ class Job:
 
     def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
+        if not self.is_terminal:
+            return []
         people = []
-        for f in self.followers if self.is_terminal else ():
+        with self.lock:  # both change when a client follows anew
+            followers, sized_by = self.followers, self.sized_by
+        for f in followers:
             if f.person:
-                row = {"name": f.person, "types": f.holds, "sizes": f is self.sized_by}
+                row = {"name": f.person, "types": f.holds, "sizes": f is sized_by}
                 people.append({**row, "you": True} if f is you else row)
         return people
 
@@ -16935,20 +16963,19 @@ class Job:
 
     def current_size(self) -> TerminalSize | None:
         """Return a terminal's size, None before its first mark."""
-        size = self.size
-        for _, mark in () if size else self._late_marks():
-            if mark is not None:
-                size = TerminalSize(mark.rows, mark.cols)
-        return size
+        marks = [] if self.size else [data for _, data in self._late_marks()]
+        # There may be thousands, and whoever types waits meanwhile.
+        mark = next(filter(None, map(decode_mark, reversed(marks))), None)
+        return self.size if mark is None else TerminalSize(mark.rows, mark.cols)
 
-    def _late_marks(self) -> Iterator[tuple[int, Mark | None]]:
+    def _late_marks(self) -> Iterator[tuple[int, bytes]]:
         """Yield the marks in the last SCREEN bytes of the log, with their offsets."""
         offset, end = self.log.tail(SCREEN), self.log.end
         while offset < end:
             start, data = self.log.read(offset, SCREEN)
             for kind, at, stop in scan_frames(data):
                 if kind == MARK:
-                    yield start + at - FRAME_HEAD.size, decode_mark(data[at:stop])
+                    yield start + at - FRAME_HEAD.size, data[at:stop]
             offset = start + len(data) if data else end
 
     @property
@@ -17255,10 +17282,18 @@ class Jobs:
         with self._lock:
             return [self._jobs.get(row.id, row) for row in rows]
 
-    def follow(self, job: Job, follower: Follower) -> None:
-        """Wake `follower` at each change; one that holds replaces the holder."""
+    def follow(
+        self, job: Job, follower: Follower, before: Follower | None = None
+    ) -> None:
+        """Wake `follower` at each change; one that holds replaces the holder.
+
+        `before`: the same client until now, which unfollow() takes next.
+        """
         with job.typing if follower.holds else contextlib.nullcontext(), job.lock:
-            job.followers = (*job.followers, follower)
+            others = (f for f in job.followers if f is not before)
+            job.followers = (*others, follower)
+            if before is not None and job.sized_by is before:
+                job.sized_by = follower  # or the others would see that it left
             if follower.holds:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
@@ -17401,7 +17436,14 @@ class Jobs:
             if job.is_terminal:
                 if job.input_end is None or offset > job.input_end:
                     return  # sent before the request to resend
-                job.input_end = max(job.input_end, offset + len(data))
+                data, offset = data[job.input_end - offset :], job.input_end
+                if len(job.typed) + len(data) > TERMINAL_INPUT:
+                    job.refuses_input = True
+                    return
+                if not data:
+                    return
+                job.typed += data
+                job.input_end += len(data)
             # No follower and no other lock is reached from here.
             self._notify(job, lambda link: link.input(job.id, offset, data))
 
@@ -17491,12 +17533,36 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is None or job.sent_over is not link:  # of an earlier connection
             return
+        if job.is_terminal:  # a node that claims more than it was sent gains nothing
+            end = job.input_end
+            offset = min(offset, MAX_OFFSET // 2 if end is None else end)
         job.input_at = offset
-        if resume:
-            with job.typing:
-                job.input_end = offset
-                job.input_resumes += 1
+        with job.typing:
+            if resume:
+                with contextlib.suppress(ConnectionClosed):
+                    self._resume_input(job, link, offset)
+            elif job.input_end is not None:
+                del job.typed[: max(0, len(job.typed) - (job.input_end - offset))]
+                if job.refuses_input and len(job.typed) <= TERMINAL_INPUT // 2:
+                    job.refuses_input = False
+                    job.input_resumes += 1
         self._wake(job)
+
+    def _resume_input(self, job: Job, link: NodeLink, offset: int) -> None:
+        """Resend input from `offset` on, and have the holder continue.
+
+        `job.typing` is held.  Raises ConnectionClosed.
+        """
+        end = job.input_end
+        if end is None or not end - len(job.typed) <= offset <= end:
+            job.typed.clear()  # of an earlier life of this gateway
+            end = offset
+        del job.typed[: len(job.typed) - (end - offset)]
+        job.input_end = end
+        job.input_resumes += 1
+        for at in range(0, len(job.typed), MAX_LOG_MESSAGE):
+            data = bytes(job.typed[at : at + MAX_LOG_MESSAGE])
+            link.input(job.id, offset + at, data)
 
     def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
         """Return the offset from which the node sends each log that it holds, by id.
@@ -17741,8 +17807,7 @@ class Jobs:
                 link.start(job.id, record.work, record.spec or {})
                 if job.size is not None:  # requested before the start arrived
                     link.resize(job.id, job.size)
-            job.input_end = 0
-            job.input_resumes += 1  # input that came before has gone nowhere
+                self._resume_input(job, link, 0)  # what came before has gone nowhere
         self._wake(job)
 
     def _notify(self, job: Job, notify: Callable[[NodeLink], None]) -> None:
@@ -21088,6 +21153,7 @@ class ClientFollower:
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
+        self._is_closed = False
         self._sent = offset
         self._state: object = None  # the last one sent
         self._is_told = False  # the ending was sent
@@ -21097,6 +21163,10 @@ class ClientFollower:
         """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
+
+    def close(self) -> None:
+        """Send nothing more: of a job that prints all the time there is no last."""
+        self._is_closed = True
 
     def wake(self, job: Job) -> None:
         if self._is_open:
@@ -21119,6 +21189,8 @@ class ClientFollower:
 
     def _next(self) -> str | bytes | None:
         """Return the next message; only one thread at a time calls it."""
+        if self._is_closed:
+            return None
         job, record = self.job, self.job.record
         consumed = (job.input_at, job.input_resumes)
         if self._held and not self.holds:
@@ -21246,16 +21318,14 @@ class OperatorPeer:
             before = self._followers.get(job.id)
             self._followers[job.id] = follower
         if before is not None:
-            before.person = ""  # not listed twice among the people
+            before.close()
         self._unopened.append(follower)
-        self._jobs.follow(job, follower)
-        if before is not None:  # the same client, from another offset
-            if job.sized_by is before:
-                job.sized_by = follower
-            self._jobs.unfollow(job, before, leaves=False)
-        elif opens:
+        if opens and before is None:
             job.sized_by = follower  # it was asked for with a size
-        else:
+        self._jobs.follow(job, follower, before)
+        if before is not None:  # the same client, from another offset
+            self._jobs.unfollow(job, before, leaves=False)
+        elif not opens:
             self._note(job, AuditEvent.TERMINAL_JOINED)
         return start
 
@@ -21290,6 +21360,7 @@ class OperatorPeer:
             known = self._followers.get(follower.job.id) is follower
             if known:
                 del self._followers[follower.job.id]
+        follower.close()
         self._jobs.unfollow(follower.job, follower, leaves=leaves)
         if known:
             self._note(follower.job, AuditEvent.TERMINAL_LEFT)
@@ -24591,7 +24662,9 @@ def job_recording(job: Job) -> Generator[bytes, None, None]:
     """Yield a terminal's recording so far, as asciicast v2."""
     record = job.record
     recording = Recording(record.command, record.node_name, record.asked_at)
-    for _, data in log_so_far(job):
+    for missing, data in log_so_far(job):
+        if missing:
+            recording.cut()
         lines = itertools.chain.from_iterable(
             recording.lines(*frame) for frame in log_frames(data)
         )
@@ -30617,14 +30690,14 @@ class TypedInput {
   }
 
   take({offset, resume, held}) {
-    const gone = offset - this.consumed;
-    if (gone >= 0 && gone <= this.sent - this.consumed) {
+    // Others may have typed before `offset`, too.
+    const gone = Math.min(offset, this.sent) - this.consumed;
+    if (gone >= 0) {
       // A view of the rest: a copy for each answer makes a paste take quadratic time.
       this.kept = gone < this.kept.length ? this.kept.subarray(gone) : new Uint8Array();
-      this.consumed = offset;
+      this.consumed += gone;
     }
     if (resume) {
-      // Others may have typed: ours, which was not sent yet, follows.
       this.consumed = this.sent = offset;
       this.flows = true;
     }
@@ -36931,10 +37004,10 @@ class TypedInput(JobInput):
     def go_on(self, offset: int) -> None:
         """Send what is kept from `offset` on; everything before it has arrived."""
         with self._changed:
-            gone = offset - self._consumed
-            if 0 <= gone <= self._sent - self._consumed:
-                del self._kept[:gone]
-            # Otherwise other clients have typed; ours is unsent and follows.
+            if offset >= self._consumed:
+                # Others may have typed before `offset`, too.  What was sent and not
+                # reported as lost has arrived, as far as is known.
+                del self._kept[: min(offset, self._sent) - self._consumed]
             self._consumed = offset
         self.resume()
 
@@ -40311,6 +40384,8 @@ def cmd_node_recording(args: argparse.Namespace, context: Context) -> int:
         job = feed.follow(job_id, view["nodeName"])
         for news in feed.news():
             if isinstance(news, JobOutput):
+                if news.cut:
+                    recording.cut()
                 for kind, data in news.frames:
                     for line in recording.lines(kind, data):
                         sys.stdout.buffer.write(line.encode("utf-8") + b"\n")

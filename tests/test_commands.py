@@ -1170,6 +1170,25 @@ def test_a_redraw_ends_however_often_it_is_asked_for():
         terminal.close_slave()
 
 
+def test_no_mark_is_between_the_parts_of_a_sequence_that_sets_a_mode(monkeypatch):
+    """Whoever begins at the mark would see its end as text, and miss the mode."""
+    monkeypatch.setattr(moltis, "MARK_INTERVAL", 0)
+    text = r"stty -echo; printf '\033[?10'; read x; printf 49h; read x; printf end"
+    with Background(text, tty=TTY) as background:
+        reader, command = background.reader, background.command
+        wait_for(lambda: b"[?10" in reader.stdout)
+        command.input(0, b"\n")
+        wait_for(lambda: b"49h" in reader.stdout)
+        command.input(1, b"\n")
+    frames = list(moltis.log_frames(reader.received))
+    starts = [n for n, (kind, _) in enumerate(frames) if kind == moltis.MARK]
+    assert len(starts) >= 2
+    for n in starts:
+        modes = moltis.TerminalModes(moltis.decode_mark(frames[n][1]).modes)
+        modes.feed(b"".join(d for kind, d in frames[n:] if kind == moltis.STDOUT))
+        assert modes.changed == {"1049": True}
+
+
 @pytest.mark.parametrize("most", [1024, 0])
 def test_a_terminal_works_with_select_and_with_descriptors_that_it_cannot_have(
     monkeypatch, most

@@ -927,6 +927,22 @@ def test_a_job_can_be_followed_from_its_tail(client):
     assert client.output(job_id).endswith(b"\0end\n")
 
 
+@pytest.mark.parametrize("way", ["unfollow", "follow"])
+def test_a_client_that_follows_no_longer_gets_no_more(client, way):
+    """Of a job that prints faster than the client reads it would have no end."""
+    job_id = client.start("local", "head -c 30000000 /dev/zero; echo end", keep=True)
+    end = client.call("job.wait", id=job_id, wait=60)["end"]
+    client.call("job.follow", id=job_id)
+    parameters = {"offset": end} if way == "follow" else {}
+    client.call(f"job.{way}", id=job_id, **parameters)
+    known = client.logs.pop(job_id, b"")
+    assert len(known) < end
+    client.starts.pop(job_id, None)
+    for _ in range(9):
+        client.call("node.list")
+    assert job_id not in client.logs
+
+
 def test_a_holder_that_leaves_cancels_an_unkept_job(gateway, client):
     job_id = client.start("local", "sleep 120", hold=True)
     assert client.call("job.unfollow", id=job_id, leave=True) == {}
@@ -1049,6 +1065,27 @@ def test_a_key_that_only_reads_has_a_terminal_redrawn_rarely_and_changes_nothing
         # The size that it has: a node redraws at an equal one.
         size = {"id": job["id"], "rows": 24, "cols": 80}
         assert events[1]["payload"] == events[2]["payload"] == size
+
+
+def test_whoever_takes_the_input_over_keeps_the_size_and_is_there_once(gateway, client):
+    """If nobody seems to size it, the others set theirs: whoever had it has left."""
+    with silent_node(gateway, "sized") as node, Client(gateway) as other:
+        size = {"rows": 24, "cols": 80}
+        job_id = client.start("sized", "vi", spec={"tty": size}, keep=True, hold=True)
+        node.receive()
+        other.call("job.follow", id=job_id)
+        other.call("job.resize", id=job_id, **size)
+        client.call("job.list")
+        del client.events[:]
+        for _ in range(3):
+            other.call("job.follow", id=job_id, hold=True)
+            client.call("job.follow", id=job_id, hold=True)
+        client.call("job.cancel", id=job_id)
+        states = [state for name, state in client.events if name == "job.state"]
+        assert states
+        for state in states:
+            assert len(state["people"]) == 2
+            assert [p["sizes"] for p in state["people"] if "you" not in p] == [True]
 
 
 def test_output_is_read_in_pieces_that_keep_their_order(client):

@@ -6,6 +6,7 @@ Store and files are real.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -555,6 +556,17 @@ def test_half_a_frame_at_the_end_of_a_file_is_cut_off(world):
     assert world.jobs.get(job.id).log.end == 60_005
 
 
+def test_zeros_that_a_power_failure_left_at_the_end_of_a_file_are_cut_off(world):
+    """They look like endings without a text."""
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"x" * 60000)] * 2)
+    world.node.drop()
+    with (world.directory / "jobs" / job.id / "0").open("ab") as file:
+        file.write(bytes(4096))
+    world.restart_gateway()
+    assert world.jobs.get(job.id).log.end == 2 * 60_005
+
+
 def test_a_gateway_starts_with_an_empty_directory_of_a_job(world):
     job = world.start(kept=True)
     (world.directory / "jobs" / job.id).mkdir(parents=True)
@@ -776,6 +788,24 @@ def test_what_a_disk_takes_in_part_is_cut_to_whole_frames(world, monkeypatch):
         world.node.write(job.id, out(b"b" * 65000))
     path = world.directory / "jobs" / job.id / "0"
     assert path.stat().st_size == 2 * 65005
+
+
+def test_a_full_disk_is_reported_once_until_it_has_room_again(
+    world, monkeypatch, caplog
+):
+    """A command that prints without end would fill the disk of the log as well."""
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "full")
+
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"a" * 65000)] * 2)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            world.node.write(job.id, *[out(b"b" * 65000)] * 9)
+        world.node.write(job.id, out(b"c" * 65000))
+    assert caplog.text.count("output is lost") == 2
 
 
 @pytest.mark.parametrize(
@@ -1383,3 +1413,89 @@ def test_a_size_that_is_chosen_while_the_node_is_away_reaches_it(world, known):
     assert sizes == []
     world.node.come()
     assert sizes == [(50, 200)]
+
+
+def test_keys_on_a_link_that_breaks_arrive_though_another_person_types_by_then(world):
+    """The gateway has them: whoever typed them was told that they were forwarded."""
+    received = []
+
+    def take(_job_id, offset, data):
+        world.node._check_up()
+        received.append((offset, bytes(data)))
+
+    world.node.input = take
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    first = Reader(world.jobs, job)
+    world.jobs.input(job, first, 0, b"abc")
+    world.jobs.input(job, first, 3, b"def")
+    world.jobs.on_input(world.node, job.id, 2, resume=False)
+    world.node.drop()  # it has received no more than it consumed
+    second = Reader(world.jobs, job)
+    assert first.lost_at == job.input_end == 6
+    world.jobs.input(job, second, 6, b"ghi")
+    del received[:]
+    world.node.come()
+    world.jobs.on_input(world.node, job.id, 2, resume=True)
+    assert received == [(2, b"cdefghi")]
+    assert job.input_end == 9
+
+
+def test_a_terminal_has_no_end_of_input(world):
+    """It would end it for everyone, for good: people type Ctrl+D."""
+    received = []
+    world.node.input = lambda _job_id, offset, data: received.append((offset, data))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    world.jobs.input(job, reader, 0, b"")
+    world.jobs.input(job, reader, 0, b"ls\r")
+    assert received == [(0, b"ls\r")]
+
+
+def test_a_terminal_takes_input_again_once_what_was_too_much_for_its_node_is_read(
+    world, monkeypatch
+):
+    """Its node would refuse more: all that follows would be after a gap."""
+    monkeypatch.setattr(moltis, "TERMINAL_INPUT", 10)
+    received = []
+    world.node.input = lambda _job_id, offset, data: received.append((offset, data))
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    resumes = job.input_resumes
+    world.jobs.input(job, reader, 0, b"12345678")
+    world.jobs.input(job, reader, 8, b"abcd")
+    world.jobs.input(job, reader, 12, b"ef")
+    assert received == [(0, b"12345678")]
+    world.jobs.on_input(world.node, job.id, 8, resume=False)
+    assert (job.input_end, job.input_resumes) == (8, resumes + 1)  # asks for the rest
+    world.jobs.input(job, reader, 8, b"abcdef")
+    assert received[1:] == [(8, b"abcdef")]
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["sent", "restarted"])
+def test_a_node_that_claims_more_input_than_it_was_sent_stops_nobody(world, is_known):
+    """The gateway would hang up on whoever types at such an offset."""
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    reader = Reader(world.jobs, job)
+    if is_known:
+        world.jobs.input(job, reader, 0, b"abc")
+    else:
+        job.input_end = None
+    world.jobs.on_input(world.node, job.id, moltis.MAX_OFFSET - 1, resume=True)
+    typed = moltis.encode_job_data(moltis.INPUT_DATA, job.id, job.input_end, b"x" * 100)
+    assert moltis.decode_job_data(typed)
+    assert job.input_end == (3 if is_known else moltis.MAX_OFFSET // 2)
+
+
+def test_the_size_of_a_terminal_is_read_from_its_last_mark_alone(world, monkeypatch):
+    """There may be thousands, and whoever types waits meanwhile."""
+    job = world.start(kept=True, work=moltis.TERMINAL)
+    for rows in range(1, 100):
+        mark = moltis.to_json(moltis.Mark(rows, rows, 80)).encode()
+        world.node.write(job.id, frame(moltis.MARK, mark), out(b"x"))
+    world.node.write(job.id, frame(moltis.MARK, b"malformed"))
+    decoded, decode = [], moltis.decode_mark
+    monkeypatch.setattr(
+        moltis, "decode_mark", lambda data: decoded.append(data) or decode(data)
+    )
+    assert job.current_size() == moltis.TerminalSize(99, 80)
+    assert len(decoded) == 2

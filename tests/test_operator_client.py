@@ -287,6 +287,30 @@ def decoded(message):
     return offset, data
 
 
+@pytest.mark.parametrize("others", [b"", b"other"], ids=["alone", "others type"])
+def test_what_was_typed_before_a_reconnect_is_not_typed_again(others):
+    """A program that shows no echo, as for a password, reports nothing for long."""
+    program, is_up = bytearray(), True
+
+    def send(message):
+        # The gateway takes what follows, and the node skips what it has.
+        _, _, offset, data = moltis.decode_job_data(message)
+        if is_up and offset <= len(program):
+            program.extend(data[len(program) - offset :])
+
+    typed = moltis.TypedInput(moltis.new_id(), send)
+    typed.go_on(0)
+    typed.type(b"secret", lambda: False)
+    is_up = False
+    typed.pause()
+    typed.type(b"12", lambda: True)
+    program += others
+    is_up = True
+    typed.go_on(len(program))
+    typed.type(b"\r", lambda: False)
+    assert bytes(program) == b"secret" + others + b"12\r"
+
+
 def test_several_jobs_are_one_stream_of_news(gateway):
     with gateway.node("far"), gateway.node("gone") as gone:
         gone.close()

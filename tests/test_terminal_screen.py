@@ -1114,7 +1114,8 @@ def test_a_paste_costs_its_size_and_no_square_of_it(run):
     assert run(typed_input + script)
 
 
-def test_what_was_typed_before_a_reconnect_is_not_typed_again(run):
+@pytest.mark.parametrize("others", ["", "other"], ids=["alone", "others type"])
+def test_what_was_typed_before_a_reconnect_is_not_typed_again(run, others):
     """A program that shows no echo, as for a password, reports nothing for long."""
     text = moltis.WEB_JS.decode()
     start = text.index("const MAX_INPUT = ")
@@ -1132,12 +1133,14 @@ def test_what_was_typed_before_a_reconnect_is_not_typed_again(run):
     isUp = false;
     input.pause();
     input.type(bytes("12"), true);
+    program += OTHERS;
     isUp = true;
     input.take({offset: program.length, resume: true});
     input.type(bytes("\\r"), false);
     console.log(JSON.stringify(program));
     """
-    assert run(typed_input + script) == "secret12\r"
+    script = script.replace("OTHERS", json.dumps(others))
+    assert run(typed_input + script) == f"secret{others}12\r"
 
 
 def test_a_terminal_whose_start_was_lost_is_started_again_with_its_id(run):

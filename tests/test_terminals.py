@@ -974,6 +974,28 @@ def test_a_recording_whose_beginning_was_cut_begins_with_size_and_modes():
     assert events == [[5.0, "o", "\x1b[?1049h\x1b[?25l"], [5.0, "o", "shown"]]
 
 
+def test_a_recording_with_a_gap_continues_with_the_modes_after_it(site, monkeypatch):
+    """The alternate screen was switched on in the part that is not kept."""
+    monkeypatch.setattr(moltis, "SEGMENT", 100_000)
+    monkeypatch.setattr(moltis, "MAX_SEGMENTS", 3)
+    command = "seq 40000; printf '\\033[?1049h'; seq 60000; printf 'the %s' end"
+    with site.shell(command) as shell:
+        shell.expect("the end")
+        shell.end()
+    job = site.terminals("ended")[0]
+    url = f"{site.gateway.url}/api/jobs/{job['id']}/recording"
+    headers = {"Authorization": f"Bearer {site.gateway.api_key}"}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        cast = answer.read().decode()
+    shown = [text for _, kind, text in map(json.loads, cast.splitlines()[1:])]
+    assert "\x1b[?1049h" not in "".join(shown).partition("\x1bc")[0]
+    assert shown.count("\x1bc\x1b[?1049h") == 1
+    assert shown[-1].endswith("the end")
+    done = run_moltis("node", "recording", job["id"], home=site.home)
+    assert done.stdout == cast
+
+
 def test_only_terminals_have_a_recording(site):
     job_id = site.gateway.call(
         "job.start",
