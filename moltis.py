@@ -25811,11 +25811,34 @@ def is_closed_there(sock: socket.socket) -> bool:
     return not head or tls_alert
 
 
-def is_reset(sock: socket.socket) -> bool:
-    """Return whether the other end takes no more bytes, as it said to earlier ones."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return bool(poll.poll(0))
+class ClientLook:
+    """Whether the client of a connection is still there, while it waits for an answer.
+
+    One that only ended its own side still reads (RFC 9112 §9.6); that sends the same
+    FIN as one that is gone.  Bytes show it: the latter answers with a reset.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._asked = False
+        self.may_ask = False  # the request is of HTTP/1.1, and its answer has not begun
+
+    def is_gone(self) -> bool:
+        if not is_closed_there(self._sock):
+            return False
+        if not self.may_ask:
+            return True
+        if self._asked:
+            poll = select.poll()
+            poll.register(self._sock, 0)  # a reset alone
+            return bool(poll.poll(0))
+        self._asked = True
+        try:
+            # Clients discard it where they did not ask for it (RFC 9110 §15.2.1).
+            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except OSError:
+            return True
+        return False
 
 
 class TcpPeer(Value):
@@ -25849,8 +25872,6 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Serves the upgraded connection after this handler is gone, whose objects and
         # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
-        probed = False  # whether the client is gone
-        replies = False  # the answer has begun
 
         def setup(self) -> None:
             super().setup()
@@ -25860,10 +25881,10 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.rfile = io.BufferedReader(stream)
             self.wfile = io.BufferedWriter(stream)  # header and body in one write
             self.peer: TcpPeer = self.client_address  # type: ignore[assignment]
+            self.look = ClientLook(self.connection)
 
         def handle_one_request(self) -> None:
             self.stream.begin()
-            self.replies = False
             try:
                 super().handle_one_request()
             except MalformedHead as error:
@@ -25986,31 +26007,13 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             path, _, query = self.path.partition("?")
             if public.prefix and path.startswith(public.prefix + "/"):
                 path = path[len(public.prefix) :]
+            self.look.may_ask = self.request_version != "HTTP/1.0"
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
                 on_identified=self.peer.on_identified,
-                is_abandoned=self.is_abandoned,
+                is_abandoned=self.look.is_gone,
                 query=query,
             )
-
-        def is_abandoned(self) -> bool:
-            """Return whether the client left.
-
-            One that only ended its own side still reads (RFC 9112 §9.6); that sends the
-            same FIN as one that is gone.  Bytes show it: the latter resets.
-            """
-            if not is_closed_there(self.connection):
-                return False
-            if self.replies or self.request_version == "HTTP/1.0":
-                return True
-            if self.probed:
-                return is_reset(self.connection)
-            self.probed = True
-            try:
-                self.handle_expect_100()  # also unasked, clients discard it: RFC 9110
-            except OSError:
-                return True
-            return False
 
         def refuse(self, status: int, message: str) -> None:
             """Send an error, then close the connection."""
@@ -26024,7 +26027,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
-            self.replies = True
+            self.look.may_ask = False
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             body, length = reply.body, reply.length

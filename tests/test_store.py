@@ -226,12 +226,6 @@ def test_a_damaged_database_is_an_error_that_says_so(path):
         damaged.devices.all(NOW)
 
 
-def test_a_directory_in_place_of_the_file_is_refused(path):
-    path.mkdir(parents=True)
-    with pytest.raises(BadConfiguration, match=r"cannot open .*moltis\.db"):
-        Store(path)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="file permissions")
 def test_an_unreadable_directory_is_refused_with_advice(tmp_path):
     blocker = tmp_path / "file"
