@@ -3582,7 +3582,7 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
     page = make_page(site)
     open_terminal(page, site, "Local")
     enter(page, "exec cat")
-    key = site.call("keys.create", name="looks", scopes=["operator.read"])["key"]
+    key = site.call("keys.create", name="watches", scopes=["operator.read"])["key"]
     with browser.new_page(isolated=True, width=700) as other:
         other.goto(f"{site.url}/#key={key}")
         other.wait_for(READY)
@@ -3592,7 +3592,7 @@ def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
         assert not other.evaluate(
             "document.querySelector('#terminal-end').offsetParent"
         )
-        page.wait_for(shows("#terminal-people", "looks"))
+        page.wait_for(shows("#terminal-people", "watches"))
         assert page.evaluate("document.querySelector('#terminal-note').hidden")
         other.click(SCREEN)
         enter(other, "not typed")
