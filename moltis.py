@@ -26999,7 +26999,7 @@ button:disabled { opacity: .5; cursor: default; }
 .bar h1, .where, #prompt, .does code, .jobs code, .jobs .detail, .pick-label,
 .who .name, .who .detail, #sessions .name, #sessions .detail, #running code,
 #running .detail, #palette-list .name, #palette-list .detail, #terminal-tabs a,
-.upload .name, #activity-list .folded .line,
+#terminal-people, .upload .name, #activity-list .folded .line,
 #activity-list :is(.where, .who, .verdict) { overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
 .bubble, .notice pre, .thought p, #again pre, #confirm-text, .secret pre, .ready pre,
@@ -27384,6 +27384,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   text-decoration: none; }
 #terminal-tabs .over a { color: var(--soft); }
 #terminal-bar { display: flex; }
+#terminal-people { max-width: 40%; }
+#terminal-people:empty { display: none; }
 #terminal-more[aria-pressed=true] { color: var(--accent); }
 :is(#terminal-note, #recording-note) { align-items: center; border-radius: 0;
   padding: 6px 20px; }
@@ -27797,6 +27799,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   .chips button, .tabs label { flex: none; }
   .tabs label { padding-inline: 9px; font-size: 14px; }
   #terminal-tabs, #terminal-keys { scrollbar-width: none; }
+  #terminal-people { order: 1; flex: 1 1 100%; max-width: none; }
   dialog, #token { width: 100%; max-width: 100%; max-height: calc(100dvh - 24px);
     margin-bottom: 0; padding: 20px; border-width: 1px 0 0;
     border-radius: 18px 18px 0 0; }
@@ -35968,7 +35971,9 @@ let noteTimer; // delays notes: short interruptions are not shown
 function drawTerminalNote(session) {
   const [text = "", act] = session ? terminalNote(session) : [];
   const names = (session?.job?.people || []).map(person => person.name);
-  setText($("terminal-people"), names.length > 1 ? `In it: ${names.join(", ")}` : "");
+  const people = names.length > 1 ? `In it: ${names.join(", ")}` : "";
+  setText($("terminal-people"), people);
+  $("terminal-people").title = people;
   clearTimeout(noteTimer);
   noteTimer = setTimeout(() => {
     $("terminal-note").hidden = !text;

@@ -3787,6 +3787,29 @@ def test_the_tab_of_the_shown_terminal_is_in_view_and_says_what_runs_there(
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+@pytest.mark.parametrize("width", [390, 700, 800])
+def test_names_of_people_leave_room_for_tabs_and_buttons(
+    site, make_page, browser, width
+):
+    page = make_page(site, width=width)
+    open_terminal(page, site, "Local")
+    name, scopes = f"{'A long name ' * 6}{width}", ["operator.read"]
+    key = site.call("keys.create", name=name, scopes=scopes)["key"]
+    with browser.new_page(isolated=True) as other:
+        other.goto(f"{site.url}/#key={key}")
+        other.wait_for(READY)
+        other.goto(site.url + page.evaluate("location.pathname"))
+        page.wait_for(shows("#terminal-people", name))
+        [tab, bar] = page.evaluate(
+            "['#terminal-tabs li', '#terminal-bar'].map(one => "
+            "document.querySelector(one).getBoundingClientRect().toJSON())"
+        )
+    assert tab["right"] <= bar["left"]
+    assert tab["top"] < bar["bottom"]
+    assert bar["top"] < tab["bottom"]
+    enter(page, "exit")
+
+
 def size_of_terminal(page):
     """Return the rows and columns that its program has, as its screen says."""
     enter(page, "clear; stty size; echo so")
