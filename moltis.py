@@ -5115,6 +5115,7 @@ USUAL_PLACES = (  # of programs, from the home directory on
     "/sbin",
 )
 
+PSEUDO_TERMINALS = "/dev/ptmx"  # the device that gives them
 IUTF8 = 0x4000  # of c_iflag: Linux and macOS; `termios` does not name it
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8")
 MARK_INTERVAL = 0.1  # s between two marks in a terminal's log
@@ -5766,7 +5767,11 @@ class Terminal:
         """Raises OSError if the system has no free pseudo-terminal."""
         import termios
 
-        self.master, slave = os.openpty()
+        try:
+            self.master, slave = os.openpty()
+        except OSError as error:
+            error.filename = PSEUDO_TERMINALS
+            raise
         # Open until the shell has exited: without a slave, reads of the master fail
         # (Linux), and closing the last slave discards unread output (macOS).
         self.slave: int | None = slave
@@ -6086,6 +6091,8 @@ def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
     if cwd is not None and error.filename == cwd:
         shown = cwd.decode("utf-8", "replace")
         return f"cannot use the working directory {shown}: {error.strerror}"
+    if error.filename == PSEUDO_TERMINALS:
+        return f"this system gives no pseudo-terminal: {error.strerror}"
     return f"cannot start {SHELL}: {error.strerror}"
 
 

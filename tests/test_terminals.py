@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -1060,6 +1061,15 @@ def test_a_machine_without_terminals_refuses_one_by_itself():
     spec = moltis.CommandSpec("", tty=moltis.TerminalSize(24, 80))
     with pytest.raises(moltis.RpcError, match="allows no terminals"):
         moltis._run(options, None, None, spec)
+
+
+def test_a_system_without_pseudo_terminals_is_named_as_the_reason():
+    spec = moltis.CommandSpec("true", tty=moltis.TerminalSize(24, 80))
+    command = moltis.Command(spec, moltis.JobLog("", lambda _: None), environ={})
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    with mock.patch.object(os, "openpty", side_effect=error):
+        reason = command.run().reason
+    assert reason == "this system gives no pseudo-terminal: No such file or directory"
 
 
 def test_it_is_said_which_of_two_opposite_options_counts(tmp_path):
