@@ -40052,14 +40052,21 @@ def terminal_size(descriptor: int) -> TerminalSize:
     return TerminalSize(min(rows or 24, MAX_SIDE), min(cols or 80, MAX_SIDE))
 
 
-@contextlib.contextmanager
-def raw_terminal(descriptor: int) -> Iterator[None]:
-    """Pass keys on as they are typed; restore the settings on every way out."""
+def make_raw(descriptor: int) -> None:
+    """Have our terminal pass keys on as they are typed."""
     import termios
     import tty
 
-    before = termios.tcgetattr(descriptor)
     tty.setraw(descriptor, termios.TCSADRAIN)
+
+
+@contextlib.contextmanager
+def raw_terminal(descriptor: int) -> Iterator[None]:
+    """Make our terminal raw; restore its settings on every way out."""
+    import termios
+
+    before = termios.tcgetattr(descriptor)
+    make_raw(descriptor)
     try:
         yield
     finally:
@@ -40118,9 +40125,11 @@ class TerminalSession:
         self._actions: SimpleQueue[str] = SimpleQueue()
         self._raised: Exception | None = None  # by _show_at_once()
         self._resized = True  # our size has to be sent
+        self._continued = False  # the shell that had stopped us used our terminal
         self._away: dict[str, float] = {}  # monotonic, by name: since when
         self._notice = ""  # on the last line
         self._notice_until = 0.0  # monotonic
+        self._notice_row = 0
         self._people: list[JsonObject] = []  # as Job.people
         self._modes = TerminalModes()  # of our terminal
         self._filter = QueryFilter()
@@ -40135,8 +40144,9 @@ class TerminalSession:
         self._is_fresh = joins
         how = ""
         resized = handling(self._on_resize, signal.SIGWINCH)
+        continued = handling(self._on_continue, signal.SIGCONT)
         ends = interrupting(self._feed, insists=False)  # our terminal is restored
-        with ends, resized, raw_terminal(self._keys):
+        with ends, resized, continued, raw_terminal(self._keys):
             try:
                 self._start_reading()
                 self._follow()
@@ -40175,7 +40185,7 @@ class TerminalSession:
                         self._type(keys)
                     if action:
                         self._act(action)
-        self._act(".")  # our terminal was closed
+        self._act("d")  # our terminal was closed
 
     def _type(self, keys: bytes) -> None:
         typed = self._may_type and self._feed.type(
@@ -40192,6 +40202,10 @@ class TerminalSession:
     def _on_resize(self, *_: object) -> None:
         self._resized = True
         self._feed.wake()
+
+    def _on_continue(self, *_: object) -> None:
+        self._continued = True
+        self._on_resize()  # nothing reported it meanwhile; an equal one redraws
 
     # In the main thread
 
@@ -40211,9 +40225,15 @@ class TerminalSession:
 
     def _run_due(self) -> None:
         if self._feed.interrupted:
-            raise LeaveTerminal(".")
+            # A window that is closed hangs up on us: it ends nothing, like a lost link.
+            closed = self._feed.interrupted == signal.SIGHUP
+            raise LeaveTerminal("d" if closed else ".")
         if self._raised is not None:
             raise self._raised
+        if self._continued:
+            self._continued = False
+            make_raw(self._keys)
+            self._write(self._modes.restoring())
         while not self._actions.empty():
             action = self._actions.get()
             if action != "?":
@@ -40302,26 +40322,32 @@ class TerminalSession:
 
     def _say(self, text: str) -> None:
         """Show `text` on the last line, for a while."""
-        self._notice, self._notice_until = text, time.monotonic() + NOTICE_SHOWN
         size = terminal_size(self._screen)
+        if size.rows != self._notice_row:
+            self._erase_notice()
+        self._notice, self._notice_until = text, time.monotonic() + NOTICE_SHOWN
+        self._notice_row = size.rows
         shown = f"moltis: {text}"[: size.cols - 1]
         encoded = shown.encode(sys.stdout.encoding or "utf-8", ESCAPE)
         self._write(b"\x1b7\x1b[%d;1H\x1b[7m%b\x1b[K\x1b[m\x1b8" % (size.rows, encoded))
 
     def _clear_notice(self) -> None:
         if self._notice:
-            self._notice = ""
-            rows = terminal_size(self._screen).rows
-            self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % rows)
+            self._erase_notice()
             if self._may_type:
                 self._resize(redraw=True)
+
+    def _erase_notice(self) -> None:
+        if self._notice:
+            self._notice = ""
+            self._write(b"\x1b7\x1b[%d;1H\x1b[2K\x1b8" % self._notice_row)
 
     def _write(self, data: bytes) -> None:
         """Raises LeaveTerminal where our terminal was closed."""
         try:
             write_out(sys.stdout.buffer, data)
         except OSError:
-            raise LeaveTerminal(".") from None
+            raise LeaveTerminal("d") from None
 
     def _plain(self) -> bytes:
         """Return the sequences that reset our terminal's modes, after any cut (CAN)."""
@@ -40338,7 +40364,7 @@ class TerminalSession:
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
         ends = how == "." and self._may_type and len(self._people) <= 1
-        sys.stdout.write("\n")
+        self._begin_line()
         if ends:
             try:
                 asked = {"id": self._job.id}
@@ -40347,12 +40373,18 @@ class TerminalSession:
                 ends = False
         goes_on = f"`moltis node attach {self._job.id[:8]}` goes back in"
         self._output.say("moltis: ended" if ends else f"moltis: it goes on; {goes_on}")
-        return (
-            128 + (self._feed.interrupted or signal.SIGINT) if how == "." else EXIT_OK
-        )
+        number = self._feed.interrupted or (signal.SIGINT if how == "." else 0)
+        return 128 + number if number else EXIT_OK
 
     def _ended(self) -> int:
+        ending = self._job.ending
+        if ending is None or ending.state != JobState.DONE:
+            self._begin_line()  # what is said would follow the prompt
         return ended_status(self._job, self._output)
+
+    def _begin_line(self) -> None:
+        with contextlib.suppress(LeaveTerminal):
+            self._write(b"\n")
 
 
 def has_terminal() -> bool:

@@ -131,6 +131,7 @@ class Person:
             maxread=65536,
         )
         self.spawned.logfile_read = self
+        os.set_inheritable(self.spawned.child_fd, False)  # by a shell of our node
         self.cooked = termios.tcgetattr(self.spawned.child_fd)
 
     def write(self, data):
@@ -600,6 +601,52 @@ def test_our_terminal_is_restored_on_every_way_out(site, way):
             assert sequence in after
 
 
+@pytest.mark.parametrize("way", ["a signal", "a closed window"])
+def test_a_terminal_outlives_the_window_that_showed_it(site, way):
+    with site.shell("echo ready; read -r x; echo got-$x; sleep 60") as shell:
+        shell.expect("ready")
+        [job] = site.terminals()
+        if way == "a signal":
+            shell.spawned.kill(signal.SIGHUP)
+        else:
+            with open(os.devnull) as nothing:
+                os.dup2(nothing.fileno(), shell.spawned.child_fd)
+        shell.spawned.wait()
+    with site.person("node", "attach", job["id"]) as again:
+        again.expect("ready")
+        again.type("it\r")
+        again.expect("got-it")
+
+
+def test_a_process_that_was_stopped_takes_its_terminal_back(site):
+    with site.bash() as shell:
+        shell.spawned.kill(signal.SIGSTOP)
+        listing = ["ps", "-o", "stat=", "-p", str(shell.spawned.pid)]
+        wait_for(lambda: b"T" in subprocess.run(listing, stdout=-1, check=True).stdout)
+        # As a shell whose job was stopped.
+        termios.tcsetattr(shell.spawned.child_fd, termios.TCSANOW, shell.cooked)
+        shell.spawned.setwinsize(33, 99)
+        shell.spawned.kill(signal.SIGCONT)
+        wait_for(lambda: shell.settings() != shell.cooked)
+        shell.has_size("33 99")
+        shell.type("sleep 61.75\r")
+        wait_for(lambda: has_the_terminal("sleep 61.75"))
+        shell.type("\x03")
+        shell.expect("prompt> ")
+        shell.type("exit 4\r")
+        assert shell.end() == 4
+        assert shell.is_restored
+
+
+def test_what_is_said_at_the_end_is_on_a_line_of_its_own(site):
+    with site.shell("printf 'prompt> '; exec sleep 60") as shell:
+        shell.expect("prompt> ")
+        [job] = site.terminals()
+        site.gateway.call("job.cancel", id=job["id"])
+        shell.shows(lambda text: re.search(r"(?m)^moltis: far: cancelled", text))
+        shell.end()
+
+
 # --- Links that break ---
 
 
@@ -651,6 +698,56 @@ def test_output_continues_at_the_exact_byte_and_keys_go_on_over_a_new_link(site)
     numbers = b"".join(b"%d\n" % number for number in range(1, 50_001))
     assert numbers in shown
     assert b"w   x   y   z" in shown
+
+
+def test_what_two_type_while_the_node_is_away_arrives(site):
+    command = "stty raw -echo; echo ready; head -c 4 | od -c; sleep 60"
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Link(site.port))
+        url = f"ws://127.0.0.1:{link.port}/ws"
+        with mock.patch.object(site.gateway, "websocket_url", url):
+            stack.enter_context(site.gateway.node("gone"))
+        words = ("node", "shell", "gone", "--", command)
+        first = stack.enter_context(site.person(*words))
+        first.expect("ready")
+        [job] = site.terminals()
+        environ = {
+            "MOLTIS_GATEWAY_URL": site.gateway.url,
+            "MOLTIS_API_KEY": site.key("operator.admin"),
+        }
+        second = stack.enter_context(
+            site.person("node", "attach", job["id"], **environ)
+        )
+        second.shows("ready")
+        with link.away():
+            first.shows("waiting for gone to come back (")
+            second.shows("waiting for gone to come back (")
+            first.type("ab")
+            wait_for(lambda: typists(site) == ["owner"])
+            second.type("cd")
+            wait_for(lambda: typists(site) != ["owner"])
+        first.shows("a   b   c   d")
+
+
+def typists(site):
+    """Return the names of those who type into the one terminal."""
+    [job] = site.terminals()
+    return [person["name"] for person in job["people"] if person["types"]]
+
+
+def test_a_notice_leaves_nothing_behind_in_a_window_that_grows(site):
+    with Link(site.port) as link, site.shell(
+        "echo ready; sleep 60",
+        MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{link.port}",
+        MOLTIS_API_KEY=site.gateway.api_key,
+    ) as shell:
+        shell.expect("ready")
+        with link.away():
+            shell.shows("waiting for the gateway to come back")
+            shell.screen.resize(30, 80)
+            shell.spawned.setwinsize(30, 80)
+            shell.shows(lambda _: "waiting for" in shell.screen.display[29])
+            assert "waiting for" not in shell.screen.display[23]
 
 
 @pytest.fixture
