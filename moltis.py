@@ -31845,6 +31845,7 @@ function enterRoute() {
 function answerOf(dialog) {
   dialog.returnValue = "";
   dialog.showModal();
+  dialog.scrollTop = 0; // its focused button may be below a long text
   return new Promise(resolve => {
     dialog.onclose = () => resolve(dialog.returnValue);
   });

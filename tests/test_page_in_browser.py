@@ -3750,9 +3750,11 @@ def open_another(page):
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
+    first = json.dumps(page.evaluate("location.pathname"))
     open_another(page)
     enter(page, "exit")
     page.click("#terminal-tabs li:first-child a")
+    page.wait_for(f"location.pathname === {first} && {KEYS}")
     enter(page, "echo $((6*7))")
     page.wait_for(shows(SCREEN, "42\n"))
     page.click("#to-nodes")
@@ -4259,6 +4261,17 @@ def test_an_address_is_asked_about_as_it_will_be_opened(keyboard):
     page.evaluate(
         "document.querySelector('#toast').hidden = true; delete window.open; 0"
     )
+
+
+def test_a_question_about_a_long_address_begins_with_its_host(keyboard):
+    page = keyboard.page
+    keyboard.show(f"\x1b]8;;https://example.org/{'x' * 3000}\x07here\x1b]8;;\x07")
+    page.click(f"{SCREEN} .to")
+    page.wait_for("document.querySelector('#confirm').open")
+    assert page.evaluate("document.querySelector('#confirm').scrollTop") == 0
+    assert page.evaluate("document.activeElement.value") == ""  # to cancel
+    page.press("Escape")
+    page.wait_for(KEYS)
 
 
 def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
