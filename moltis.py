@@ -36966,6 +36966,7 @@ class JobInput:
             self._flows = True
             self._sent = self._consumed
             self._send_rest()
+            self._changed.notify_all()
 
     def _send_rest(self) -> None:
         # Under the lock, or pieces would overtake each other; send() does not block.
@@ -37011,11 +37012,12 @@ class TypedInput(JobInput):
                     return False
                 self._changed.wait(1.0)  # for consumed(); away() changes by itself
 
-    @property
-    def waits(self) -> bool:
-        """Whether typed input waits to be sent."""
+    def waits(self, timeout: float) -> bool:
+        """Return whether typed input still waits to be sent, after `timeout` s."""
         with self._changed:
-            return bool(self._kept) and not self._flows
+            return not self._changed.wait_for(
+                lambda: self._flows or not self._kept, timeout
+            )
 
     def go_on(self, offset: int) -> None:
         """Send what is kept from `offset` on; everything before it has arrived."""
@@ -37128,6 +37130,14 @@ class JobFeed(LastingClient):
             job.holds = True
             self._follow(job)
         return taken
+
+    def flush_typed(self, timeout: float) -> None:
+        """Return once what was typed is sent, or after `timeout` s.
+
+        Keys typed right after another client's wait for the hold.
+        """
+        assert isinstance(self._input, TypedInput)
+        self._input.waits(timeout)
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
@@ -37258,7 +37268,7 @@ class JobFeed(LastingClient):
             typed.lose(offset)
             job = self.open.get(typed.job_id)
             if job is not None:
-                job.holds = typed.waits
+                job.holds = typed.waits(0)
                 if job.holds:
                     self._follow(job)
         else:
@@ -39961,6 +39971,7 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
 # -- terminals: moltis node shell, attach --------------------------------------
 
 NOTICE_SHOWN = 3.0  # s that a notice on the last line stays
+SENT_WITHIN = 3.0  # s; whoever leaves waits that long for what was typed before
 ESCAPE_HELP = """\
 ~.  end the terminal, or leave it if others are in it
 ~d  leave it running; `moltis node attach {id}` goes back in
@@ -40366,6 +40377,8 @@ class TerminalSession:
         """End the terminal, or leave it running; return the exit status."""
         ends = how == "." and self._may_type and len(self._people) <= 1
         self._begin_line()
+        if not (ends or self._away):
+            self._feed.flush_typed(SENT_WITHIN)
         if ends:
             try:
                 asked = {"id": self._job.id}

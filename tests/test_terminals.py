@@ -729,6 +729,26 @@ def test_what_two_type_while_the_node_is_away_arrives(site):
         first.shows("a   b   c   d")
 
 
+def test_what_is_typed_right_before_leaving_arrives(site, tmp_path):
+    """Also by somebody who has not typed before, for whom another gives way."""
+    with site.bash() as first, Link(site.port) as link:
+        first.type("true\r")
+        first.expect("true")
+        [job] = site.terminals()
+        environ = {
+            "MOLTIS_GATEWAY_URL": f"http://127.0.0.1:{link.port}",
+            "MOLTIS_API_KEY": site.gateway.api_key,
+        }
+        with site.person("node", "attach", job["id"], **environ) as second:
+            second.shows("true")
+            first.type("echo a''gain\r")
+            second.shows("again")
+            link.delay = 0.2
+            second.type(f"touch {tmp_path}/typed\r~d")
+            assert second.end() == 0
+        wait_for((tmp_path / "typed").exists, what="what was typed")
+
+
 def typists(site):
     """Return the names of those who type into the one terminal."""
     [job] = site.terminals()
