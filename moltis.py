@@ -41675,7 +41675,8 @@ class ChatTerminal:
         """
         if run_id == self._run_id:
             return True
-        if message is not None and message["id"] == self._message_id:
+        is_answered = self._run_id != ""  # not if the link broke before the answer
+        if is_answered and message is not None and message["id"] == self._message_id:
             # What chat.send named would never end.
             raise LookupError(f"our message is in {run_id}, not {self._run_id}")
         return False

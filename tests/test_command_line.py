@@ -2366,6 +2366,7 @@ def test_a_message_whose_answer_was_lost_runs_once(gateway, capsys):
         def loses_the_answer(method, params):
             answer = moltis.OperatorClient.call(client, method, params)
             if method == "chat.send":
+                wait_for(lambda: feed._news, what="an event of the message")
                 client.drop()
                 raise moltis.Unreachable("the gateway hung up")
             return answer
