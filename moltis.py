@@ -14808,7 +14808,7 @@ class JobsTable(Table):
     CHANGING = (
         *("started_at", "ended_at", "state", "exit_code", "signal", "reason"),
         *("stdout_bytes", "stderr_bytes", "duration", "result", "log_end"),
-        *("cancelled_at", "cancelled_by", "sent_to", "queue_until"),
+        *("cancelled_at", "cancelled_by", "sent_to", "queue_until", "node_name"),
     )
     SAVE = _update_sql("jobs", ("id",), (*CHANGING, "spec", "log"))
     STATES: Mapping[str, str] = {
@@ -17645,6 +17645,15 @@ class Jobs:
             self._wake(job)
             self.acknowledge(job)
 
+    def rename_node(self, node_id: str, name: str) -> None:
+        """Rename the node in its open jobs."""
+        for job in self.open(node_id=node_id):
+            with job.lock:
+                if job.record.is_open:
+                    job.record = job.record.replace(node_name=name)
+                    self._save(job)
+            self._wake(job)
+
     # --- Time ---
 
     def tick(self) -> None:
@@ -17837,7 +17846,8 @@ class Jobs:
         if self.on_change is not None:
             record = job.record
             away = job.away_since is not None and record.is_open
-            state = (record.state, job.place, away, record.cancelled_at)
+            row = (record.state, record.node_name, record.cancelled_at)
+            state = (*row, job.place, away)
             if state != job.announced and job.is_recorded:
                 job.announced = state
                 self.on_change(job)
@@ -21726,6 +21736,7 @@ class NodeMethods:
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
+        self._jobs.rename_node(node_id, name)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:

@@ -4670,6 +4670,23 @@ def test_a_terminal_says_since_when_its_machine_is_away(own_site, cable, make_pa
     page.wait_for(shows("#terminal-note", "Waiting for Far to come back (away since "))
 
 
+def test_what_runs_on_a_machine_that_is_renamed_has_its_new_name(
+    own_site, cable, make_page
+):
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Far")
+    page.wait_for(shows("#running", "Far"))
+    node_id = nodes(own_site)["Far"]["nodeId"]
+    own_site.call("node.rename", nodeId=node_id, displayName="Near")
+    page.wait_for(shows("#running", "Near"))
+    cable.target = free_port()
+    cable.cut()
+    page.wait_for(shows("#running", "Near · waiting for Near to come back"))
+    own_site.call("node.rename", nodeId=node_id, displayName="Nearer")
+    page.wait_for(shows("#running", "Nearer · waiting for Nearer to come back"))
+    page.wait_for(shows("#terminal-note", "Waiting for Nearer to come back"))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_terminal_goes_from_a_cut_line_to_a_shell_and_into_its_recording(
     own_site, cable, browser, tmp_path, size
