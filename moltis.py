@@ -31481,8 +31481,10 @@ class TerminalSession {
     try {
       const answer = await link.call("job.follow",
         {id, offset: position, hold: holds, skip: true, screen: isFresh});
-      if (answer.job.work !== TERMINAL)
+      if (answer.job.work !== TERMINAL) {
+        this.leave();
         throw callError("NOT_FOUND", "This is no terminal.");
+      }
       learn(answer.job);
       if (!position) {
         this.position = this.acknowledged = answer.offset;
@@ -35921,7 +35923,8 @@ function drawTerminal() {
   drawTerminalNote(view?.session);
   if (!view) return;
   $("terminal-end").hidden = view.session.isOver || !may("write");
-  $("terminal-recording").hidden = !view.session.isOver || !view.session.job;
+  $("terminal-recording").hidden = !view.session.isOver ||
+    view.session.job?.work !== TERMINAL;
   $("terminal-recording").href = recordingPath(id);
   $("terminal-new").hidden = !mayReopen(view.session.job || {});
   if (view !== lastView) {

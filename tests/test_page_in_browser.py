@@ -3725,6 +3725,19 @@ def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page
     page.wait_for("document.querySelector('#terminal-act').hidden")
 
 
+def test_a_command_is_shown_as_no_terminal(site, make_page):
+    command = "while :; do echo not shown; sleep .1; done"
+    job_id = start(site, command)
+    page = make_page(site, f"/terminal/{job_id}")
+    page.wait_for(shows("#terminal-note", "This is no terminal."))
+    listed = shows("#running", "echo not shown")
+    page.wait_for(listed)
+    site.call("job.cancel", id=job_id)
+    page.wait_for(f"!{listed}")
+    assert "not shown" not in page.text(SCREEN)
+    assert page.evaluate("document.querySelector('#terminal-recording').hidden")
+
+
 def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
