@@ -34581,7 +34581,8 @@ async function generateToken() {
     $("token-made-title").focus();
     refresh("devices"); // no event announces a token
   } catch (error) {
-    setText($("token-error"), capitalized(error.message));
+    if (tokenRequest === request)
+      setText($("token-error"), capitalized(error.message));
   } finally {
     if (tokenRequest === request) tokenRequest = null;
   }

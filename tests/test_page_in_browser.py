@@ -1192,14 +1192,17 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     revoke_unused(page)
 
 
-# Requests for a token wait in `held`, for the test to send them.
+# Requests for a token wait in `held`, for the test to send them.  What arrives from
+# then on is in `answers`, once the page has taken it.
 HOLD_TOKENS = """(() => {
   const {send} = WebSocket.prototype;
   window.held = [];
+  window.answers = [];
   WebSocket.prototype.send = function(data) {
-    if (String(data).includes('"device.token.create"'))
+    if (String(data).includes('"device.token.create"')) {
+      this.addEventListener("message", ({data}) => answers.push(data));
       held.push(() => send.call(this, data));
-    else send.call(this, data);
+    } else send.call(this, data);
   };
 })()"""
 
@@ -1222,6 +1225,24 @@ def test_a_token_whose_dialog_is_closed_before_it_is_made_is_revoked(site, make_
     assert "Unseen" in newest("token.created")
     assert page.evaluate("document.querySelector('#token-made').hidden")
     assert "mdt_" not in page.evaluate("document.documentElement.outerHTML")
+    page.press("Escape")
+
+
+def test_a_refusal_of_a_token_is_not_shown_in_a_dialog_that_was_opened_since(
+    site, make_page
+):
+    page = make_page(site, "/nodes")
+    page.evaluate(HOLD_TOKENS)
+    page.click("#new-token")
+    page.evaluate("document.querySelector('#token-name').value = 'x'.repeat(201)")
+    page.evaluate("document.querySelector('#token-form').requestSubmit()")
+    page.wait_for("held.length === 1")
+    page.press("Escape")
+    page.wait_for("!document.querySelector('#token').open")
+    page.click("#new-token")
+    page.evaluate("held[0]()")
+    page.wait_for("answers.some(one => String(one).includes('printable characters'))")
+    assert page.text("#token-error") == ""
     page.press("Escape")
 
 
