@@ -24479,7 +24479,8 @@ MCP_PATH = "/mcp"
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = (  # answered with the page
     *("/chat", "/chat/", "/activity", "/activity/", "/nodes", "/nodes/"),
-    *("/settings", "/settings/", "/terminal", "/terminal/", "/models", "/access"),
+    *("/models", "/models/", "/access", "/access/"),
+    *("/settings", "/settings/", "/terminal", "/terminal/"),
 )
 
 SECURITY_HEADERS = (
