@@ -31884,10 +31884,10 @@ function decided(title, text, action, other = "") {
 // Ask for confirmation; resolves to a boolean.
 const confirmed = async (...question) => (await decided(...question)) === "yes";
 
-// Ask for a name; resolves to "" if the question is closed.  The first `end` characters
-// of the old one are selected.
 const MAX_NAME = 200; // characters, of what the gateway names; a file's machine decides
 
+// Ask for a name; resolves to "" if the question is closed.  The first `end` characters
+// of the old one are selected.
 async function askedName(title, action, limit = "", name = "", end = name.length) {
   const field = $("name-text");
   field.setAttribute("maxlength", limit); // "": none
