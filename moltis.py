@@ -14808,7 +14808,7 @@ class JobsTable(Table):
     CHANGING = (
         *("started_at", "ended_at", "state", "exit_code", "signal", "reason"),
         *("stdout_bytes", "stderr_bytes", "duration", "result", "log_end"),
-        *("cancelled_at", "cancelled_by", "sent_to", "queue_until"),
+        *("cancelled_at", "cancelled_by", "sent_to", "queue_until", "node_name"),
     )
     SAVE = _update_sql("jobs", ("id",), (*CHANGING, "spec", "log"))
     STATES: Mapping[str, str] = {
@@ -17645,6 +17645,15 @@ class Jobs:
             self._wake(job)
             self.acknowledge(job)
 
+    def rename_node(self, node_id: str, name: str) -> None:
+        """Rename the node in its open jobs."""
+        for job in self.open(node_id=node_id):
+            with job.lock:
+                if job.record.is_open:
+                    job.record = job.record.replace(node_name=name)
+                    self._save(job)
+            self._wake(job)
+
     # --- Time ---
 
     def tick(self) -> None:
@@ -17837,7 +17846,8 @@ class Jobs:
         if self.on_change is not None:
             record = job.record
             away = job.away_since is not None and record.is_open
-            state = (record.state, job.place, away, record.cancelled_at)
+            row = (record.state, record.node_name, record.cancelled_at)
+            state = (*row, job.place, away)
             if state != job.announced and job.is_recorded:
                 job.announced = state
                 self.on_change(job)
@@ -21726,6 +21736,7 @@ class NodeMethods:
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
+        self._jobs.rename_node(node_id, name)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
@@ -24468,7 +24479,8 @@ MCP_PATH = "/mcp"
 OAUTH_PATH = re.compile("(/mcp)?/[.]well-known/(oauth-.*|openid-configuration.*)")
 PAGE_PATHS = (  # answered with the page
     *("/chat", "/chat/", "/activity", "/activity/", "/nodes", "/nodes/"),
-    *("/settings", "/settings/", "/terminal", "/terminal/", "/models", "/access"),
+    *("/models", "/models/", "/access", "/access/"),
+    *("/settings", "/settings/", "/terminal", "/terminal/"),
 )
 
 SECURITY_HEADERS = (
@@ -31470,8 +31482,10 @@ class TerminalSession {
     try {
       const answer = await link.call("job.follow",
         {id, offset: position, hold: holds, skip: true, screen: isFresh});
-      if (answer.job.work !== TERMINAL)
+      if (answer.job.work !== TERMINAL) {
+        this.leave();
         throw callError("NOT_FOUND", "This is no terminal.");
+      }
       learn(answer.job);
       if (!position) {
         this.position = this.acknowledged = answer.offset;
@@ -31870,10 +31884,10 @@ function decided(title, text, action, other = "") {
 // Ask for confirmation; resolves to a boolean.
 const confirmed = async (...question) => (await decided(...question)) === "yes";
 
-// Ask for a name; resolves to "" if the question is closed.  The first `end` characters
-// of the old one are selected.
 const MAX_NAME = 200; // characters, of what the gateway names; a file's machine decides
 
+// Ask for a name; resolves to "" if the question is closed.  The first `end` characters
+// of the old one are selected.
 async function askedName(title, action, limit = "", name = "", end = name.length) {
   const field = $("name-text");
   field.setAttribute("maxlength", limit); // "": none
@@ -34568,7 +34582,8 @@ async function generateToken() {
     $("token-made-title").focus();
     refresh("devices"); // no event announces a token
   } catch (error) {
-    setText($("token-error"), capitalized(error.message));
+    if (tokenRequest === request)
+      setText($("token-error"), capitalized(error.message));
   } finally {
     if (tokenRequest === request) tokenRequest = null;
   }
@@ -35910,7 +35925,8 @@ function drawTerminal() {
   drawTerminalNote(view?.session);
   if (!view) return;
   $("terminal-end").hidden = view.session.isOver || !may("write");
-  $("terminal-recording").hidden = !view.session.isOver || !view.session.job;
+  $("terminal-recording").hidden = !view.session.isOver ||
+    view.session.job?.work !== TERMINAL;
   $("terminal-recording").href = recordingPath(id);
   $("terminal-new").hidden = !mayReopen(view.session.job || {});
   if (view !== lastView) {

@@ -279,10 +279,11 @@ def test_an_address_of_nothing_gets_a_sentence(site, make_page):
     page.wait_for("location.pathname === '/chat/main'")
 
 
-@pytest.mark.parametrize("name", ["activity", "nodes", "models", "access"])
+@pytest.mark.parametrize("name", ["activity", "nodes", "models", "access", "models/"])
 def test_each_view_opens_by_its_name_as_an_address(site, make_page, name):
     page = make_page(site, f"/{name}")
-    page.wait_for(f"document.querySelector('#{name}')?.hidden === false")
+    view = name.strip("/")
+    page.wait_for(f"document.querySelector('#{view}')?.hidden === false")
 
 
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
@@ -1192,14 +1193,17 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     revoke_unused(page)
 
 
-# Requests for a token wait in `held`, for the test to send them.
+# Requests for a token wait in `held`, for the test to send them.  What arrives from
+# then on is in `answers`, once the page has taken it.
 HOLD_TOKENS = """(() => {
   const {send} = WebSocket.prototype;
   window.held = [];
+  window.answers = [];
   WebSocket.prototype.send = function(data) {
-    if (String(data).includes('"device.token.create"'))
+    if (String(data).includes('"device.token.create"')) {
+      this.addEventListener("message", ({data}) => answers.push(data));
       held.push(() => send.call(this, data));
-    else send.call(this, data);
+    } else send.call(this, data);
   };
 })()"""
 
@@ -1222,6 +1226,24 @@ def test_a_token_whose_dialog_is_closed_before_it_is_made_is_revoked(site, make_
     assert "Unseen" in newest("token.created")
     assert page.evaluate("document.querySelector('#token-made').hidden")
     assert "mdt_" not in page.evaluate("document.documentElement.outerHTML")
+    page.press("Escape")
+
+
+def test_a_refusal_of_a_token_is_not_shown_in_a_dialog_that_was_opened_since(
+    site, make_page
+):
+    page = make_page(site, "/nodes")
+    page.evaluate(HOLD_TOKENS)
+    page.click("#new-token")
+    page.evaluate("document.querySelector('#token-name').value = 'x'.repeat(201)")
+    page.evaluate("document.querySelector('#token-form').requestSubmit()")
+    page.wait_for("held.length === 1")
+    page.press("Escape")
+    page.wait_for("!document.querySelector('#token').open")
+    page.click("#new-token")
+    page.evaluate("held[0]()")
+    page.wait_for("answers.some(one => String(one).includes('printable characters'))")
+    assert page.text("#token-error") == ""
     page.press("Escape")
 
 
@@ -3725,6 +3747,19 @@ def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page
     page.wait_for("document.querySelector('#terminal-act').hidden")
 
 
+def test_a_command_is_shown_as_no_terminal(site, make_page):
+    command = "while :; do echo not shown; sleep .1; done"
+    job_id = start(site, command)
+    page = make_page(site, f"/terminal/{job_id}")
+    page.wait_for(shows("#terminal-note", "This is no terminal."))
+    listed = shows("#running", "echo not shown")
+    page.wait_for(listed)
+    site.call("job.cancel", id=job_id)
+    page.wait_for(f"!{listed}")
+    assert "not shown" not in page.text(SCREEN)
+    assert page.evaluate("document.querySelector('#terminal-recording').hidden")
+
+
 def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
@@ -4668,6 +4703,23 @@ def test_a_terminal_says_since_when_its_machine_is_away(own_site, cable, make_pa
     cable.target = free_port()
     cable.cut()
     page.wait_for(shows("#terminal-note", "Waiting for Far to come back (away since "))
+
+
+def test_what_runs_on_a_machine_that_is_renamed_has_its_new_name(
+    own_site, cable, make_page
+):
+    page = make_page(own_site)
+    open_terminal(page, own_site, "Far")
+    page.wait_for(shows("#running", "Far"))
+    node_id = nodes(own_site)["Far"]["nodeId"]
+    own_site.call("node.rename", nodeId=node_id, displayName="Near")
+    page.wait_for(shows("#running", "Near"))
+    cable.target = free_port()
+    cable.cut()
+    page.wait_for(shows("#running", "Near · waiting for Near to come back"))
+    own_site.call("node.rename", nodeId=node_id, displayName="Nearer")
+    page.wait_for(shows("#running", "Nearer · waiting for Nearer to come back"))
+    page.wait_for(shows("#terminal-note", "Waiting for Nearer to come back"))
 
 
 @pytest.mark.parametrize("size", SIZES)
