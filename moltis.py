@@ -3645,7 +3645,7 @@ def load_tls(files: TlsFiles) -> TlsIdentity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    require_regular(files.certificate, files.key)
+    require_regular(files.certificate)  # a shell may give the key in a pipe
     try:
         # Without the empty password OpenSSL would ask for one on the terminal.
         context.load_cert_chain(files.certificate, files.key, password=lambda: "")
