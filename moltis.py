@@ -40058,7 +40058,15 @@ def make_raw(descriptor: int) -> None:
     import termios
     import tty
 
-    tty.setraw(descriptor, termios.TCSADRAIN)
+    while True:
+        try:
+            tty.setraw(descriptor, termios.TCSANOW)  # with keys that are typed already
+        except termios.error as error:
+            # Of the background: a shell had stopped us here, and SIGCONT interrupts.
+            if error.args[0] != errno.EINTR:
+                raise
+        else:
+            return
 
 
 @contextlib.contextmanager
