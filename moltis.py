@@ -3645,7 +3645,7 @@ def load_tls(files: TlsFiles) -> TlsIdentity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    require_regular(files.certificate, files.key)
+    require_regular(files.certificate)  # a shell may give the key in a pipe
     try:
         # Without the empty password OpenSSL would ask for one on the terminal.
         context.load_cert_chain(files.certificate, files.key, password=lambda: "")
@@ -40085,7 +40085,15 @@ def make_raw(descriptor: int) -> None:
     import termios
     import tty
 
-    tty.setraw(descriptor, termios.TCSADRAIN)
+    while True:
+        try:
+            tty.setraw(descriptor, termios.TCSANOW)  # with keys that are typed already
+        except termios.error as error:
+            # Of the background: a shell had stopped us here, and SIGCONT interrupts.
+            if error.args[0] != errno.EINTR:
+                raise
+        else:
+            return
 
 
 @contextlib.contextmanager

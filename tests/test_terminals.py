@@ -30,6 +30,7 @@ import pytest
 from peers import InProcessGateway, rust_connect
 from proxy import FaultyProxy
 from support import (
+    ROOT,
     Program,
     clean_environment,
     free_port,
@@ -636,6 +637,23 @@ def test_a_process_that_was_stopped_takes_its_terminal_back(site):
         shell.type("exit 4\r")
         assert shell.end() == 4
         assert shell.is_restored
+
+
+def test_a_process_that_a_shell_stopped_at_once_takes_the_terminal_after_fg(tmp_path):
+    """As by `moltis node shell &` and `fg`."""
+    script = tmp_path / "raw.py"
+    script.write_text(
+        f"import signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import moltis\n"
+        "with moltis.handling(lambda *_: None, signal.SIGCONT):\n"
+        "    with moltis.raw_terminal(0):\n"
+        "        print('it is ours')\n"
+    )
+    with contextlib.closing(pexpect.spawn("bash --norc -i", timeout=60)) as shell:
+        shell.sendline(f"set -b; {sys.executable} {script} &")
+        shell.expect("Stopped")
+        shell.sendline("fg")
+        assert shell.expect(["it is ours", "Interrupted system call"]) == 0
 
 
 def test_what_is_said_at_the_end_is_on_a_line_of_its_own(site):
