@@ -1148,6 +1148,7 @@ def test_what_is_chosen_is_seen_where_a_system_chooses_the_colours(site, make_pa
     page.click("#new-token")
     page.click("#token-name")
     page.press("Enter")
+    page.wait_for_text("Waiting for the machine to connect")
     page.wait_for(chosen % '"#token-ways label:first-child"')
     assert not page.evaluate(chosen % '"#token-ways label:last-child"')
     page.press("Escape")
@@ -3011,6 +3012,7 @@ def copied(page, copy):
     page.evaluate("""{
       const area = document.createElement("textarea");
       area.id = "pasted";
+      area.style.position = "fixed"; // else what is there gets another size
       document.body.append(area);
       area.focus();
     }""")
@@ -3748,7 +3750,7 @@ def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page
 
 
 def test_a_command_is_shown_as_no_terminal(site, make_page):
-    command = "while :; do echo not shown; sleep .1; done"
+    command = "for n in $(seq 900); do echo not shown; sleep 0.1; done"
     job_id = start(site, command)
     page = make_page(site, f"/terminal/{job_id}")
     page.wait_for(shows("#terminal-note", "This is no terminal."))
