@@ -3749,14 +3749,14 @@ def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page
     page.wait_for("document.querySelector('#terminal-act').hidden")
 
 
-def test_a_command_is_shown_as_no_terminal(site, make_page):
+def test_a_command_is_shown_as_no_terminal(own_site, make_page):
     command = "for n in $(seq 900); do echo not shown; sleep 0.1; done"
-    job_id = start(site, command)
-    page = make_page(site, f"/terminal/{job_id}")
+    job_id = start(own_site, command)
+    page = make_page(own_site, f"/terminal/{job_id}")
     page.wait_for(shows("#terminal-note", "This is no terminal."))
     listed = shows("#running", "echo not shown")
     page.wait_for(listed)
-    site.call("job.cancel", id=job_id)
+    own_site.call("job.cancel", id=job_id)
     page.wait_for(f"!{listed}")
     assert "not shown" not in page.text(SCREEN)
     assert page.evaluate("document.querySelector('#terminal-recording').hidden")
