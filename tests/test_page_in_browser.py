@@ -3751,7 +3751,7 @@ def test_a_terminal_of_a_removed_machine_offers_no_other_one(own_site, make_page
 
 def test_a_command_is_shown_as_no_terminal(own_site, make_page):
     command = "for n in $(seq 900); do echo not shown; sleep 0.1; done"
-    job_id = start(own_site, command)
+    job_id = start(own_site, command, "Local")
     page = make_page(own_site, f"/terminal/{job_id}")
     page.wait_for(shows("#terminal-note", "This is no terminal."))
     listed = shows("#running", "echo not shown")
