@@ -4656,9 +4656,10 @@ class Recording:
             self._at = max(self._at, mark.ms / 1000)
             begin = b"" if self._size is None else RESET
             yield from self._resize(mark.cols, mark.rows)
-            begin += TerminalModes(mark.modes).restoring()
-            if self._is_cut and begin:
-                yield self._event("o", begin.decode("ascii"))
+            if self._is_cut:
+                begin += TerminalModes(mark.modes).restoring()
+                if begin:
+                    yield self._event("o", begin.decode("ascii"))
             self._is_cut = False
         elif kind in STREAMS and not self._is_cut:
             text = self._decoder.decode(data)
@@ -16970,10 +16971,12 @@ class Job:
 
     def current_size(self) -> TerminalSize | None:
         """Return a terminal's size, None before its first mark."""
-        marks = [] if self.size else [data for _, data in self._late_marks()]
+        if self.size is not None:
+            return self.size
+        marks = [data for _, data in self._late_marks()]
         # There may be thousands, and whoever types waits meanwhile.
         mark = next(filter(None, map(decode_mark, reversed(marks))), None)
-        return self.size if mark is None else TerminalSize(mark.rows, mark.cols)
+        return None if mark is None else TerminalSize(mark.rows, mark.cols)
 
     def _late_marks(self) -> Iterator[tuple[int, bytes]]:
         """Yield the marks in the last SCREEN bytes of the log, with their offsets."""

@@ -542,6 +542,21 @@ def test_a_client_that_leaves_in_the_middle_does_no_harm(gateway):
     assert ask(gateway, "GET", "/health").status == 200
 
 
+@contextlib.contextmanager
+def asking(gateway, method, params):
+    """Ask over HTTP; yield the socket, on which the answer comes."""
+    body = json.dumps({"method": method, "params": params}).encode()
+    head = (
+        "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Authorization: Bearer {gateway.api_key}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    port = int(gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), 60) as sock:
+        sock.sendall(head.encode() + body)
+        yield sock
+
+
 def test_a_client_that_ends_only_its_own_side_gets_its_answer(
     gateway, monkeypatch, tmp_path
 ):
@@ -554,17 +569,7 @@ def test_a_client_that_ends_only_its_own_side_gets_its_answer(
     spec = {"command": wait_in_shell(tmp_path / "go")}
     jobs = [{"id": moltis.new_id(), "node": moltis.LOCAL_ID}]
     gateway.call("job.start", jobs=jobs, work="run", spec=spec, keep=True)
-    body = json.dumps(
-        {"method": "job.wait", "params": {"id": jobs[0]["id"], "wait": 300}}
-    ).encode()
-    head = (
-        "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        f"Authorization: Bearer {gateway.api_key}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    port = int(gateway.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), 60) as sock:
-        sock.sendall(head.encode() + body)
+    with asking(gateway, "job.wait", {"id": jobs[0]["id"], "wait": 300}) as sock:
         sock.shutdown(socket.SHUT_WR)
         wait_for(lambda: looks.count(True) > 2, what="looks whether it has left")
         (tmp_path / "go").touch()
@@ -621,15 +626,7 @@ def test_a_wait_ends_when_its_client_has_left(gateway):
             ("job.read", {"id": job["id"], "wait": 300}),
             ("node.invoke", {"nodeId": "local", "command": "system.run", "args": spec}),
         ):
-            body = json.dumps({"method": method, "params": params}).encode()
-            head = (
-                "POST /api/rpc HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-                f"Authorization: Bearer {gateway.api_key}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n"
-            )
-            port = int(gateway.url.rpartition(":")[2])
-            with socket.create_connection(("127.0.0.1", port), 20) as sock:
-                sock.sendall(head.encode() + body)
+            with asking(gateway, method, params):
                 wait_for(lambda: jobs._waits, what=f"{method} to wait")
             wait_for(lambda: not jobs._waits, what=f"the end of {method}")
         for running in owner.call("job.list", {"state": "running"}):
