@@ -3800,6 +3800,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     directory = directory.absolute()  # openssl starts in another one
     files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
     wanted = sorted({n for n in map(_certificate_name, names) if n})
+    require_regular(files.certificate, files.key)
     try:
         found = load_tls(files).certificate
     except BadConfiguration:

@@ -350,6 +350,25 @@ def test_what_is_no_file_is_named_and_never_waited_for(files, tmp_path, make):
     assert all(p.startswith(f"{path} is not a regular file") for p in problems)
 
 
+@pytest.mark.parametrize("name", ["certificate", "key"])
+def test_a_pipe_in_the_place_of_our_own_files_is_named_and_left_there(files, name):
+    """A new key in its place would have another pin."""
+    path = getattr(files, name)
+    path.unlink()
+    os.mkfifo(path)
+    problems = []
+
+    def ensure():
+        with pytest.raises(BadConfiguration) as caught:
+            ensure_certificate(files.key.parent, NAMES)
+        problems.append(str(caught.value))
+
+    threading.Thread(target=ensure, daemon=True).start()
+    wait_for(lambda: problems)
+    assert problems[0].startswith(f"{path} is not a regular file")
+    assert path.is_fifo()
+
+
 def test_a_key_may_come_through_a_pipe(files):
     """As bash gives it: --tls-key <(decrypt key.pem)."""
     reader, writer = os.pipe()
