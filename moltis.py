@@ -3526,20 +3526,24 @@ def parse_certificate(der: bytes) -> Certificate:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
+PEM_CERTIFICATE = rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----"
+
+
+def first_certificate(pem: bytes) -> bytes:
+    """Return the first certificate of a PEM file, in DER.  Raises ValueError."""
+    found = re.search(PEM_CERTIFICATE, pem, re.DOTALL)
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
 def read_certificate(path: Path) -> bytes:
-    """Return the first certificate of a PEM file, in DER.
+    """Return the same of the file `path`.
 
     Raises OSError, ValueError, BadConfiguration.
     """
     require_regular(path)
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
-        path.read_bytes(),
-        re.DOTALL,
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
+    return first_certificate(path.read_bytes())
 
 
 def require_ssl() -> None:
@@ -3609,10 +3613,10 @@ def read_ca(path: str) -> str:
     """
     require_regular(Path(path))
     try:
-        read_certificate(Path(path))
-        text = Path(path).read_text("ascii", "replace")
-        pattern = "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
-        found = "\n".join(re.findall(pattern, text, re.DOTALL)) + "\n"
+        pem = Path(path).read_bytes()
+        first_certificate(pem)  # says what is wrong better than OpenSSL does
+        whole = (match[0] for match in re.finditer(PEM_CERTIFICATE, pem, re.DOTALL))
+        found = (b"\n".join(whole) + b"\n").decode("ascii", "replace")
         TlsTrust(ca=found).context()
         return found
     except (OSError, ValueError, BadConfiguration) as error:
