@@ -6089,7 +6089,11 @@ class DirectoryReport:
             os.unlink(self._path)
 
 
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+def _why_not_started(
+    error: OSError | ValueError | BadConfiguration, cwd: bytes | None
+) -> str:
+    if isinstance(error, BadConfiguration):
+        return str(error)
     if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
         return f"the command cannot be passed to {SHELL}: {error}"
     if error.errno == errno.E2BIG:
@@ -6115,6 +6119,18 @@ def login_variables() -> dict[str, str]:
     if os.path.isdir(runtime) and os.stat(runtime).st_uid == os.getuid():
         variables["XDG_RUNTIME_DIR"] = runtime
     return variables
+
+
+def login_shell(env: Mapping[str, str]) -> list[str | bytes]:
+    """Return the arguments that start the login shell.  Raises BadConfiguration."""
+    shell = env["SHELL"]
+    if not (os.path.isfile(shell) and os.access(shell, os.X_OK)):
+        raise BadConfiguration(
+            f"there is no program {shell}, the login shell of "
+            f"{account_name(os.getuid())}; change it with `chsh`, or start another by "
+            "name: `moltis node shell NAME -- sh`"
+        )
+    return [shell, "-l"]
 
 
 def _is_utf8(locale: str) -> bool:
@@ -6284,7 +6300,7 @@ class Command:
             if self.spec.tty is not None:
                 env = terminal_environment(self._environ, forwarded)
                 if not self.spec.command.strip():
-                    words = [env["SHELL"], "-l"]
+                    words = login_shell(env)
             self._group = ProcessGroup(
                 words,
                 cwd=cwd,
@@ -6293,7 +6309,7 @@ class Command:
                 inherited=self._inherited,
                 tty=self.spec.tty,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, BadConfiguration) as error:
             self._problem = _why_not_started(error, cwd)
             if cwd is not None and isinstance(error, OSError):
                 self._bad_directory = error.filename == cwd

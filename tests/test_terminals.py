@@ -1213,6 +1213,18 @@ def test_a_system_without_pseudo_terminals_is_named_as_the_reason():
     assert reason == "this system gives no pseudo-terminal: No such file or directory"
 
 
+@pytest.mark.parametrize("shell", ["/nonexistent/shell", "/"])
+def test_a_login_shell_that_is_no_program_is_named_with_what_to_try(site, shell):
+    entry = pwd.getpwuid(os.getuid())
+    login = pwd.struct_passwd((*entry[:6], shell))
+    with mock.patch.object(pwd, "getpwuid", lambda _: login), site.shell() as started:
+        assert started.end() != 0
+    said = f"there is no program {shell}, the login shell of {entry.pw_name}; change"
+    assert said in NOTICE.sub(b"", started.bytes).decode()
+    with site.shell("echo us''able") as other:
+        other.expect("usable")
+
+
 def test_it_is_said_which_of_two_opposite_options_counts(tmp_path):
     done = run_moltis(
         *("node", "add", "--host", "ws://127.0.0.1:1/ws", "--token", "mdt_" + "x" * 43),
