@@ -16971,6 +16971,11 @@ class Job:
     def is_terminal(self) -> bool:
         return self.record.work == TERMINAL
 
+    def drop_typed(self, offset: int) -> None:
+        """Drop what was typed before `offset` of the input; `typing` is held."""
+        assert self.input_end is not None
+        del self.typed[: max(0, len(self.typed) - (self.input_end - offset))]
+
     def people(self, you: Follower | None = None) -> list[JsonObject]:
         """Return who is in a terminal, who types, and whose size it has."""
         if not self.is_terminal:
@@ -17573,7 +17578,7 @@ class Jobs:
                 with contextlib.suppress(ConnectionClosed):
                     self._resume_input(job, link, offset)
             elif job.input_end is not None:
-                del job.typed[: max(0, len(job.typed) - (job.input_end - offset))]
+                job.drop_typed(offset)
                 if job.refuses_input and len(job.typed) <= TERMINAL_INPUT // 2:
                     job.refuses_input = False
                     job.input_resumes += 1
@@ -17588,8 +17593,8 @@ class Jobs:
         if end is None or not end - len(job.typed) <= offset <= end:
             job.typed.clear()  # of an earlier life of this gateway
             end = offset
-        del job.typed[: len(job.typed) - (end - offset)]
         job.input_end = end
+        job.drop_typed(offset)
         job.input_resumes += 1
         for at in range(0, len(job.typed), MAX_LOG_MESSAGE):
             data = bytes(job.typed[at : at + MAX_LOG_MESSAGE])
