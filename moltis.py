@@ -21951,11 +21951,12 @@ class JobMethods:
     ) -> JsonObject:
         try:
             job = self._jobs.start(record)
-            if job.is_terminal and job.record.asked_at == record.asked_at:
+            opens = job.record.asked_at == record.asked_at  # or it was known
+            if job.is_terminal and opens:
                 self._jobs.on_people(job, AuditEvent.TERMINAL_OPENED, caller)
             if peer is not None:
                 newest = SCREEN if job.is_terminal else None
-                peer.follow(job, 0, holds=True, newest=newest, opens=True)
+                peer.follow(job, 0, holds=True, newest=newest, opens=opens)
         except RpcError as error:
             problem = encode_error(error)
             return {"id": record.id, "node": record.node_name, "error": problem}

@@ -551,6 +551,57 @@ def test_the_audit_names_who_came_and_left_and_from_where(site):
     ]
 
 
+def test_a_start_that_is_repeated_joins_the_terminal_that_it_had_opened(site):
+    with contextlib.closing(Client(site.gateway)) as first, contextlib.closing(
+        Client(site.gateway)
+    ) as second:
+        job_id = moltis.new_id()
+        request = {
+            "jobs": [{"id": job_id, "node": "far"}],
+            "work": "run",
+            "spec": {"command": "cat", "tty": SIZE},
+            "hold": True,
+        }
+        first.call("job.start", **request)
+        asked_at = site.terminals()[0]["askedAt"]
+        wait_for(lambda: moltis.now_ms() > asked_at)  # or both would be one
+        second.call("job.start", **request)
+        rows = [
+            row["event"]
+            for row in reversed(site.gateway.call("audit.list"))
+            if job_id[:8] in str(row.get("subject"))
+        ]
+        assert rows == ["terminal.opened", "terminal.joined"]
+        people = site.terminals()[0]["people"]
+        assert [(p["types"], p["sizes"]) for p in people] == [
+            (False, True),
+            (True, False),
+        ]
+
+
+def test_whoever_joins_and_leaves_at_once_leaves_a_terminal_of_others_running(
+    site, monkeypatch
+):
+    follow, answered = moltis.OperatorPeer.follow, threading.Event()
+    with site.shell("cat") as first:
+        first.type("kept\r")
+        first.expect("kept.*kept")
+        job_id = site.terminals()[0]["id"]
+        monkeypatch.setattr(
+            moltis.OperatorPeer,
+            "follow",
+            lambda *args, **how: answered.wait(60) and follow(*args, **how),
+        )
+        with site.person("node", "attach", job_id) as second:
+            second.type("~.")
+            second.expect("\x18")  # it leaves, and does not know who is in it
+            answered.set()
+            second.expect("it goes on")
+            second.end()
+        first.type("still\r")
+        first.expect("still.*still")
+
+
 def test_escapes_are_shown_and_a_tilde_can_be_typed(site):
     with site.shell("stty -echo; echo re''ady; cat") as shell:
         shell.expect("ready")
