@@ -25860,6 +25860,10 @@ def is_closed_there(sock: socket.socket) -> bool:
     return not head or tls_alert
 
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer (RFC 9110 §15.2.1)
+EVENT_COMMENT = b":\n\n"  # between events
+
+
 class ClientLook:
     """Whether the client of a connection is still there, while it waits for an answer.
 
@@ -25870,12 +25874,14 @@ class ClientLook:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._asked = False
-        self.may_ask = False  # the request is of HTTP/1.1, and its answer has not begun
+        # Bytes that a client discards where it did not ask for them; b"": there are
+        # none, as inside of a download.
+        self.question = b""
 
     def is_gone(self) -> bool:
         if not is_closed_there(self._sock):
             return False
-        if not self.may_ask:
+        if not self.question:
             return True
         if self._asked:
             poll = select.poll()
@@ -25883,8 +25889,7 @@ class ClientLook:
             return bool(poll.poll(0))
         self._asked = True
         try:
-            # Clients discard it where they did not ask for it (RFC 9110 §15.2.1).
-            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._sock.sendall(self.question)
         except OSError:
             return True
         return False
@@ -26056,7 +26061,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             path, _, query = self.path.partition("?")
             if public.prefix and path.startswith(public.prefix + "/"):
                 path = path[len(public.prefix) :]
-            self.look.may_ask = self.request_version != "HTTP/1.0"
+            if self.request_version != "HTTP/1.0":
+                self.look.question = CONTINUE
             return HttpRequest(
                 *(self.command, path, headers, body, public, binding),
                 on_identified=self.peer.on_identified,
@@ -26076,7 +26082,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
-            self.look.may_ask = False
+            streams = reply.content_type == "text/event-stream"
+            self.look.question = EVENT_COMMENT if streams else b""
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             body, length = reply.body, reply.length

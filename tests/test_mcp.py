@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -952,6 +953,18 @@ def test_a_stream_is_kept_alive_with_comments(web, gateway, monkeypatch):
         assert next(line for line in lines if line.startswith(b": it goes on"))
         (gateway.directory / "go").touch()
         assert list(events_in(lines))[-1]["result"]["isError"] is False
+
+
+def test_a_stream_goes_on_for_a_client_that_ended_only_its_own_side(web, gateway):
+    """RFC 9112 §9.6; as `nc -N` does it"""
+    command = f"cd {gateway.directory}; {wait_in_shell('go')}; echo out"
+    with closing(web.open(watched(command))) as connection:
+        connection.sock.shutdown(socket.SHUT_WR)
+        lines = iter(connection.getresponse())
+        assert any(line == b":\n" for line in lines)  # asks whether it is there
+        (gateway.directory / "go").touch()
+        *_, last = events_in(lines)
+    assert last["result"]["structuredContent"]["stdout"] == "out\n"
 
 
 def test_who_takes_no_streams_gets_json(web):
