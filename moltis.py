@@ -26865,7 +26865,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <section aria-labelledby="key-form-head">
 <form id="key-form" class="panel"><h2 id="key-form-head">Create a key</h2>
 <label for="key-name">Whose it is</label>
-<input id="key-name" required maxlength="200" placeholder="A person or a script"
+<input id="key-name" required placeholder="A person or a script"
  autocomplete="off">
 <fieldset id="key-scopes"><legend>What it may do</legend></fieldset>
 <button class="button main">Create key</button></form>
@@ -26885,7 +26885,7 @@ or on a node is found by itself; others need a key, or their address.</p>
 <p>Any machine with Python 3.8 that can reach this gateway. Nothing connects to it: it
 dials out.</p>
 <label for="token-name">Name</label>
-<input id="token-name" maxlength="200" placeholder="Its host name" autocomplete="off">
+<input id="token-name" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button class="button closes" type="button">Cancel</button>
 <button class="button main" type="submit">Show the command</button></div>
@@ -31922,6 +31922,7 @@ function decided(title, text, action, other = "") {
 const confirmed = async (...question) => (await decided(...question)) === "yes";
 
 const MAX_NAME = 200; // characters, of what the gateway names; a file's machine decides
+$("key-name").maxLength = $("token-name").maxLength = MAX_NAME;
 
 // Ask for a name; resolves to "" if the question is closed.  The first `end` characters
 // of the old one are selected.
