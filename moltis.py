@@ -29435,6 +29435,7 @@ class Emulator {
     this.title = "";
     this.titles = []; // pushed
     this.bells = 0; // counted
+    this.erasures = 0; // of the whole screen, counted
     this.last = 0; // cells of the character that was printed right before
     this.state = GROUND;
     this.sequence = "";
@@ -29806,6 +29807,7 @@ class Emulator {
     this.restrict(this.columns);
     const {page, columns, erased} = this;
     const {row, x, y} = page;
+    if (what === 2 || (what === 0 && x === 0 && y === 0)) this.erasures += 1;
     if (what === 0) {
       row.fill(x, columns, erased);
       if (x === 0) row.goesOn = false;
@@ -35651,14 +35653,16 @@ class TerminalView {
   // Output pauses: add the rows that scrolled out, and read out what is new.
   paused() {
     const {emulator, isOver} = this.session;
-    const {page, isAlternate, epoch} = emulator;
+    const {page, isAlternate, epoch, erasures} = emulator;
     if (this.grid.addEarlier(emulator, !isOver)) {
       this.pausing = setTimeout(() => this.paused(), 16);
       return; // read out twice, the second text would replace the first
     }
     const last = page.dropped + page.base + page.y;
-    if (epoch !== this.epoch) this.read = Math.min(this.read, page.dropped + page.base);
-    this.epoch = epoch;
+    const screen = `${epoch} ${erasures}`;
+    if (screen !== this.screen)
+      this.read = Math.min(this.read, page.dropped + page.base);
+    this.screen = screen;
     const from = isAlternate ? last :
       Math.max(this.read, last - MAX_NEWS, page.dropped);
     const news = page.rows.slice(from - page.dropped, last - page.dropped + 1)

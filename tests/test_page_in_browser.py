@@ -4397,6 +4397,19 @@ def test_the_focus_can_leave_a_terminal_and_new_lines_are_read_out(site, make_pa
     enter(page, "exit")
 
 
+@pytest.mark.parametrize("clear", [r"\033[2J\033[H", r"\033[H\033[J"])
+def test_what_is_drawn_on_a_cleared_screen_is_read_out(site, make_page, clear):
+    log = ".term [role=log]"
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "seq 7; echo la''st")
+    page.wait_for(shows(log, "last"))
+    enter(page, f"printf '{clear}drawn an''ew\\n'")
+    page.wait_for(shows(log, "drawn anew"))
+    enter(page, "exit")
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
 def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
     own_site, attic, browser
 ):
