@@ -35895,11 +35895,17 @@ function openTerminal({nodeId}) {
 const shownTerminal = () =>
   state.route.page === "terminal" ? terminalViews.get(state.route.id) : undefined;
 
-// Make the view that the route names.
+const TABS = "terminals"; // their name in `keptByTab`, for after a reload
+
+const keepTabs = () =>
+  keptByTab.set(TABS, JSON.stringify([...terminalViews.keys()]));
+
+// Make the view of a terminal.
 async function makeTerminal(id) {
   $("terminal-note").hidden = true; // another's, which takes room
   const view = new TerminalView(id);
   terminalViews.set(id, view);
+  keepTabs();
   const node = toStart.get(id);
   toStart.delete(id);
   if (node) {
@@ -35916,6 +35922,7 @@ function closeTerminal(id) {
   const goesOn = !view.session.isOver;
   view.leave();
   terminalViews.delete(id);
+  keepTabs();
   if (goesOn)
     showToast("The terminal goes on. ",
       h("a", {href: terminalPath(id)}, "Open it again"));
@@ -35952,13 +35959,16 @@ function drawTerminal() {
   if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
+  const isUp = state.link === "up";
+  const known = (isUp && parsed(keptByTab.get(TABS))) || [];
+  known.filter(one => !terminalViews.has(one)).forEach(makeTerminal);
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
   for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
   $("terminal-home").hidden = Boolean(id);
   $("terminal-title").classList.toggle("unseen", Boolean(id));
   // In the place of what was shown before: it gets its size and the focus there.
-  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
+  if (id && !terminalViews.has(id) && isUp) makeTerminal(id);
   const view = terminalViews.get(id);
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>

@@ -3784,6 +3784,32 @@ def open_another(page):
     page.wait_for("!document.querySelector('#terminal-new').hidden")
 
 
+def test_a_reload_keeps_the_tabs_of_terminals(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    enter(page, "echo fi''rst")
+    page.wait_for(shows(SCREEN, "first\n"))
+    open_another(page)
+    links = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
+    current = "document.querySelector('#terminal-tabs [aria-current]')?.pathname"
+    first, second = page.evaluate(links)
+    assert page.evaluate(current) == second
+    page.reload()
+    both = f"({links}).join() === {json.dumps(f'{first},{second}')}"
+    page.wait_for(f"{both} && {current} === {json.dumps(second)} && {KEYS}")
+    page.click("#terminal-tabs a")
+    page.wait_for(f"{current} === {json.dumps(first)} && {KEYS}")
+    page.wait_for(shows(SCREEN, "first\n"))
+    page.click("#terminal-tabs button")
+    page.wait_for(f"({links}).join() === {json.dumps(second)}")
+    page.reload()
+    page.wait_for(f"{current} === {json.dumps(second)} && {KEYS}")
+    assert page.evaluate(links) == [second]
+    for path in (first, second):
+        site.call("job.cancel", id=path.split("/")[-1])
+    page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
