@@ -36694,11 +36694,16 @@ MISREADING = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 
 
 @contextlib.contextmanager
-def making_sense() -> Iterator[None]:
-    """Raise Nonsense where the code within cannot read an answer."""
+def making_sense(has_answer: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Raise Nonsense where the code within cannot read an answer.
+
+    Before it `has_answer` the fault is ours, and stays what it is.
+    """
     try:
         yield
     except MISREADING as error:
+        if not has_answer():
+            raise
         raise Nonsense(error) from error
 
 
@@ -43056,12 +43061,8 @@ def run_subcommand(
     if surplus:
         raise surplus_words(parser, surplus)
     args.command, args.build_parser, args.signed_in = command, build_parser, False
-    try:
+    with making_sense(lambda: args.signed_in):
         status: int = args.run(args, context)
-    except MISREADING as error:
-        if not args.signed_in:  # no answer was read yet: the fault is ours
-            raise
-        raise Nonsense(error) from error
     return status
 
 
