@@ -40247,7 +40247,11 @@ class TerminalSession:
                 how = leaving.how
             finally:
                 self._restore_screen()
-        return self._left(how) if how else self._ended()
+        if not how:
+            return self._ended()
+        # Whoever joins does not know at first who else is in it.
+        alone = len(self._people) == 1 or not (joins or self._people)
+        return self._left(how, alone=alone)
 
     def show_ended(self) -> int:
         """Show the last screen of a terminal that has ended; return its status."""
@@ -40454,9 +40458,9 @@ class TerminalSession:
                 self._clear_notice()
             self._write(self._filter.flush() + self._plain())
 
-    def _left(self, how: str) -> int:
+    def _left(self, how: str, *, alone: bool) -> int:
         """End the terminal, or leave it running; return the exit status."""
-        ends = how == "." and self._may_type and len(self._people) <= 1
+        ends = how == "." and self._may_type and alone
         self._begin_line()
         if not (ends or self._away):
             self._feed.flush_typed(SENT_WITHIN)
