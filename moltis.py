@@ -34591,14 +34591,18 @@ new PathField(typed => {
 
 // == view: Add a machine ==
 
-function openToken() {
+function showTokenForm(problem = "") {
   $("token-form").hidden = false;
   $("token-made").hidden = true;
+  setText($("token-error"), capitalized(problem));
+  $("token-name").focus();
+}
+
+function openToken() {
   $("token-name").value = "";
   $("token-ways").querySelector("input").checked = true;
-  setText($("token-error"), "");
   $("token").showModal();
-  $("token-name").focus();
+  showTokenForm();
 }
 
 let tokenRequest = null; // stands for the one that is not answered
@@ -34622,8 +34626,7 @@ async function generateToken() {
     $("token-made-title").focus();
     refresh("devices"); // no event announces a token
   } catch (error) {
-    if (tokenRequest === request)
-      setText($("token-error"), capitalized(error.message));
+    if (tokenRequest === request) showTokenForm(error.message);
   } finally {
     if (tokenRequest === request) tokenRequest = null;
   }

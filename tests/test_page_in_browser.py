@@ -1248,6 +1248,38 @@ def test_a_refusal_of_a_token_is_not_shown_in_a_dialog_that_was_opened_since(
     page.press("Escape")
 
 
+def test_another_link_that_is_refused_says_why_and_can_be_asked_for_again(
+    site, make_page
+):
+    page = make_page(site, "/nodes")
+    page.click("#new-token")
+    page.fill("#token-name", "Twice")
+    page.press("Enter")
+    first = page.wait_for(CHOSEN_LINE)
+    page.evaluate(
+        """(({send}, now) => {
+          Date.now = () => now.call(Date) + 700_000;
+          WebSocket.prototype.send = function(data) {
+            const long = '"displayName":"' + "x".repeat(201);
+            send.call(this, data.replace?.('"displayName":"Twice', long) ?? data);
+          };
+          globalThis.allow = () => {
+            Date.now = now;
+            WebSocket.prototype.send = send;
+          };
+        })(WebSocket.prototype, Date.now)"""
+    )
+    page.wait_for("!document.querySelector('#token-again').hidden")
+    page.click("#token-again")
+    page.wait_for(shows("#token-error", "printable characters"))
+    assert page.evaluate("document.querySelector('#token-error').checkVisibility()")
+    page.evaluate("allow()")
+    page.press("Enter")  # the focus is in the field with its name
+    page.wait_for(f"({CHOSEN_LINE} || {json.dumps(first)}) !== {json.dumps(first)}")
+    page.click("#token-done")
+    revoke_unused(page)
+
+
 # -- what runs, and what ran ---------------------------------------------------
 
 STOP = "[data-part=stop]"
