@@ -35937,7 +35937,8 @@ function closeTerminal(id) {
 
 async function endTerminal() {
   const view = shownTerminal();
-  const text = "The shell and what runs in it end.";
+  const others = view?.session.job?.people?.length > 1 ? "Others are in it. " : "";
+  const text = `${others}The shell and what runs in it end.`;
   if (view && (await confirmed("End this terminal?", text, "End it")))
     stopJob(view.id);
   view?.focus();
