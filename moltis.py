@@ -29971,9 +29971,15 @@ const KEYPAD = {Enter: "M", "*": "j", "+": "k", ",": "l", "-": "m", "/": "o",
 const CONTROL_KEYS = {" ": 0, 2: 0, 3: 27, 4: 28, 5: 29, 6: 30, 7: 31, 8: 127, "/": 31,
   "-": 31, "?": 127};
 
+// Return the key of an event with Ctrl: on a keyboard of another script (Cyrillic,
+// Greek, …) the Latin letter in its place.
+const controlKeyOf = ({key, code}) =>
+  (/^[^\x00-\u024f]$/.test(key) && /^Key([A-Z])$/.exec(code)?.[1].toLowerCase()) || key;
+
 // Return what a key sends, null for a key whose text the browser types.
 function keySequence(event, modes, isMac) {
-  const {key, ctrlKey, altKey, shiftKey, metaKey} = event;
+  const {ctrlKey, altKey, shiftKey, metaKey} = event;
+  const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
   // AltGr is Ctrl and Alt on some systems, and Option types characters.
@@ -33205,7 +33211,8 @@ function composerKey(event) {
     done = true;
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
-  else if (key === "c" && event.ctrlKey && !event.metaKey && !selectedText()) {
+  else if (event.ctrlKey && !event.metaKey && controlKeyOf(event) === "c" &&
+    !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }
@@ -35340,7 +35347,7 @@ function anyKey(event) {
   const {key, ctrlKey, metaKey, target} = event;
   const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
   const isHeld = isMac ? metaKey && !ctrlKey : ctrlKey && !metaKey;
-  if (key.toLowerCase() === "k" && isHeld) openPalette();
+  if (isHeld && controlKeyOf(event).toLowerCase() === "k") openPalette();
   else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
     !document.querySelector("dialog[open]")) openShortcuts();
   else return;
@@ -35672,7 +35679,8 @@ class TerminalView {
   }
 
   key(event) {
-    const {key, ctrlKey, shiftKey} = event;
+    const {ctrlKey, shiftKey} = event;
+    const key = controlKeyOf(event);
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
       currentTab().focus();

@@ -1000,6 +1000,16 @@ def test_ctrl_and_alt_make_controls_and_meta(press):
     assert press({"key": "b", "altKey": True}) == ["\x1bb"]
 
 
+def test_ctrl_makes_controls_on_keyboards_of_other_scripts(press):
+    """Browsers name the Cyrillic or Greek letter, not the Latin one in its place."""
+    keys = {"с": "KeyC", "В": "KeyD", "ψ": "KeyC", "я": "KeyZ"}
+    events = [{"key": key, "code": code} for key, code in keys.items()]
+    held = [{**event, "ctrlKey": True} for event in events]
+    assert press(*held) == ["\x03", "\x04", "\x03", "\x1a"]
+    assert press(*events) == [None] * 4
+    assert press({"key": "é", "code": "KeyW", "ctrlKey": True}) == [None]
+
+
 @pytest.mark.parametrize(
     ("event", "is_mac"),
     [
