@@ -29982,9 +29982,11 @@ function keySequence(event, modes, isMac) {
   const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
-  // AltGr is Ctrl and Alt on some systems, and Option types characters.
-  if (isText && altKey && (ctrlKey || isMac || event.getModifierState("AltGraph")))
-    return null;
+  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes
+  // of a key; and Option types characters.
+  if (isText && altKey && ctrlKey)
+    return event.code.endsWith(key.toUpperCase()) ? null : key;
+  if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
   if (modes.keypad && event.location === 3 && key in KEYPAD && modifiers === 1 &&
@@ -35752,7 +35754,8 @@ class TerminalView {
     if (/[\r\n]/.test(text) && !modes.bracketedPaste) {
       const shown = lines.slice(0, 8)
         .map(line => line.slice(0, 200) + (line.length > 200 ? "…" : ""));
-      if (lines.length > 8) shown.push(`… and ${lines.length - 8} more`);
+      if (lines.length > 8)
+        shown.push(`… and ${(lines.length - 8).toLocaleString()} more`);
       const yes = await confirmed(`Paste ${plural(lines.length, "line")}?`,
         ["The program there may run each of them at once:", ...shown].join("\n"),
         "Paste");
