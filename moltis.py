@@ -28602,8 +28602,15 @@ class Pen {
   }
 
   reset() {
-    this.flags = 0;
+    this.flags = this.underline = 0;
     this.ink = this.ground = DEFAULT_COLOR;
+    this.extend();
+  }
+
+  // Apply the link and the underline that were set last.  What saves a cursor saves
+  // whether they apply, and not which.
+  extend() {
+    this.isExtended = Boolean(this.link || this.underline);
     this.changed();
   }
 
@@ -28624,6 +28631,10 @@ class Pen {
       else if (FLAGS[code]) this.flags |= FLAGS[code];
       else if (FLAG_ENDS[code]) this.flags &= ~FLAG_ENDS[code];
       else if (code >= 30) this.basic(code);
+      if (code === 4 || code === 21 || code === 24) {
+        this.underline = this.flags & UNDERLINE;
+        this.extend();
+      }
     }
     this.changed();
   }
@@ -28639,9 +28650,10 @@ class Pen {
   }
 
   // Set a colour from 5;n or 2;r;g;b; return how many numbers that were.  After
-  // colons, a colour space may stand before r.
+  // colons, a colour space stands before r.
   extended(code, [kind, ...levels], hasColons) {
-    if (hasColons && kind === 2 && levels.length > 3) levels.shift();
+    if (kind !== 2 && kind !== 5) return 5;
+    if (hasColons && kind === 2) levels.shift();
     const [red = 0, green = 0, blue = 0] = levels.map(level => level & 255);
     const color = kind === 5 ? red : RGB | (red << 16) | (green << 8) | blue;
     if (code === 38) this.ink = color;
@@ -28659,7 +28671,9 @@ class Pen {
   style(added = 0) {
     if (!this.known || this.added !== added) {
       this.added = added;
-      this.known = styleOf(this.flags | added, this.ink, this.ground, this.link);
+      const [underline, link] = this.isExtended ? [this.underline, this.link] : [0, ""];
+      const flags = this.flags | underline | added;
+      this.known = styleOf(flags, this.ink, this.ground, link);
     }
     return this.known;
   }
@@ -29024,7 +29038,7 @@ class Row {
 
   // Both halves of a wide character go when one does.
   splitAt(x, cell) {
-    if (x > 0 && this.cells[x - 1].width === 2) this.cells[x - 1] = cell;
+    if (this.cells[x - 1]?.width === 2) this.cells[x - 1] = cell;
   }
 
   fill(from, to, cell) {
@@ -29051,7 +29065,7 @@ class Row {
     cells.copyWithin(x, x + count);
     cells.fill(cell, Math.max(x, cells.length - count));
     this.splitAt(x, cell);
-    if (cells[x].width === 0) cells[x] = cell;
+    if (!cells[x].width && !cells[x].text) cells[x] = cell;
   }
 
   resize(columns) {
@@ -29345,6 +29359,9 @@ const ESCAPES = {
   c: screen => screen.reset(),
   n: screen => screen.shift(2),
   o: screen => screen.shift(3),
+  "~": screen => screen.shift(1),
+  "}": screen => screen.shift(2),
+  "|": screen => screen.shift(3),
   "=": ({modes}) => (modes.keypad = true),
   ">": ({modes}) => (modes.keypad = false),
   "#8": screen => screen.align(),
@@ -29617,12 +29634,13 @@ class Emulator {
         let character = String.fromCodePoint(code);
         if (code < 0x7f) character = charset(character);
         const width = code < 0x300 ? 1 : widthOf(character);
-        if (!width) {
+        // What follows a control combines with nothing.
+        if (!width && this.last && page.x > 0) {
           this.combine(row, character);
           at += character.length;
           continue;
         }
-        cell = new Cell(character, width, style);
+        cell = new Cell(character, width || this.last, style);
       }
       this.last = cell.width;
       at += code > 0xffff ? 2 : 1;
@@ -29637,14 +29655,15 @@ class Emulator {
         row.insert(page.x, cell.width, cells.blank);
         row.splitAt(columns, cells.blank);
       }
-      row.cells[page.x] = cell;
+      if (page.x < columns) row.cells[page.x] = cell;
       page.x += 1;
       if (cell.width === 2) {
         row.cells[page.x] = cells.rest;
         page.x += 1;
       }
     }
-    if (page.x < columns && row.cells[page.x].width === 0)
+    const next = row.cells[page.x];
+    if (page.x < columns && !next.width && !next.text)
       row.cells[page.x] = cells.blank;
   }
 
@@ -29664,8 +29683,8 @@ class Emulator {
   combine(row, character) {
     const at = this.page.x - (row.cells[this.page.x - 1]?.width === 0 ? 2 : 1);
     const before = row.cells[at];
-    if (!before?.text || before.text.length > 32) return;
-    row.cells[at] = new Cell(before.text + character, before.width, before.style);
+    if (!before || before.text.length > 32) return;
+    row.cells[at] = new Cell(before.text + character, this.last, before.style);
   }
 
   // Movement
@@ -29693,15 +29712,12 @@ class Emulator {
   }
 
   moveToColumn(x) {
-    this.page.x = x;
-    this.restrict();
+    this.moveTo(x, this.page.y);
   }
 
   moveBy(x, y) {
     this.restrict();
-    this.page.x += x;
-    this.page.y += y;
-    this.restrict();
+    this.moveTo(this.page.x + x, this.page.y + y);
   }
 
   up(count) {
@@ -29777,9 +29793,9 @@ class Emulator {
 
   save() {
     const {page, pen} = this;
-    const {flags, ink, ground} = pen;
+    const {flags, ink, ground, isExtended} = pen;
     page.saved = {x: page.x, row: page.dropped + page.base + page.y,
-      pen: {flags, ink, ground}, charset: this.charset};
+      pen: {flags, ink, ground, isExtended}, charset: this.charset};
   }
 
   restore() {
@@ -29788,7 +29804,7 @@ class Emulator {
     page.x = saved.x;
     page.y = Math.max(0, saved.row - page.dropped - page.base);
     Object.assign(pen, saved.pen || {flags: 0, ink: DEFAULT_COLOR,
-      ground: DEFAULT_COLOR});
+      ground: DEFAULT_COLOR, isExtended: false});
     pen.changed();
     this.charset = saved.charset;
     this.restrict();
@@ -29821,6 +29837,7 @@ class Emulator {
     } else if (what === 2)
       for (let n = 0; n < this.height; n += 1) this.eraseRow(n);
     else if (what === 3) {
+      page.saved.row += page.base;
       page.dropped += page.base;
       page.rows.splice(0, page.base);
       this.epoch += 1;
@@ -29872,9 +29889,9 @@ class Emulator {
 
   align() {
     this.moveTo(0, 0);
-    const cell = new Cell("E", 1, this.pen.style());
-    const {page} = this;
-    for (const row of page.rows.slice(page.base)) {
+    const {page, pen: {flags, ink, ground}} = this;
+    const cell = new Cell("E", 1, styleOf(flags, ink, ground));
+    for (const row of page.rows.slice(page.base + page.y)) {
       row.fill(0, row.cells.length, cell);
       row.goesOn = false;
     }
@@ -29967,7 +29984,7 @@ class Emulator {
       this.title = [...rest.replace(DISORDER, "")].slice(0, MAX_TITLE).join("");
     else if (number === "8" && isWhole) {
       this.pen.link = rest.slice(rest.indexOf(";") + 1);
-      this.pen.changed();
+      this.pen.extend();
     } else if (rest === "?" && SCREEN_COLORS[number])
       this.answer(`\x1b]${number};${SCREEN_COLORS[number]}\x1b\\`);
   }
@@ -29990,14 +30007,22 @@ const KEYPAD = {Enter: "M", "*": "j", "+": "k", ",": "l", "-": "m", "/": "o",
 const CONTROL_KEYS = {" ": 0, 2: 0, 3: 27, 4: 28, 5: 29, 6: 30, 7: 31, 8: 127, "/": 31,
   "-": 31, "?": 127};
 
+// Return the key of an event with Ctrl: on a keyboard of another script (Cyrillic,
+// Greek, …) the Latin letter in its place.
+const controlKeyOf = ({key, code}) =>
+  (/^[^\x00-\u024f]$/.test(key) && /^Key([A-Z])$/.exec(code)?.[1].toLowerCase()) || key;
+
 // Return what a key sends, null for a key whose text the browser types.
 function keySequence(event, modes, isMac) {
-  const {key, ctrlKey, altKey, shiftKey, metaKey} = event;
+  const {ctrlKey, altKey, shiftKey, metaKey} = event;
+  const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
-  // AltGr is Ctrl and Alt on some systems, and Option types characters.
-  if (isText && altKey && (ctrlKey || isMac || event.getModifierState("AltGraph")))
-    return null;
+  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes
+  // of a key; and Option types characters.
+  if (isText && altKey && ctrlKey)
+    return event.code.endsWith(key.toUpperCase()) ? null : key;
+  if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
   if (modes.keypad && event.location === 3 && key in KEYPAD && modifiers === 1 &&
@@ -33225,7 +33250,8 @@ function composerKey(event) {
     done = true;
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
-  else if (key === "c" && event.ctrlKey && !event.metaKey && !selectedText()) {
+  else if (event.ctrlKey && !event.metaKey && controlKeyOf(event) === "c" &&
+    !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }
@@ -35363,7 +35389,7 @@ function anyKey(event) {
   const {key, ctrlKey, metaKey, target} = event;
   const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
   const isHeld = isMac ? metaKey && !ctrlKey : ctrlKey && !metaKey;
-  if (key.toLowerCase() === "k" && isHeld) openPalette();
+  if (isHeld && controlKeyOf(event).toLowerCase() === "k") openPalette();
   else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
     !document.querySelector("dialog[open]")) openShortcuts();
   else return;
@@ -35396,7 +35422,7 @@ function drawRow(div, row, columns) {
     run = null;
   };
   for (const {text, width, style} of row.cells.slice(0, end)) {
-    if (!width) continue;
+    if (!width && !text) continue;
     if (text && !EVEN.test(text)) {
       finish();
       nodes.push(styled(text, style, width === 2 ? "cell wide" : "cell"));
@@ -35697,7 +35723,8 @@ class TerminalView {
   }
 
   key(event) {
-    const {key, ctrlKey, shiftKey} = event;
+    const {ctrlKey, shiftKey} = event;
+    const key = controlKeyOf(event);
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
       currentTab().focus();
@@ -35769,7 +35796,8 @@ class TerminalView {
     if (/[\r\n]/.test(text) && !modes.bracketedPaste) {
       const shown = lines.slice(0, 8)
         .map(line => line.slice(0, 200) + (line.length > 200 ? "…" : ""));
-      if (lines.length > 8) shown.push(`… and ${lines.length - 8} more`);
+      if (lines.length > 8)
+        shown.push(`… and ${(lines.length - 8).toLocaleString()} more`);
       const yes = await confirmed(`Paste ${plural(lines.length, "line")}?`,
         ["The program there may run each of them at once:", ...shown].join("\n"),
         "Paste");

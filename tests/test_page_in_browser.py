@@ -4214,8 +4214,9 @@ def test_dead_keys_and_altgr_type_their_characters(keyboard):
     press("é", "KeyE", 69, "é")
     # AltGr, which is Ctrl and Alt on some systems.
     press("@", "KeyQ", 81, "@", modifiers=MODIFIERS["Control"] + MODIFIERS["Alt"])
+    press("{", "Digit7", 55, modifiers=MODIFIERS["Control"] + MODIFIERS["Alt"])
     press("a", "KeyA", 65, modifiers=MODIFIERS["Alt"])
-    assert keyboard.typed() == "é@\x1ba"
+    assert keyboard.typed() == "é@{\x1ba"
 
 
 def test_a_program_that_asks_for_the_focus_gets_it(keyboard):

@@ -469,6 +469,7 @@ def test_progress_of_apt_and_docker_looks_as_in_xterm(compare):
 # -- what they might print -----------------------------------------------------
 
 TEXTS = ["a", "hello", "w" * 30, "z" * 85, "中", "日本", "é", "e\u0301", "😀", "한"]
+TEXTS += ["\u0301", "👨\u200d👩", "🇩🇪", "❤\ufe0f", "\x1b]8;;https://x.test\x1b\\"]
 TEXTS += [
     f"one\r\n{'z' * 170}\r\né\r\n\r\n",
     "\x1b[m\x1b]8;id=1;https://x.test/1\x1b\\to 中\x1b]8;;\x07\x1b[m",
@@ -478,13 +479,14 @@ COLOURS = [
     *map(str, (*range(6), 7, 8, 9, *range(21, 26), 27, 28, 29)),
     *("31", "39", "42", "49", "53", "55", "95", "103", "38;5;200", "48;5;17"),
     *("38;2;1;2;250", "48;2;9;8;7", "38:5:77", "58;5;3", "4:3"),
+    *("38:2::1:2:250", "48:2:9:8:7", "38;4;5"),
 ]
 MODES = [
-    *map("?{}".format, (1, 7, 9, 12, 25, 45, 47, 66, 1000, 1002, 1003, 1004, 1006)),
+    *map("?{}".format, (1, 6, 7, 9, 12, 25, 45, 47, 66, 1000, 1002, 1003, 1004, 1006)),
     *("?1047", "?1048", "?1049", "?2004", "?2026", "?1;2004", "4", "20"),
 ]
 ESCAPES = [
-    *"78DEHM=>no",
+    *"78DEHM=>no~}|",
     *("(0", "(B", ")0", ")B", "(A", "#8"),
     *("]0;title\x07", "]2;title\x1b\\", "]52;c;aGk=\x07", "P$qm\x1b\\", "_apc\x1b\\"),
     *("[3\x18", "[12;\x1b[1m", "[1\n2C", "[>1u", "[<u", "[?u", "[>4;2m", "[2 q"),
@@ -510,7 +512,7 @@ def piece(chance):
     if kind < 0.78:
         return f"\x1b[{number};{column}{chance.choice('Hf')}"
     if kind < 0.86:
-        few = chance.choice(("", "1", "2", "5"))
+        few = chance.choice(("", "1", "2", "3", "5"))
         return f"\x1b[{few}{chance.choice('JKLMSTb')}"
     if kind < 0.89:
         top = chance.randint(1, 8)
@@ -586,6 +588,23 @@ RARE = {
     "repeated after what is none": ["a\x1b[1?h\x1b[b\x1b^pm\x1b\\b\x1b^x\x1b[3b"],
     "repeated after a cancel": ["a\x18\x1b[3b"],
     "a link whose row is gone": ["\x1b]8;;https://x.test\x1b\\\x1b[2Ma"],
+    "a mark that follows a control": ["e\x1b[1m\u0301\r\u0301\u0301b\x1b[2G\x1b[P"],
+    "a mark at the edge": ["w" * 80 + "\x1b[1m\u0301\u0301a"],
+    "a mark of a wide one that did not fit": ["\x1b[?7l\x1b[99Ca\bb👨\u200d👩c"],
+    "moves within a region": ["\x1b[9;13r\x1b[?6h\x1b[3Ca\x1b[Ab\x1b[5Gc\x1b#8"],
+    "a saved row of a screen cleared with its scrollback": [
+        "\n" * 30 + "\x1b[9;9H\x1b7\x1b[3J\x1b8a"
+    ],
+    "a link when the cursor is restored": [
+        *(
+            "\x1b7\x1b]8;;https://x.test\x1b\\a\x1b8b\x1b[4mc\x1b[0md\x1b7\x1b]8;;\x1b\\"
+        ),
+        *("e\x1b[4m\x1b8f\x1b[#8"),
+    ],
+    "an alignment in a link": ["\x1b]8;;https://x.test\x1b\\\x1b[4m\x1b#8"],
+    "colours after colons": ["\x1b[38:2::1:2:3ma\x1b[48:2:9:8:7mb\x1b[38:5mc"],
+    "a colour of an unknown kind": ["\x1b[38;4;5;1;2;3;31ma\x1b[38:4:1:2:3mb"],
+    "another character set": ["\x1b)0\x1b~qx\x1b*0\x1b}qx\x0fq\x1b+0\x1b|qx"],
 }
 
 
@@ -981,11 +1000,28 @@ def test_ctrl_and_alt_make_controls_and_meta(press):
     assert press({"key": "b", "altKey": True}) == ["\x1bb"]
 
 
+def test_ctrl_makes_controls_on_keyboards_of_other_scripts(press):
+    """Browsers name the Cyrillic or Greek letter, not the Latin one in its place."""
+    keys = {"с": "KeyC", "В": "KeyD", "ψ": "KeyC", "я": "KeyZ"}
+    events = [{"key": key, "code": code} for key, code in keys.items()]
+    held = [{**event, "ctrlKey": True} for event in events]
+    assert press(*held) == ["\x03", "\x04", "\x03", "\x1a"]
+    assert press(*events) == [None] * 4
+    assert press({"key": "é", "code": "KeyW", "ctrlKey": True}) == [None]
+
+
+def test_a_character_wins_over_ctrl_and_alt(press):
+    """They are AltGr on some systems, where some browsers type nothing themselves."""
+    held = {"ctrlKey": True, "altKey": True}
+    events = [{"key": "@", "code": "KeyQ"}, {"key": "{", "code": "Digit7"}]
+    assert press(*({**event, **held} for event in events)) == ["@", "{"]
+
+
 @pytest.mark.parametrize(
     ("event", "is_mac"),
     [
         ({"key": "a"}, False),
-        ({"key": "@", "ctrlKey": True, "altKey": True}, False),  # AltGr on Windows
+        ({"key": "q", "code": "KeyQ", "ctrlKey": True, "altKey": True}, False),
         ({"key": "€", "altKey": True, "states": ["AltGraph"]}, False),
         ({"key": "@", "altKey": True}, True),  # Option
         ({"key": "Dead"}, False),
