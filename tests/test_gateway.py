@@ -1038,9 +1038,10 @@ def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
 
 
 def test_a_key_that_only_reads_has_a_terminal_redrawn_rarely_and_changes_nothing(
-    gateway, client
+    gateway, client, monkeypatch
 ):
     """Without a redraw it may see half a screen; each is a signal to the programs."""
+    monkeypatch.setattr(moltis, "READER_REDRAW", 3600.0)
     made = client.call("keys.create", name="eye", scopes=["operator.read"])
     with silent_node(gateway, "tty") as node, Client(gateway, made["key"]) as reader:
         spec = {"command": "vi", "tty": {"rows": 24, "cols": 80}}
@@ -1595,8 +1596,8 @@ def test_a_key_whose_clients_do_not_read_is_refused_calls_and_no_other(
         job_id = flood(admin)
         for client in idle:
             ask(client, "job.follow", id=job_id)
-        wait_for(lambda: audience.backlog(made["keyId"]) >= moltis.KEY_BACKLOG)
-        assert reader.call("node.list") == "RATE_LIMITED"
+        # Not for the backlog: a system may still take some of it.
+        wait_for(lambda: reader.call("node.list") == "RATE_LIMITED")
         assert reader.call("job.unfollow", id=job_id) == {}  # as all that makes room
         assert admin.call("node.list")
         for client in idle:
