@@ -2011,8 +2011,9 @@ def test_a_shell_completes_paths_of_nodes(shell, gateway, launcher, home, tmp_pa
     ],
 )
 def test_paths_of_nodes_are_offered_and_none_of_one_that_is_away(
-    gateway, capsys, tmp_path, shell, line, words
+    gateway, capsys, tmp_path, shell, line, words, monkeypatch
 ):
+    monkeypatch.setattr(moltis, "COMPLETION_PATIENCE", 60.0)
     (tmp_path / "deep").mkdir()
     for name in ("doc.txt", "other", ".hidden", "deep/a b"):
         (tmp_path / name).touch()

@@ -54,6 +54,12 @@ def impatient(monkeypatch):
     monkeypatch.setattr(moltis, "KILL_AFTER", 0.2)
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """SIGKILL comes late: a shell on a busy machine has time to hear SIGTERM."""
+    monkeypatch.setattr(moltis, "KILL_AFTER", 60.0)
+
+
 class Reader:
     """The other end of a log: takes messages, checks them, acknowledges."""
 
@@ -731,6 +737,7 @@ def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
     wait_for(lambda: not process_exists(pid), what="the grandchild's end")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_command_may_clean_up_when_it_is_ended():
     wait = wait_in_shell("/nowhere")
     text = f"trap 'echo clean; exit 3' TERM; echo ready; {wait}"
@@ -742,6 +749,7 @@ def test_a_command_may_clean_up_when_it_is_ended():
     assert background.reader.stdout == b"ready\nclean\n"
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_stopped_command_hears_the_signal():
     """A stopped process gets SIGTERM only with SIGCONT."""
     text = "trap 'echo heard; exit 4' TERM; echo ready; kill -STOP $$; sleep 120"
