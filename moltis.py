@@ -16923,6 +16923,7 @@ class Job:
         self.directory: str | None = None  # of its Ending
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        self.end_lock = threading.RLock()  # held during on_end(); taken before `lock`
         # Held while input is forwarded, and while a terminal's holder changes: all
         # input is sent in the order of its offsets.  Taken before `lock`.
         self.typing = threading.Lock()
@@ -17342,6 +17343,7 @@ class Jobs:
         if follower.person and job.is_terminal:
             self._wake(job)  # announces the person to the others
         else:
+            self._call_on_end(job)
             follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
@@ -17366,6 +17368,7 @@ class Jobs:
 
     def acknowledge(self, job: Job) -> None:
         """Acknowledge a quarter of a window or more, or the whole log, to the node."""
+        self._call_on_end(job)  # before it is removed: get() would load it from its row
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.end
@@ -17862,14 +17865,20 @@ class Jobs:
             with contextlib.suppress(ConnectionClosed):
                 notify(link)
 
-    def _wake(self, job: Job) -> None:
-        if job.ends_anew and self.on_end is not None:
+    def _call_on_end(self, job: Job) -> None:
+        """Call on_end() of a job that has ended; return once it was called."""
+        if self.on_end is None or (job.record.is_open and not job.ends_anew):
+            return
+        with job.end_lock:  # of two threads the second waits for the first
             with job.lock:
                 ends, job.ends_anew = job.ends_anew, False
             if ends:
                 self.on_end(job)
                 if job.is_terminal:
                     self.on_people(job, AuditEvent.TERMINAL_CLOSED, None)
+
+    def _wake(self, job: Job) -> None:
+        self._call_on_end(job)
         for follower in job.followers:
             follower.wake(job)
         if self.on_change is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import pty
@@ -129,14 +130,26 @@ def process_exists(pid):
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
+def own_ports():
+    """Return an iterator over TCP ports, of which no other worker of xdist has any."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[len("gw") :])
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(10_000 + worker, 32_000, workers)
+    start = random.SystemRandom().randrange(len(ports))
+    return itertools.cycle([*ports[start:], *ports[:start]])
+
+
+PORTS = own_ports()
+
+
 def free_port():
     """Return a TCP port of 127.0.0.1 on which nothing listens.
 
     It stays free: the system gives no port of this range to connections, or to a server
-    on port 0.
+    on port 0, and no other test gets it.
     """
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = next(PORTS)
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

@@ -431,6 +431,8 @@ def test_chats_that_are_not_used_go_after_the_days_that_were_said(
             with Watcher(gateway.websocket_url, gateway.api_key, keys[name]) as chat:
                 chat.send("seq 100000")
                 (card,) = chat.finish()
+                # Its message is written once more, with the time that it had.
+                chat.until(lambda: chat.saw("final"))
                 logs[name] = gateway.directory / "jobs" / card["jobId"]
         busy = Watcher(gateway.websocket_url, gateway.api_key, keys["busy"])
         busy.send("sleep 100")

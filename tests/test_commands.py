@@ -54,6 +54,12 @@ def impatient(monkeypatch):
     monkeypatch.setattr(moltis, "KILL_AFTER", 0.2)
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """SIGKILL comes late: a shell on a busy machine has time to hear SIGTERM."""
+    monkeypatch.setattr(moltis, "KILL_AFTER", 60.0)
+
+
 class Reader:
     """The other end of a log: takes messages, checks them, acknowledges."""
 
@@ -731,6 +737,7 @@ def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
     wait_for(lambda: not process_exists(pid), what="the grandchild's end")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_command_may_clean_up_when_it_is_ended():
     wait = wait_in_shell("/nowhere")
     text = f"trap 'echo clean; exit 3' TERM; echo ready; {wait}"
@@ -742,6 +749,7 @@ def test_a_command_may_clean_up_when_it_is_ended():
     assert background.reader.stdout == b"ready\nclean\n"
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_stopped_command_hears_the_signal():
     """A stopped process gets SIGTERM only with SIGCONT."""
     text = "trap 'echo heard; exit 4' TERM; echo ready; kill -STOP $$; sleep 120"
@@ -849,20 +857,27 @@ def test_processes_that_could_not_be_ended_are_named(impatient, monkeypatch, tmp
         lambda *args: spared.append(args) or _only_look(real, *args),
     )
     text = f"sleep 77 & echo $! > {pid_file}; wait"
-    with Background(text, timeout=3000) as background:
-        ending = background.wait()
-    assert [number for _, number in spared if number] == [
-        signal.SIGTERM,
-        signal.SIGCONT,
-        signal.SIGKILL,
-    ]
     user = moltis.account_name(os.getuid())
-    pid = int(pid_file.read_text())
-    assert ending.state == JobState.TIMED_OUT
-    assert f"sleep (pid {pid}, user {user})" in ending.reason
-    assert ending.reason.startswith("could not end ")
-    real(background.command._group._shell, signal.SIGKILL)
-    wait_for(lambda: background.command._group.exit_code is not None)  # reaps it
+
+    def attempt(limit):
+        del spared[:]
+        with Background(text, timeout=limit) as background:
+            ending = background.wait()
+        group = background.command._group
+        real(group._shell, signal.SIGKILL)
+        wait_for(lambda: group.exit_code is not None)  # reaps it
+        assert [number for _, number in spared if number] == [
+            signal.SIGTERM,
+            signal.SIGCONT,
+            signal.SIGKILL,
+        ]
+        assert ending.state == JobState.TIMED_OUT
+        assert pid_file.exists()
+        pid = int(pid_file.read_text())
+        assert f"sleep (pid {pid}, user {user})" in ending.reason
+        assert ending.reason.startswith("could not end ")
+
+    with_patience(attempt, 3000, 30_000)
 
 
 def _only_look(killpg, group, number):
@@ -939,21 +954,23 @@ def test_a_grandchild_that_never_stops_is_cut_off():
     assert reader.stderr == b"done\n"
 
 
-@pytest.mark.parametrize("how", ["cancel", "timeout"])
-def test_a_paused_command_can_be_ended(how):
-    timeout = 2000 if how == "timeout" else None
-    with Background("yes", Reader(acknowledges=False), timeout=timeout) as background:
-        reader, command = background.reader, background.command
-        fill(background)
-        if how == "cancel":
-            command.cancel()
-        ending = background.wait()
-    states = {"cancel": JobState.CANCELLED, "timeout": JobState.TIMED_OUT}
-    assert ending.state == states[how]
-    assert ending.stdout_bytes == len(reader.stdout) > LOG_WINDOW // 2
-    command.log.send_from(0)  # all of it is there for a reader that comes back
-    command.log.ready()
-    assert reader.repeated == len(reader.received)
+@pytest.mark.parametrize("limits", [[None], [2000, 30_000]], ids=["cancel", "timeout"])
+def test_a_paused_command_can_be_ended(limits):
+    def attempt(limit):
+        reader = Reader(acknowledges=False)
+        with Background("yes", reader, timeout=limit) as background:
+            command = background.command
+            wait_for(lambda: not command.log.room or background.ended)
+            if limit is None:
+                command.cancel()
+            ending = background.wait()
+        assert ending.state == (JobState.TIMED_OUT if limit else JobState.CANCELLED)
+        assert ending.stdout_bytes == len(reader.stdout) > LOG_WINDOW // 2
+        command.log.send_from(0)  # all of it is there for a reader that comes back
+        command.log.ready()
+        assert reader.repeated == len(reader.received)
+
+    with_patience(attempt, *limits)
 
 
 def test_a_reader_that_comes_back_while_the_command_runs_gets_what_it_lacks():
@@ -1271,7 +1288,7 @@ def test_every_descriptor_is_given_back():
     for _ in range(20):
         run("echo hi; exit 1", stdin=True)
         run("true", cwd="/nowhere")
-    assert len(os.listdir("/dev/fd")) == before
+    assert len(os.listdir("/dev/fd")) <= before  # others' may be collected meanwhile
 
 
 def test_what_this_process_inherited_reaches_no_command():

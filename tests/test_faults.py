@@ -63,6 +63,8 @@ def test_a_million_lines_arrive_once_and_in_order_through_ten_cuts(world):
 def test_no_amount_of_output_costs_memory(world):
     """200 MB: as much as 4 GB cost, and in seconds."""
     size = 200_000_000
+    processes = (world.node, world.gateway)
+    before = [highest_memory(process) for process in processes]
     call = world.call(f"head -c {size} /dev/zero | tr '\\0' x")
     assert call.wait() == 0
     assert call.out.stat().st_size == size
@@ -70,15 +72,15 @@ def test_no_amount_of_output_costs_memory(world):
         pieces = iter(lambda: file.read(1_000_000), b"")
         assert all(piece == b"x" * len(piece) for piece in pieces)
     call.out.unlink()
-    assert highest_memory(world.node) < 40
-    assert highest_memory(world.gateway) < 80
+    for process, most in zip(processes, before):
+        assert highest_memory(process) - most < size / 8
 
 
 def highest_memory(process):
-    """Return the most MiB that a process was resident with so far."""
+    """Return the most bytes that a process was resident with so far."""
     status = Path(f"/proc/{process.process.pid}/status").read_text()
     line = next(row for row in status.splitlines() if row.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) * 1024
 
 
 def test_the_caller_hears_that_its_node_is_waited_for(world):
@@ -418,7 +420,6 @@ def test_a_clock_that_jumps_changes_no_fate(clocks, seconds):
     wait_for(lambda: call.output == b"one\n")
     for clock in clocks.clocks.values():
         clock.jump(seconds)
-    wait_for(lambda: clocks.rows()[0]["state"] == "running")
     assert call.wait() == moltis.TIMED_OUT  # and not 0, which `sleep` ends with
     (row,) = clocks.rows()
     assert row["state"] == "timed_out"
@@ -758,11 +759,12 @@ class Schedule:
         assert "stopping" in row["reason"]
         self.check_end(work, moltis.EXIT_FAILURE, output=b"")
 
-    def check_timed_out(self, work, _row, runs):
+    def check_timed_out(self, work, row, _runs):
         assert work.kind == "endless"
         self.check_ended_early(work)
-        # On a busy machine the shell may not have got to its first line.
-        self.check_end(work, moltis.TIMED_OUT, output=work.stdout if runs else b"")
+        # On a busy machine the shell may not have got to its line.
+        written = work.stdout[: row["stdout_bytes"]]
+        self.check_end(work, moltis.TIMED_OUT, output=written)
 
     def check_cancelled(self, work, _row, _runs):
         assert work.cancelled or self.ended(work)

@@ -1192,6 +1192,37 @@ def test_an_answer_that_waits_comes_in_time_and_when_the_gateway_stops(world):
         stopped.result(0)
 
 
+@pytest.mark.parametrize("acknowledged", [False, True])
+def test_who_waits_for_a_job_that_just_ended_comes_after_its_chat(world, acknowledged):
+    """Else the next command of that chat starts where the one before did."""
+    job = world.start(kept=True)
+    keeps, goes_on, found = threading.Event(), threading.Event(), []
+
+    def keep(_job):
+        keeps.set()
+        goes_on.wait(60)
+
+    world.jobs.on_end = keep
+    ending = threading.Thread(target=world.node.write, args=(job.id, end(exitCode=0)))
+    ending.start()
+    assert keeps.wait(60)
+
+    def wait():
+        if acknowledged:  # as the ticker does: then its row is all that there is
+            world.jobs.acknowledge(job)
+        known = world.jobs.get(job.id)
+        found.append(world.jobs.wait(known, 60, moltis.Cancellation()).id)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.2)  # it has to wait for us
+    assert found == []
+    goes_on.set()
+    ending.join()
+    waiting.join()
+    assert found == [job.id]
+
+
 def test_a_job_that_was_waited_for_is_no_garbage_cycle(world):
     """Each command would otherwise leave some forty objects to the collector."""
     job = world.start(kept=True)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import queue
 import signal
@@ -96,8 +97,12 @@ class MoltisGateway:
             length = struct.unpack("!H", file.read(2))[0]
         elif length == 127:
             length = struct.unpack("!Q", file.read(8))[0]
-        mask = file.read(4)
-        data = bytes(b ^ mask[i % 4] for i, b in enumerate(file.read(length)))
+        mask, data = file.read(4), file.read(length)
+        if len(data) < length:
+            return None  # the connection ended within it
+        key = (mask * (length // 4 + 1))[:length]
+        numbers = (int.from_bytes(piece, "big") for piece in (data, key))
+        data = operator.xor(*numbers).to_bytes(length, "big")
         self.frames.append((opcode, length))
         if opcode == 8:
             return None
@@ -597,9 +602,11 @@ def machine_of(node):
 
 def come_back(gateway, node):
     """Cut the connection; return the params with which the node is back."""
+    known = len(node.states)
     gateway.drop()
     params = gateway.connects.get(timeout=60)
-    wait_for(lambda: len(node.states) % 2, what="the node to serve")
+    # It may give several reasons why it is away.
+    wait_for(lambda: True in node.states[known:], what="the node to serve")
     return params
 
 
@@ -1183,7 +1190,8 @@ def test_running_and_waiting_jobs_survive_their_connection(tmp_path, restart):
         return {row.get("place") for row in gateway.call("job.list")} >= {1, 2, 3, 4}
 
     with contextlib.ExitStack() as gateways:
-        gateway = gateways.enter_context(InProcessGateway(tmp_path / "gateway"))
+        gateway = InProcessGateway(tmp_path / "gateway", port=free_port())
+        gateways.enter_context(gateway)
         node = gateway.node("far")
         ids = start_jobs(gateway, command, count)
         wait_for(lambda: in_line(gateway), what="the places in line")

@@ -144,12 +144,27 @@ def test_output_comes_in_order_and_whole(gateway):
     assert ended(heard)["Local"].ending.exit_code == 0
 
 
-def test_both_streams_keep_the_order_in_which_they_were_written(gateway):
-    line = "for i in 1 2 3; do echo $i; sleep 0.1; echo e$i >&2; sleep 0.1; done"
-    heard = news_of(gateway, run_request(line))
-    frames = [f for n in heard if isinstance(n, moltis.JobOutput) for f in n.frames]
-    said = [data for kind, data in frames if kind in moltis.STREAMS]
-    assert said == [b"1\n", b"e1\n", b"2\n", b"e2\n", b"3\n", b"e3\n"]
+def one_by_one(directory, lines):
+    """Return a command that writes each line once there is a file for the one before.
+
+    A busy machine would read two that are written in succession together.
+    """
+    return "; ".join(
+        f"echo {line} >&{1 + line.startswith('e')}; {wait_in_shell(directory / line)}"
+        for line in lines
+    )
+
+
+def test_both_streams_keep_the_order_in_which_they_were_written(gateway, tmp_path):
+    lines, said = ["1", "e1", "2", "e2", "3", "e3"], []
+    request = run_request(one_by_one(tmp_path, lines))
+    with started(gateway, {"local": "Local"}, request) as feed:
+        for news in news_until_the_end(feed):
+            for kind, data in getattr(news, "frames", ()):
+                if kind in moltis.STREAMS:
+                    said.append(data.decode().strip())
+                    (tmp_path / said[-1]).touch()
+    assert said == lines
 
 
 def test_one_who_does_not_read_holds_the_command_up_and_loses_nothing(gateway):
@@ -332,18 +347,18 @@ def test_an_unknown_name_is_an_error_and_nothing_runs(gateway, tmp_path):
     assert gateway.call("job.list") == []
 
 
-def test_a_job_goes_on_at_the_exact_byte_when_the_connection_breaks(gateway):
-    line = "for i in 1 2 3 4 5 6; do echo $i; sleep 0.3; done"
+def test_a_job_goes_on_at_the_exact_byte_when_the_connection_breaks(gateway, tmp_path):
+    request = run_request(one_by_one(tmp_path, "123456"))
     heard = []
     breaks = [b"1\n", b"1\n2\n3\n"]
-    with gateway.node("far"), started(
-        gateway, {"far": "Far"}, run_request(line)
-    ) as feed:
+    with gateway.node("far"), started(gateway, {"far": "Far"}, request) as feed:
         for news in news_until_the_end(feed):
             heard.append(news)
             if breaks and output(heard) == breaks[0]:
                 del breaks[0]
                 feed.client.drop()
+            for line in output(heard).decode().split():
+                (tmp_path / line).touch()
     assert output(heard) == b"1\n2\n3\n4\n5\n6\n"
     gone = [n.reachable for n in heard if isinstance(n, moltis.GatewayChange)]
     assert gone[:2] == [False, True]

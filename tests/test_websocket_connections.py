@@ -1025,7 +1025,7 @@ def test_a_failed_connect_leaves_no_socket_open():
     for _ in range(5):
         with Server(lambda sock: sock.recv(4096)) as server:
             complaint(f"ws://127.0.0.1:{server.port}/")
-    assert len(os.listdir("/dev/fd")) == before
+    assert len(os.listdir("/dev/fd")) <= before  # others' may be collected meanwhile
 
 
 # --- the echo peer ---------------------------------------------------------------
