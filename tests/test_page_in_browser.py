@@ -111,14 +111,32 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A gateway with a demo node, which all tests of this file share."""
+def shared_site(tmp_path_factory):
+    """A gateway with a demo node."""
     site = Site(tmp_path_factory.mktemp("site")).start("--demo-node")
     try:
         wait_for(lambda: len(nodes(site)) == 2, what="the demo node")
         yield site
     finally:
         site.close()
+
+
+@pytest.fixture
+def site(shared_site):
+    """The gateway that most tests of this file share: what a test began is ended.
+
+    Each page lists what runs, also for another test; and an `exit` that was typed right
+    before its page was closed may never have been sent.
+    """
+    yield shared_site
+
+    def has_ended():
+        jobs = shared_site.call("job.list", state="open", limit=1000)
+        for job in jobs:
+            shared_site.call("job.cancel", id=job["id"])
+        return not jobs
+
+    wait_for(has_ended, what="the end of what the test began")
 
 
 @pytest.fixture
@@ -4010,11 +4028,15 @@ class Keyboard:
 
 
 @pytest.fixture(scope="module")
-def shared_keyboard(site, browser, tmp_path_factory):
-    with browser.new_page(isolated=True) as page:
+def shared_keyboard(browser, tmp_path_factory):
+    """A terminal that stays open, on a gateway of its own."""
+    directory = tmp_path_factory.mktemp("keyboard")
+    with contextlib.closing(Site(directory).start()) as site, browser.new_page(
+        isolated=True
+    ) as page:
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for(READY)
-        yield Keyboard(page, site, tmp_path_factory.mktemp("keyboard"))
+        yield Keyboard(page, site, directory)
         assert page.errors == []
 
 
