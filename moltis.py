@@ -31256,32 +31256,40 @@ const SOURCES = {
   logins: ["logins.list"],
 };
 
-const refreshing = new Map(); // topic → whether to fetch it once more
+const refreshing = new Map(); // topic → {again, ended}
 
 // Fetch lists again; simultaneous calls for a topic share requests.
 async function refresh(...topics) {
   await Promise.all(topics.map(refreshOne));
 }
 
-async function refreshOne(topic) {
-  if (refreshing.has(topic)) {
-    refreshing.set(topic, true);
-    return;
+function refreshOne(topic) {
+  const known = refreshing.get(topic);
+  if (known) {
+    known.again = true;
+    return known.ended;
   }
-  refreshing.set(topic, false);
-  try {
-    const answer = await link.call(...SOURCES[topic]);
-    if (topic === "running") learnOpen(answer);
-    else state[topic] = answer;
-    if (topic === "sessions") updateBusy();
-    touch(topic);
-  } catch (error) {
-    // Lists that the key may not read stay empty.
-    if (!["UNAVAILABLE", "FORBIDDEN"].includes(error.code)) showError(error);
+  const request = {again: true};
+  refreshing.set(topic, request);
+  return (request.ended = fetchList(topic, request));
+}
+
+async function fetchList(topic, request) {
+  while (request.again) {
+    request.again = false;
+    try {
+      const answer = await link.call(...SOURCES[topic]);
+      if (topic === "running") learnOpen(answer);
+      else state[topic] = answer;
+      if (topic === "sessions") updateBusy();
+      touch(topic);
+    } catch (error) {
+      // Lists that the key may not read stay empty.
+      if (!["UNAVAILABLE", "FORBIDDEN"].includes(error.code)) showError(error);
+    }
+    request.again &&= state.link === "up";
   }
-  const again = refreshing.get(topic);
   refreshing.delete(topic);
-  if (again && state.link === "up") await refreshOne(topic);
 }
 
 function updateBusy() {
@@ -31744,10 +31752,14 @@ function onChat(event) {
   if (command?.approval || state.asks.some(ask => ask.jobId === id)) refreshAsks();
 }
 
+const notifiedAsks = new Set(); // job ids
+
 async function refreshAsks() {
-  const known = new Set(state.asks.map(ask => ask.jobId));
   await refresh("asks");
-  state.asks.filter(ask => !known.has(ask.jobId)).forEach(notifyAsk);
+  for (const ask of state.asks) {
+    if (!notifiedAsks.has(ask.jobId)) notifyAsk(ask);
+    notifiedAsks.add(ask.jobId);
+  }
   // No job event announces a denied command: fetch the list.
   if (state.route.page === "activity" && state.activity.ids.length <= PAGE_SIZE)
     loadActivity();
@@ -31807,7 +31819,8 @@ const link = new Link({
     enterRoute();
     for (const chat of state.chats.values()) chat.deliver();
     takeUpUploads();
-    await refresh("sessions", "models", "nodes", "devices", "running", "asks");
+    refreshAsks(); // some may have come while the page was away
+    await refresh("sessions", "models", "nodes", "devices", "running");
     touch("route");
   },
   down(retryAt) {
@@ -36062,9 +36075,11 @@ function drawTerminalHome() {
 }
 
 // Return what is said above a terminal, and a button.
-function terminalNote({problem, job, isOver, isAway, isSlow, isSizedHere, size}) {
+function terminalNote(session) {
+  const {problem, job, isOver, isAway, isSlow, isSizedHere, size} = session;
   if (problem) return [capitalized(problem)];
-  if (!job) return ["Opening…"];
+  // A note would take room from one that is being started with the size it has now.
+  if (!job) return session.unstarted && !isAway ? [] : ["Opening…"];
   const again = mayReopen(job) && ["New terminal", () => openTerminal(job)];
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];

@@ -101,9 +101,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    # A shell's `&`, or nohup, would have the programs of tests ignore them as well.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # A shell's `&` would have the programs of tests ignore their Ctrl+C as well.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):  # we ourselves still do
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "systemd: needs a working `systemctl --user`")
     config.addinivalue_line("markers", "boots: boots a machine of its own, as root")
     # A thread that dies, or a socket that is left to the garbage collector, is a

@@ -48,7 +48,8 @@ def shared_page():
 @pytest.fixture
 def world(shared_world, tmp_path):
     shared_world.scratch = tmp_path
-    return shared_world
+    yield shared_world
+    shared_world.node_proxy.heal()
 
 
 @pytest.fixture
@@ -503,23 +504,25 @@ def test_a_question_about_a_file_shows_what_hides_in_its_name(page, world, chose
     page.wait_for_text("Rename no\\u200bsh")
 
 
-def sparse(path, size):
+def begin_upload(page, world, path, size):
+    """Upload a large file over a link so slow that the upload does not end by itself.
+
+    Return its path once some of it has arrived.
+    """
     with path.open("wb") as file:
         file.truncate(size)
-    return path
-
-
-def wait_for_progress(page):
+    world.node_proxy.delay = 0.2
+    choose(page, "#files-chosen", path)
     page.wait_for(
         "[...document.querySelectorAll('#uploads progress')].some(bar => bar.value > 0)"
     )
+    return path
 
 
 def test_what_is_cancelled_is_not_uploaded(page, world, chosen):
     show(page, world)
     page.wait_for_text("This directory is empty.")
-    choose(page, "#files-chosen", sparse(chosen / "large", 2_000_000_000))
-    wait_for_progress(page)
+    begin_upload(page, world, chosen / "large", 2_000_000_000)
     page.click("#uploads .bare")
     uploaded(page, "Cancelled: nothing was uploaded.")
     wait_for(lambda: world.rpc("job.list", limit=1)[0]["state"] == "cancelled")
@@ -529,9 +532,7 @@ def test_what_is_cancelled_is_not_uploaded(page, world, chosen):
 def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen):
     show(page, world)
     page.wait_for_text("This directory is empty.")
-    large = sparse(chosen / "large", 60_000_000)
-    choose(page, "#files-chosen", large)
-    wait_for_progress(page)
+    large = begin_upload(page, world, chosen / "large", 60_000_000)
     page.reload()
     page.wait_for(READY)
     page.wait_for_text("Stopped by a reload: choose it again to go on.")
@@ -544,6 +545,7 @@ def test_an_upload_goes_on_after_a_broken_link_and_a_reload(page, world, chosen)
     focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert focused.startswith("Cancel: large")
     world.node_proxy.cut()
+    world.node_proxy.heal()
     choose(page, "#uploads input", large)
     uploaded(page, "1 file uploaded")
     assert (world.scratch / "large").stat().st_size == 60_000_000
@@ -568,14 +570,13 @@ BROKEN_ONCE = """(() => {
 def test_an_upload_is_kept_if_the_connection_breaks_after_a_reload(page, world, chosen):
     show(page, world)
     page.wait_for_text("This directory is empty.")
-    large = sparse(chosen / "large", 60_000_000)
-    choose(page, "#files-chosen", large)
-    wait_for_progress(page)
+    large = begin_upload(page, world, chosen / "large", 60_000_000)
     script = page.call("Page.addScriptToEvaluateOnNewDocument", source=BROKEN_ONCE)
     page.reload()
     page.wait_for("sessionStorage.broken")
     page.call("Page.removeScriptToEvaluateOnNewDocument", **script)
     page.wait_for_text("Stopped by a reload: choose it again to go on.")
+    world.node_proxy.heal()
     choose(page, "#uploads input", large)
     uploaded(page, "1 file uploaded")
     assert (world.scratch / "large").stat().st_size == 60_000_000

@@ -366,7 +366,10 @@ class HostileGateway:
     def _serve(self, sock):
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            head += sock.recv(4096)
+            data = sock.recv(4096)
+            if not data:
+                return  # it left at once
+            head += data
         headers = email.parser.BytesParser().parsebytes(head.partition(b"\r\n")[2])
         lines = [f"{n}: {v}" for n, v in moltis.accept_upgrade(headers)]
         lines = ["HTTP/1.1 101 Switching Protocols", *lines, "", ""]
