@@ -16476,8 +16476,9 @@ class Fleet:
 # node keeps what the holder has not read.  The others watch.  The row has the ending.
 # Connections are left to NodeLink and Follower.
 #
-# Locks are taken in this order: Jobs._starting, Job.lock, then one of Jobs._lock, a
-# log's, the fleet's, the store's.  Followers and links are called without any of them.
+# Locks are taken in this order: Jobs._starting, Job.end_lock, Job.lock, then one of
+# Jobs._lock, a log's, the fleet's, the store's.  Followers and links are called without
+# any of them, on_end() with Job.end_lock.
 # ==============================================================================
 
 JOBS_DIRECTORY = "jobs"  # below the data directory; a directory for each log in files
