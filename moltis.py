@@ -31227,15 +31227,25 @@ function currentChat() {
   return state.chats.get(key);
 }
 
-// Change a session, first here, then on the gateway.
-async function patchSession(key, change) {
+const patches = new Set(); // {key, change} of sessions, not answered yet
+
+function applyPatch({key, change}) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) Object.assign(entry, change);
   if (entry && "node_id" in change) delete entry.directory; // the gateway tells it
+}
+
+// Change a session, first here, then on the gateway.
+async function patchSession(key, change) {
+  const patch = {key, change};
+  patches.add(patch);
+  applyPatch(patch);
   const chat = state.chats.get(key);
   if (chat) chat.bound = null;
   touch("sessions", "chat");
-  if (await attempt("sessions.patch", {key, ...change})) return;
+  const isPatched = await attempt("sessions.patch", {key, ...change});
+  patches.delete(patch);
+  if (isPatched) return;
   if (chat) chat.bound = null;
   refresh("sessions");
 }
@@ -31282,7 +31292,10 @@ async function fetchList(topic, request) {
       const answer = await link.call(...SOURCES[topic]);
       if (topic === "running") learnOpen(answer);
       else state[topic] = answer;
-      if (topic === "sessions") updateBusy();
+      if (topic === "sessions") {
+        patches.forEach(applyPatch); // the list may be of before them
+        updateBusy();
+      }
       touch(topic);
     } catch (error) {
       // Lists that the key may not read stay empty.
@@ -36099,23 +36112,29 @@ function terminalNote(session) {
     ["Use this window’s size", () => shownTerminal().fit(true)]];
 }
 
-let noteTimer; // delays notes: short interruptions are not shown
+let noteTimer = 0; // delays notes: short interruptions are not shown
 
 function drawTerminalNote(session) {
-  const [text = "", act] = session ? terminalNote(session) : [];
   const names = (session?.job?.people || []).map(person => person.name);
   const people = names.length > 1 ? `In it: ${names.join(", ")}` : "";
   setText($("terminal-people"), people);
   $("terminal-people").title = people;
+  if (session && terminalNote(session).length)
+    noteTimer ||= setTimeout(showTerminalNote, 300); // others' events draw it as well
+  else showTerminalNote();
+}
+
+function showTerminalNote() {
   clearTimeout(noteTimer);
-  noteTimer = setTimeout(() => {
-    $("terminal-note").hidden = !text;
-    setText($("terminal-note-text"), text);
-    $("terminal-act").hidden = !act;
-    if (!act) return;
-    setText($("terminal-act"), act[0]);
-    listen($("terminal-act"), "click", act[1]);
-  }, text ? 300 : 0);
+  noteTimer = 0;
+  const session = shownTerminal()?.session;
+  const [text = "", act] = session ? terminalNote(session) : [];
+  $("terminal-note").hidden = !text;
+  setText($("terminal-note-text"), text);
+  $("terminal-act").hidden = !act;
+  if (!act) return;
+  setText($("terminal-act"), act[0]);
+  listen($("terminal-act"), "click", act[1]);
 }
 
 // The row of keys: those that a phone lacks, or that browsers keep for themselves.

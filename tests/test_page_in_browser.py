@@ -2818,6 +2818,23 @@ def test_a_queued_command_runs_on_the_machine_that_was_seen(site, make_page, tmp
     assert "sent before the chat changed its machine" in page.text(LAST)
 
 
+def test_a_machine_stays_chosen_when_a_list_of_before_comes(site, make_page):
+    """The next command would run on the other one."""
+    page = make_page(site)
+    open_new_chat(page)
+    key = page.evaluate("location.pathname.split('/').pop()")
+    page.evaluate(HOLD % "sessions.patch")
+    choose(page, "Demo node")
+    site.call("sessions.patch", key=key, label="Named meanwhile")
+    page.wait_for(shows("#sessions", "Named meanwhile"))
+    assert page.text("#prompt").strip() == "Demo node $"
+    page.evaluate("release()")
+    wait_for(lambda: machine_of(site, key), what="the choice at the gateway")
+    type_line(page, "echo $((6 * 7)) there")
+    page.wait_for(f"{shows(LAST, '42 there')} && {shows(LAST, 'Done')}")
+    assert "Demo node" in page.evaluate(WHERE)
+
+
 def test_what_is_half_typed_stays_with_the_machine_that_was_seen(site, make_page):
     page = make_page(site)
     open_new_chat(page)
@@ -3828,6 +3845,27 @@ def test_whoever_goes_elsewhere_is_in_no_terminal_and_comes_back_into_it(
     enter(page, "a word")
     page.wait_for(shows(SCREEN, "heard a word"))
     assert people() == ["owner"]
+
+
+# The next event of a job that is done arrives over and over again.
+REPEAT = """sockets.at(-1).addEventListener("message", ({target, data, isTrusted}) => {
+  if (!isTrusted || !/"event":"job".*"state":"done"/.test(data)) return;
+  setInterval(() => target.dispatchEvent(new MessageEvent("message", {data})), 50);
+  globalThis.repeats = true;
+})"""
+
+
+def test_a_terminal_says_what_is_up_whatever_happens_elsewhere(site, make_page):
+    page = make_page(site)
+    deafen(page)
+    page.reload()
+    open_terminal(page, site, "Local")
+    page.evaluate(REPEAT)
+    start(site, "true", "Local")
+    page.wait_for("globalThis.repeats")
+    page.evaluate("globalThis.isMute = true")
+    enter(page, "exit")
+    page.wait_for(shows("#terminal-note", "What you typed has not arrived yet."))
 
 
 def test_a_key_that_reads_watches_a_terminal_and_types_nothing(
