@@ -30403,7 +30403,7 @@ const socketAddress = () => `${BASE.replace("http", "ws")}ws`;
 // port of this host, but shows this to pages of this origin alone.
 const PAGE_SECRET = "secret "; // its name in `kept`
 
-const KEY_NAME = "key name"; // of the operator whose texts are in `kept`
+const KEY_NAME = "key name"; // of the operator whose texts storage holds
 
 const fetchOwn = (path, options = {}) =>
   fetch(BASE + path, {
@@ -31760,12 +31760,13 @@ const HANDLERS = {
 
 // Forget what the holder of another key typed: it is not shown or sent with this key.
 function forgetOthers(name) {
-  const owner = kept.get(KEY_NAME);
-  if (owner === name) return;
-  const secret = kept.get(PAGE_SECRET);
-  if (owner) forgetKept();
-  kept.set(PAGE_SECRET, secret);
-  kept.set(KEY_NAME, name);
+  for (const storage of [kept, keptByTab]) {
+    const owner = storage.get(KEY_NAME);
+    const secret = storage.get(PAGE_SECRET);
+    if (owner && owner !== name) storage.clear();
+    storage.set(PAGE_SECRET, secret);
+    storage.set(KEY_NAME, name);
+  }
 }
 
 // Reload without what this page was shown; an open terminal does not ask first.

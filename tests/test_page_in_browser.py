@@ -609,6 +609,22 @@ def test_what_the_holder_of_one_key_typed_is_not_sent_by_that_of_another(site, b
         assert "of the draft" not in page.evaluate("JSON.stringify(localStorage)")
 
 
+def test_what_a_tab_keeps_for_one_key_is_not_shown_to_another(site, browser):
+    """The other key signed in in another tab, which forgot what it kept itself."""
+    made = site.call("keys.create", name="leaves", scopes=["operator.write"])
+    with browser.new_page() as page, browser.new_page() as other:
+        page.goto(f"{site.url}/#key={made['key']}")
+        page.wait_for(READY)
+        page.evaluate("sessionStorage.setItem('terminals', '[\"secret\"]')")
+        other.goto(f"{site.url}/#key={site.key}")
+        other.wait_for(READY)
+        page.goto(f"{site.url}/terminal/")
+        page.wait_for("!document.querySelector('#terminal-home').hidden")
+        assert "secret" not in page.evaluate("JSON.stringify(sessionStorage)")
+        assert page.evaluate("document.querySelector('#terminal-tabs').children.length") == 0
+    site.call("keys.revoke", keyId=made["keyId"])
+
+
 # -- chat ----------------------------------------------------------------------
 
 
