@@ -35992,8 +35992,7 @@ function drawTerminal() {
   if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
-  const isUp = state.link === "up";
-  const known = (isUp && parsed(keptByTab.get(TABS))) || [];
+  const known = parsed(keptByTab.get(TABS)) || [];
   known.filter(one => !terminalViews.has(one)).forEach(makeTerminal);
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
@@ -36001,7 +36000,7 @@ function drawTerminal() {
   $("terminal-home").hidden = Boolean(id);
   $("terminal-title").classList.toggle("unseen", Boolean(id));
   // In the place of what was shown before: it gets its size and the focus there.
-  if (id && !terminalViews.has(id) && isUp) makeTerminal(id);
+  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
   const view = terminalViews.get(id);
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>

@@ -3859,6 +3859,24 @@ def test_a_reload_keeps_the_tabs_of_terminals(site, make_page):
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, browser):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        open_terminal(page, own_site, "Local")
+        path = page.evaluate("location.pathname")
+        page.goto(f"{own_site.url}/nodes")
+        page.wait_for(shows("#running", "login shell"))
+        own_site.stop()
+        page.wait_for("!document.querySelector('#banner').hidden")
+        page.click("#running a")
+        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        [tab] = page.evaluate(
+            "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
+        )
+        assert tab == path
+
+
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
     page = make_page(site)
     open_terminal(page, site, "Local")
