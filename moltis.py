@@ -30018,10 +30018,10 @@ function keySequence(event, modes, isMac) {
   const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
-  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes
-  // of a key; and Option types characters.
-  if (isText && altKey && ctrlKey)
-    return event.code.endsWith(key.toUpperCase()) ? null : key;
+  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes;
+  // and Option types characters.
+  if (isText && altKey && ctrlKey && !isMac)
+    return /^[a-z\d ]$/i.test(controlKeyOf(event)) ? null : key;
   if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
