@@ -33251,8 +33251,8 @@ function composerKey(event) {
     done = true;
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
-  else if (event.ctrlKey && !event.metaKey && controlKeyOf(event) === "c" &&
-    !selectedText()) {
+  else if (event.ctrlKey && !event.metaKey && !event.shiftKey &&
+    controlKeyOf(event) === "c" && !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }

@@ -710,6 +710,22 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
     assert "42" in page.text(LAST)
 
 
+def test_ctrl_c_stops_what_runs_on_any_keyboard_and_with_shift_nothing(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "exec sleep 120")
+    page.wait_for(shows(LAST, "Running"))
+    press = (
+        "document.querySelector('#text').dispatchEvent(new KeyboardEvent('keydown', "
+        "{key: '\u0441', code: 'KeyC', ctrlKey: true, shiftKey: %s, bubbles: true, "
+        "cancelable: true}))"
+    )
+    assert page.evaluate(press % "true")  # left to the browser
+    assert not page.evaluate(press % "false")
+    page.wait_for(shows(LAST, "Cancelled"))
+
+
 def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     page = make_page(site)
     open_new_chat(page)
