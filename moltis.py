@@ -28607,8 +28607,8 @@ class Pen {
     this.extend();
   }
 
-  // Apply the link and the underline that were set last.  What saves a cursor saves
-  // whether they apply, and not which.
+  // Apply the link and the underline that were set last.  A saved cursor holds whether
+  // they apply, not which they are.
   extend() {
     this.isExtended = Boolean(this.link || this.underline);
     this.changed();
@@ -29655,7 +29655,7 @@ class Emulator {
         row.insert(page.x, cell.width, cells.blank);
         row.splitAt(columns, cells.blank);
       }
-      if (page.x < columns) row.cells[page.x] = cell;
+      if (page.x < columns) row.cells[page.x] = cell; // a lone mark needs no room
       page.x += 1;
       if (cell.width === 2) {
         row.cells[page.x] = cells.rest;
