@@ -31762,8 +31762,9 @@ const HANDLERS = {
 function forgetOthers(name) {
   for (const storage of [kept, keptByTab]) {
     const owner = storage.get(KEY_NAME);
+    if (owner === name) continue;
     const secret = storage.get(PAGE_SECRET);
-    if (owner && owner !== name) storage.clear();
+    if (owner) storage.clear();
     storage.set(PAGE_SECRET, secret);
     storage.set(KEY_NAME, name);
   }
