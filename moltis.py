@@ -28617,8 +28617,8 @@ class Pen {
     this.extend();
   }
 
-  // Apply the link and the underline that were set last.  What saves a cursor saves
-  // whether they apply, and not which.
+  // Apply the link and the underline that were set last.  A saved cursor holds whether
+  // they apply, not which they are.
   extend() {
     this.isExtended = Boolean(this.link || this.underline);
     this.changed();
@@ -29665,7 +29665,7 @@ class Emulator {
         row.insert(page.x, cell.width, cells.blank);
         row.splitAt(columns, cells.blank);
       }
-      if (page.x < columns) row.cells[page.x] = cell;
+      if (page.x < columns) row.cells[page.x] = cell; // a lone mark needs no room
       page.x += 1;
       if (cell.width === 2) {
         row.cells[page.x] = cells.rest;
@@ -30028,10 +30028,10 @@ function keySequence(event, modes, isMac) {
   const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
-  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes
-  // of a key; and Option types characters.
-  if (isText && altKey && ctrlKey)
-    return event.code.endsWith(key.toUpperCase()) ? null : key;
+  // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes;
+  // and Option types characters.
+  if (isText && altKey && ctrlKey && !isMac)
+    return /^[a-z\d ]$/i.test(controlKeyOf(event)) ? null : key;
   if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
@@ -30413,7 +30413,7 @@ const socketAddress = () => `${BASE.replace("http", "ws")}ws`;
 // port of this host, but shows this to pages of this origin alone.
 const PAGE_SECRET = "secret "; // its name in `kept`
 
-const KEY_NAME = "key name"; // of the operator whose texts are in `kept`
+const KEY_NAME = "key name"; // of the operator whose texts storage holds
 
 const fetchOwn = (path, options = {}) =>
   fetch(BASE + path, {
@@ -31795,12 +31795,14 @@ const HANDLERS = {
 
 // Forget what the holder of another key typed: it is not shown or sent with this key.
 function forgetOthers(name) {
-  const owner = kept.get(KEY_NAME);
-  if (owner === name) return;
-  const secret = kept.get(PAGE_SECRET);
-  if (owner) forgetKept();
-  kept.set(PAGE_SECRET, secret);
-  kept.set(KEY_NAME, name);
+  for (const storage of [kept, keptByTab]) {
+    const owner = storage.get(KEY_NAME);
+    if (owner === name) continue;
+    const secret = storage.get(PAGE_SECRET);
+    if (owner) storage.clear();
+    storage.set(PAGE_SECRET, secret);
+    storage.set(KEY_NAME, name);
+  }
 }
 
 // Reload without what this page was shown; an open terminal does not ask first.
@@ -33286,8 +33288,8 @@ function composerKey(event) {
     done = true;
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
-  else if (event.ctrlKey && !event.metaKey && controlKeyOf(event) === "c" &&
-    !selectedText()) {
+  else if (event.ctrlKey && !event.metaKey && !event.shiftKey &&
+    controlKeyOf(event) === "c" && !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }
@@ -36027,8 +36029,7 @@ function drawTerminal() {
   if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
-  const isUp = state.link === "up";
-  const known = (isUp && parsed(keptByTab.get(TABS))) || [];
+  const known = parsed(keptByTab.get(TABS)) || [];
   known.filter(one => !terminalViews.has(one)).forEach(makeTerminal);
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
@@ -36036,7 +36037,7 @@ function drawTerminal() {
   $("terminal-home").hidden = Boolean(id);
   $("terminal-title").classList.toggle("unseen", Boolean(id));
   // In the place of what was shown before: it gets its size and the focus there.
-  if (id && !terminalViews.has(id) && isUp) makeTerminal(id);
+  if (id && !terminalViews.has(id) && state.link === "up") makeTerminal(id);
   const view = terminalViews.get(id);
   if (!id) drawTerminalHome();
   const tabs = [...terminalViews.values()].map(({session}) =>

@@ -631,6 +631,22 @@ def test_what_the_holder_of_one_key_typed_is_not_sent_by_that_of_another(site, b
         assert "of the draft" not in page.evaluate("JSON.stringify(localStorage)")
 
 
+def test_what_a_tab_keeps_for_one_key_is_not_shown_to_another(site, browser):
+    """The other key signed in in another tab, which forgot what it kept itself."""
+    made = site.call("keys.create", name="leaves", scopes=["operator.write"])
+    with browser.new_page() as page, browser.new_page() as other:
+        page.goto(f"{site.url}/#key={made['key']}")
+        page.wait_for(READY)
+        page.evaluate("sessionStorage.setItem('terminals', '[\"secret\"]')")
+        other.goto(f"{site.url}/#key={site.key}")
+        other.wait_for(READY)
+        page.goto(f"{site.url}/terminal/")
+        page.wait_for("!document.querySelector('#terminal-home').hidden")
+        assert "secret" not in page.evaluate("JSON.stringify(sessionStorage)")
+        assert page.text("#terminal-tabs") == ""
+    site.call("keys.revoke", keyId=made["keyId"])
+
+
 # -- chat ----------------------------------------------------------------------
 
 
@@ -714,6 +730,22 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
     page.click(f"{LAST} [data-part=stop]")
     page.wait_for(shows(LAST, "Cancelled"))
     assert "42" in page.text(LAST)
+
+
+def test_ctrl_c_stops_what_runs_on_any_keyboard_and_with_shift_nothing(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "exec sleep 120")
+    page.wait_for(shows(LAST, "Running"))
+    press = (
+        "document.querySelector('#text').dispatchEvent(new KeyboardEvent('keydown', "
+        "{key: '\u0441', code: 'KeyC', ctrlKey: true, shiftKey: %s, bubbles: true, "
+        "cancelable: true}))"
+    )
+    assert page.evaluate(press % "true")  # left to the browser
+    assert not page.evaluate(press % "false")
+    page.wait_for(shows(LAST, "Cancelled"))
 
 
 def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
@@ -4007,6 +4039,24 @@ def test_a_reload_keeps_the_tabs_of_terminals(site, make_page):
     for path in (first, second):
         site.call("job.cancel", id=path.split("/")[-1])
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
+
+
+def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, browser):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        open_terminal(page, own_site, "Local")
+        path = page.evaluate("location.pathname")
+        page.goto(f"{own_site.url}/nodes")
+        page.wait_for(shows("#running", "login shell"))
+        own_site.stop()
+        page.wait_for("!document.querySelector('#banner').hidden")
+        page.click("#running a")
+        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        [tab] = page.evaluate(
+            "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
+        )
+        assert tab == path
 
 
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):

@@ -1040,7 +1040,9 @@ def test_a_character_wins_over_ctrl_and_alt(press):
     ("event", "is_mac"),
     [
         ({"key": "a"}, False),
-        ({"key": "q", "code": "KeyQ", "ctrlKey": True, "altKey": True}, False),
+        ({"key": "q", "code": "KeyA", "ctrlKey": True, "altKey": True}, False),
+        ({"key": "с", "code": "KeyC", "ctrlKey": True, "altKey": True}, False),
+        ({"key": "ƒ", "code": "KeyF", "ctrlKey": True, "altKey": True}, True),
         ({"key": "€", "altKey": True, "states": ["AltGraph"]}, False),
         ({"key": "@", "altKey": True}, True),  # Option
         ({"key": "Dead"}, False),
