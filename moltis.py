@@ -40485,9 +40485,7 @@ class TerminalSession:
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
-            if self._notice:
-                self._may_type = False  # no redraw: we leave
-                self._clear_notice()
+            self._erase_notice()
             self._write(self._filter.flush() + self._plain())
 
     def _left(self, how: str, *, alone: bool) -> int:

@@ -603,6 +603,20 @@ def test_whoever_joins_and_leaves_at_once_leaves_a_terminal_of_others_running(
         first.expect("still.*still")
 
 
+def test_whoever_is_left_alone_ends_the_terminal_while_the_notice_says_so(site):
+    with site.shell("cat") as first:
+        first.type("kept\r")
+        first.expect("kept.*kept")
+        with site.person("node", "attach", site.terminals()[0]["id"]) as second:
+            first.expect("owner came in")
+            second.shows("kept")
+            second.type("\r~d")
+            second.end()
+        first.expect("owner left")
+        first.type("\r~.")
+        first.expect("moltis: ended")
+
+
 def test_escapes_are_shown_and_a_tilde_can_be_typed(site):
     with site.shell("stty -echo; echo re''ady; cat") as shell:
         shell.expect("ready")
