@@ -40279,11 +40279,7 @@ class TerminalSession:
                 how = leaving.how
             finally:
                 self._restore_screen()
-        if not how:
-            return self._ended()
-        # Whoever joins does not know at first who else is in it.
-        alone = len(self._people) == 1 or not (joins or self._people)
-        return self._left(how, alone=alone)
+        return self._left(how) if how else self._ended()
 
     def show_ended(self) -> int:
         """Show the last screen of a terminal that has ended; return its status."""
@@ -40488,8 +40484,12 @@ class TerminalSession:
             self._erase_notice()
             self._write(self._filter.flush() + self._plain())
 
-    def _left(self, how: str, *, alone: bool) -> int:
+    def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
+        # Until the gateway answers, the state names nobody: others may be in it, unless
+        # it is being started.
+        people = self._job.state.get("people", ())
+        alone = len(people) == 1 or not self._job.known
         ends = how == "." and self._may_type and alone
         self._begin_line()
         if not (ends or self._away):
