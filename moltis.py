@@ -3538,7 +3538,7 @@ def first_certificate(pem: bytes) -> bytes:
 
 
 def read_certificate(path: Path) -> bytes:
-    """Return the same of the file `path`.
+    """Return the first certificate of the PEM file `path`, in DER.
 
     Raises OSError, ValueError, BadConfiguration.
     """
@@ -3579,7 +3579,8 @@ class TlsTrust(Value):
         else:
             try:
                 context.load_verify_locations(cadata=self.ca)
-            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
+            except (OSError, TypeError, ValueError) as error:
                 raise BadConfiguration(
                     f"the CA certificates cannot be used: {error}; they must be PEM"
                 ) from error
@@ -25874,8 +25875,7 @@ class ClientLook:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._asked = False
-        # Bytes that a client discards where it did not ask for them; b"": there are
-        # none, as inside of a download.
+        # Bytes that a client discards unasked; b"": none, as inside a download.
         self.question = b""
 
     def is_gone(self) -> bool:
@@ -36729,7 +36729,7 @@ MISREADING = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 def making_sense(has_answer: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Raise Nonsense where the code within cannot read an answer.
 
-    Before it `has_answer` the fault is ours, and stays what it is.
+    Without one (`has_answer`) the fault is ours: it is raised as it is.
     """
     try:
         yield
@@ -40486,8 +40486,8 @@ class TerminalSession:
 
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
-        # Until the gateway answers, the state names nobody: others may be in it, unless
-        # it is being started.
+        # Until the gateway answers, nobody is known to be in it: only one that was not
+        # started yet is without others.
         people = self._job.state.get("people", ())
         alone = len(people) == 1 or not self._job.known
         ends = how == "." and self._may_type and alone

@@ -275,6 +275,19 @@ def test_a_client_may_name_its_own_ca(files, tmp_path):
             moltis.read_ca(str(path))
 
 
+@pytest.mark.parametrize("damage", [b"no", "\u00fc".encode()])
+def test_a_ca_file_with_a_damaged_certificate_is_named(files, tmp_path, damage):
+    """A comment is none, nor are the ends of lines of Windows."""
+    whole = files.certificate.read_bytes().replace(b"\n", b"\r\n")
+    path = tmp_path / "bundle.pem"
+    path.write_bytes(whole + "# f\u00fcr uns\n".encode() + whole)
+    trust = TlsTrust(ca=moltis.read_ca(str(path)))
+    handshake(load_tls(files), trust.context(), "localhost")
+    path.write_bytes(whole + whole.replace(b"MII", damage))
+    with pytest.raises(BadConfiguration, match=f"cannot use the CA file {path}"):
+        moltis.read_ca(str(path))
+
+
 ALGORITHMS = {
     "rsa sha1": ("-newkey rsa:2048 -sha1", "sha256"),
     "rsa sha256": ("-newkey rsa:2048 -sha256", "sha256"),
