@@ -3778,8 +3778,19 @@ def _certificate_name(name: str) -> str | None:
     return f"DNS:{name.lower()}" if fits else None
 
 
-def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
-    if not keep_key:
+def _has_key(path: Path) -> bool:
+    """Return whether a file has a private key in PEM.  Raises BadConfiguration."""
+    try:
+        key = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # it may be a good one
+        raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
+    return bool(re.search(rb"-BEGIN (EC |RSA )?PRIVATE KEY-.*-END ", key, re.DOTALL))
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str]) -> None:
+    if not _has_key(files.key):
         key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
@@ -3798,7 +3809,8 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     """Return a certificate of our own, made or renewed if need be.
 
     `names` are the host's names and addresses; whatever is neither is left out.  The
-    key stays the same, so that a pin outlives a change of names or addresses.
+    key stays the same, so that a pin outlives a change of names or addresses, and the
+    loss of a certificate.
     Raises BadConfiguration.
     """
     require_ssl()
@@ -3814,7 +3826,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     # A name that is no longer wanted does no harm.
     if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    _make_certificate(files, wanted, keep_key=found is not None)
+    _make_certificate(files, wanted)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
 
