@@ -3809,8 +3809,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     """Return a certificate of our own, made or renewed if need be.
 
     `names` are the host's names and addresses; whatever is neither is left out.  The
-    key stays the same, so that a pin outlives a change of names or addresses, and the
-    loss of a certificate.
+    key stays, so that a pin outlives a change of names, and a lost certificate.
     Raises BadConfiguration.
     """
     require_ssl()
@@ -37508,12 +37507,13 @@ class JobFeed(LastingClient):
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
+                job.state = {}  # may be out of date
                 self._follow(job)
         if self.interrupted:
             self.cancel()
 
     def _follow(self, job: FollowedJob, *, screen: bool = False) -> None:
-        job.known, job.state = True, {}
+        job.known = True
         params = {"id": job.id, "offset": job.position, "hold": job.holds}
         if job.is_terminal:
             params.update(skip=True, screen=screen)
@@ -40498,8 +40498,7 @@ class TerminalSession:
 
     def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
-        # Until the gateway answers, nobody is known to be in it: only one that was not
-        # started yet is without others.
+        # Without a state, others may be in it, unless it is only being started.
         people = self._job.state.get("people", ())
         alone = len(people) == 1 or not self._job.known
         ends = how == "." and self._may_type and alone
