@@ -3538,7 +3538,7 @@ def first_certificate(pem: bytes) -> bytes:
 
 
 def read_certificate(path: Path) -> bytes:
-    """Return the same of the file `path`.
+    """Return the first certificate of the PEM file `path`, in DER.
 
     Raises OSError, ValueError, BadConfiguration.
     """
@@ -3579,7 +3579,8 @@ class TlsTrust(Value):
         else:
             try:
                 context.load_verify_locations(cadata=self.ca)
-            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
+            except (OSError, TypeError, ValueError) as error:
                 raise BadConfiguration(
                     f"the CA certificates cannot be used: {error}; they must be PEM"
                 ) from error
@@ -3777,8 +3778,19 @@ def _certificate_name(name: str) -> str | None:
     return f"DNS:{name.lower()}" if fits else None
 
 
-def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
-    if not keep_key:
+def _has_key(path: Path) -> bool:
+    """Return whether a file has a private key in PEM.  Raises BadConfiguration."""
+    try:
+        key = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # it may be a good one
+        raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
+    return bool(re.search(rb"-BEGIN (EC |RSA )?PRIVATE KEY-.*-END ", key, re.DOTALL))
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str]) -> None:
+    if not _has_key(files.key):
         key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
@@ -3797,7 +3809,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     """Return a certificate of our own, made or renewed if need be.
 
     `names` are the host's names and addresses; whatever is neither is left out.  The
-    key stays the same, so that a pin outlives a change of names or addresses.
+    key stays, so that a pin outlives a change of names, and a lost certificate.
     Raises BadConfiguration.
     """
     require_ssl()
@@ -3813,7 +3825,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     # A name that is no longer wanted does no harm.
     if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    _make_certificate(files, wanted, keep_key=found is not None)
+    _make_certificate(files, wanted)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
 
@@ -25884,8 +25896,7 @@ class ClientLook:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._asked = False
-        # Bytes that a client discards where it did not ask for them; b"": there are
-        # none, as inside of a download.
+        # Bytes that a client discards unasked; b"": none, as inside a download.
         self.question = b""
 
     def is_gone(self) -> bool:
@@ -36774,7 +36785,7 @@ MISREADING = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 def making_sense(has_answer: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Raise Nonsense where the code within cannot read an answer.
 
-    Before it `has_answer` the fault is ours, and stays what it is.
+    Without one (`has_answer`) the fault is ours: it is raised as it is.
     """
     try:
         yield
@@ -37541,12 +37552,13 @@ class JobFeed(LastingClient):
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
+                job.state = {}  # may be out of date
                 self._follow(job)
         if self.interrupted:
             self.cancel()
 
     def _follow(self, job: FollowedJob, *, screen: bool = False) -> None:
-        job.known, job.state = True, {}
+        job.known = True
         params = {"id": job.id, "offset": job.position, "hold": job.holds}
         if job.is_terminal:
             params.update(skip=True, screen=screen)
@@ -40324,11 +40336,7 @@ class TerminalSession:
                 how = leaving.how
             finally:
                 self._restore_screen()
-        if not how:
-            return self._ended()
-        # Whoever joins does not know at first who else is in it.
-        alone = len(self._people) == 1 or not (joins or self._people)
-        return self._left(how, alone=alone)
+        return self._left(how) if how else self._ended()
 
     def show_ended(self) -> int:
         """Show the last screen of a terminal that has ended; return its status."""
@@ -40530,13 +40538,14 @@ class TerminalSession:
     def _restore_screen(self) -> None:
         """Give our terminal its modes, its primary screen and its colours back."""
         with contextlib.suppress(LeaveTerminal):
-            if self._notice:
-                self._may_type = False  # no redraw: we leave
-                self._clear_notice()
+            self._erase_notice()
             self._write(self._filter.flush() + self._plain())
 
-    def _left(self, how: str, *, alone: bool) -> int:
+    def _left(self, how: str) -> int:
         """End the terminal, or leave it running; return the exit status."""
+        # Without a state, others may be in it, unless it is only being started.
+        people = self._job.state.get("people", ())
+        alone = len(people) == 1 or not self._job.known
         ends = how == "." and self._may_type and alone
         self._begin_line()
         if not (ends or self._away):

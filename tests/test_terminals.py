@@ -626,6 +626,56 @@ def test_whoever_joins_and_leaves_at_once_leaves_a_terminal_of_others_running(
         first.expect("still.*still")
 
 
+def test_whoever_comes_back_and_leaves_at_once_leaves_a_terminal_of_others_running(
+    site, monkeypatch
+):
+    follow, asked, answered = moltis.OperatorPeer.follow, threading.Event(), None
+
+    def late(peer, *args, **how):
+        if answered is not None:
+            asked.set()
+            answered.wait(60)
+        return follow(peer, *args, **how)
+
+    monkeypatch.setattr(moltis.OperatorPeer, "follow", late)
+    with Link(site.port) as link, site.shell(
+        "cat",
+        MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{link.port}",
+        MOLTIS_API_KEY=site.gateway.api_key,
+    ) as first:
+        first.type("kept\r")
+        first.expect("kept.*kept")
+        with contextlib.ExitStack() as stack:
+            with link.away():
+                first.expect("waiting for the gateway")
+                job_id = site.terminals()[0]["id"]
+                second = stack.enter_context(site.person("node", "attach", job_id))
+                second.expect("kept.*kept")
+                answered = threading.Event()
+            assert asked.wait(60)
+            first.expect(r"\x1b\[2K")  # it does not wait for the gateway any more
+            first.type("\r~.")
+            first.expect("\x18")
+            answered.set()
+            first.expect("it goes on")
+            second.type("still\r")
+            second.expect("still.*still")
+
+
+def test_whoever_is_left_alone_ends_the_terminal_while_the_notice_says_so(site):
+    with site.shell("cat") as first:
+        first.type("kept\r")
+        first.expect("kept.*kept")
+        with site.person("node", "attach", site.terminals()[0]["id"]) as second:
+            first.expect("owner came in")
+            second.shows("kept")
+            second.type("\r~d")
+            second.end()
+        first.expect("owner left")
+        first.type("\r~.")
+        first.expect("moltis: ended")
+
+
 def test_escapes_are_shown_and_a_tilde_can_be_typed(site):
     with site.shell("stty -echo; echo re''ady; cat") as shell:
         shell.expect("ready")

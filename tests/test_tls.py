@@ -201,6 +201,25 @@ def test_what_is_damaged_is_made_anew(files, tmp_path, damage):
     handshake(load_tls(files), trusting(files), "localhost")
 
 
+@pytest.mark.parametrize("content", [None, b"", b"nonsense"])
+def test_a_certificate_that_is_lost_is_made_anew_for_the_same_key(files, content):
+    pin = parse_certificate(der_of(files)).pin
+    files.certificate.unlink()
+    if content is not None:
+        files.certificate.write_bytes(content)
+    ensure_certificate(files.key.parent, NAMES)
+    assert parse_certificate(der_of(files)).pin == pin
+
+
+def test_a_key_that_cannot_be_read_is_named_and_left_there(files):
+    """A new one would have another pin."""
+    files.key.unlink()
+    files.key.symlink_to(files.key)
+    with pytest.raises(BadConfiguration, match=f"cannot read {files.key}: "):
+        ensure_certificate(files.key.parent, NAMES)
+    assert files.key.is_symlink()
+
+
 def test_without_openssl_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadConfiguration, match=r"openssl.* --tls-cert and --tls-key"):
@@ -273,6 +292,19 @@ def test_a_client_may_name_its_own_ca(files, tmp_path):
     for path in (tmp_path / "missing", files.key):
         with pytest.raises(BadConfiguration, match=re.escape(str(path))):
             moltis.read_ca(str(path))
+
+
+@pytest.mark.parametrize("damage", [b"no", "\u00fc".encode()])
+def test_a_ca_file_with_a_damaged_certificate_is_named(files, tmp_path, damage):
+    """A comment is none, nor are the ends of lines of Windows."""
+    whole = files.certificate.read_bytes().replace(b"\n", b"\r\n")
+    path = tmp_path / "bundle.pem"
+    path.write_bytes(whole + "# f\u00fcr uns\n".encode() + whole)
+    trust = TlsTrust(ca=moltis.read_ca(str(path)))
+    handshake(load_tls(files), trust.context(), "localhost")
+    path.write_bytes(whole + whole.replace(b"MII", damage))
+    with pytest.raises(BadConfiguration, match=f"cannot use the CA file {path}"):
+        moltis.read_ca(str(path))
 
 
 ALGORITHMS = {
