@@ -2921,11 +2921,10 @@ class TlsChannel(PlainChannel):
 
 
 def _open_channel(sock: socket.socket) -> PlainChannel:
-    # Importing ssl costs 10 ms, which plain connections need not pay.
-    ssl_module = sys.modules.get("ssl")
-    if ssl_module is not None and isinstance(sock, ssl_module.SSLSocket):
-        return TlsChannel(sock)
-    return PlainChannel(sock)
+    # Importing ssl costs 10 ms, which plain connections need not pay.  Another thread
+    # may be importing it: until there is the class, no socket is one.
+    tls_sockets = getattr(sys.modules.get("ssl"), "SSLSocket", ())
+    return TlsChannel(sock) if isinstance(sock, tls_sockets) else PlainChannel(sock)
 
 
 def _remote_ip(sock: socket.socket) -> str:

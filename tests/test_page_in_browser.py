@@ -2727,7 +2727,8 @@ def test_axe_finds_nothing_on_cards_in_any_state(inspected, asked):
     chat = inspected.new_chat("Attic")
     run(page, "printf '\\033[31mred\\033[0m\\n\\033[94mblue\\033[0m\\n'; seq 5 >&2")
     run(page, "cd /tmp; false", "Exit status 1")
-    type_line(page, "echo $((6 * 7)); exec sleep 600")  # until its machine is away
+    # Until its machine is away.
+    type_line(page, "echo $((6 * 7)); for i in 1 2 3 4; do sleep 120; done")
     page.wait_for(shows(LAST, "42"))
     page.evaluate(f"document.querySelector('{LAST}').focus()")
     inspected.look("running, with its tools")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import ModuleType
 
 import pytest
 from echo_peer import accept
@@ -171,6 +172,13 @@ def test_a_short_message_leaves_in_one_piece_and_without_a_thread():
         ws.send("hi")
         assert set(threading.enumerate()) <= threads
         assert peer.sock.recv(100) == b"\x81\x02hi"
+
+
+def test_a_connection_opens_while_another_thread_imports_ssl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssl", ModuleType("ssl"))  # nothing is in it yet
+    with raw_pair() as (ws, peer):
+        peer.send(Opcode.TEXT, b"hello")
+        assert ws.receive(LONG) == "hello"
 
 
 def test_what_came_with_the_handshake_is_received_first():
