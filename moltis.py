@@ -1000,7 +1000,7 @@ def is_locked_file(name: str, directory: int, *, follow: bool) -> bool:
     with contextlib.suppress(OSError):
         facts = os.stat(name, dir_fd=directory, follow_symlinks=follow)
         for path in [*LOCKED_FILES]:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the others are looked at all the same
                 if os.path.samestat(facts, os.stat(path)):
                     return True
     return False

@@ -1576,6 +1576,15 @@ def test_a_database_that_is_open_here_keeps_its_locks(tmp_path, reader, name):
         assert (tmp_path / "moltis.db-wal").exists()
 
 
+def test_a_locked_file_is_known_whatever_became_of_others(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    locked = [f"{file}/no directory", str(tmp_path / "missing"), str(file)]
+    monkeypatch.setattr(moltis, "LOCKED_FILES", locked)
+    with pytest.raises(RpcError, match="belongs to the database of a running gateway"):
+        list(pieces_of("/", str(file), recursive=False))
+
+
 def test_who_copies_an_open_database_is_told_how(tmp_path):
     notes = []
     with contextlib.closing(moltis.Store(tmp_path / "moltis.db")):
