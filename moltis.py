@@ -28974,8 +28974,13 @@ const TAB_WIDTH = 8;
 class Cell {
   constructor(text, width, style) {
     this.text = text; // "" where nothing was written
-    this.width = width; // 2 of a wide character, 0 of the cell behind it
+    this.width = width; // 2 of a wide character, 0 behind it and of a lone mark
     this.style = style;
+  }
+
+  // Whether it is the one behind a wide character.
+  get isRest() {
+    return !this.width && !this.text;
   }
 }
 
@@ -29085,7 +29090,7 @@ class Row {
     cells.copyWithin(x, x + count);
     cells.fill(cell, Math.max(x, cells.length - count));
     this.splitAt(x, cell);
-    if (!cells[x].width && !cells[x].text) cells[x] = cell;
+    if (cells[x].isRest) cells[x] = cell;
   }
 
   resize(columns) {
@@ -29682,9 +29687,7 @@ class Emulator {
         page.x += 1;
       }
     }
-    const next = row.cells[page.x];
-    if (page.x < columns && !next.width && !next.text)
-      row.cells[page.x] = cells.blank;
+    if (page.x < columns && row.cells[page.x].isRest) row.cells[page.x] = cells.blank;
   }
 
   // Wrap to the next row.
@@ -35469,8 +35472,8 @@ function drawRow(div, row, columns) {
     if (run) nodes.push(styled(...run));
     run = null;
   };
-  for (const {text, width, style} of row.cells.slice(0, end)) {
-    if (!width && !text) continue;
+  for (const {text, width, style, isRest} of row.cells.slice(0, end)) {
+    if (isRest) continue;
     if (text && !EVEN.test(text)) {
       finish();
       nodes.push(styled(text, style, width === 2 ? "cell wide" : "cell"));
@@ -36039,8 +36042,7 @@ function drawTerminal() {
   if (!shownTerminal()) lastView = undefined;
   if (state.route.page !== "terminal" || !state.wasUp) return;
   const {id} = state.route;
-  const known = parsed(keptByTab.get(TABS)) || [];
-  known.filter(one => !terminalViews.has(one)).forEach(makeTerminal);
+  if (!terminalViews.size) (parsed(keptByTab.get(TABS)) || []).forEach(makeTerminal);
   for (const name of ["terminal-views", "terminal-keys", "terminal-bar"])
     $(name).hidden = !id;
   for (const view of terminalViews.values()) view.root.hidden = view.id !== id;
