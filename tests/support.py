@@ -10,6 +10,7 @@ import os
 import pty
 import pwd
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -111,6 +112,12 @@ def _children_in_proc():
         with contextlib.suppress(OSError):  # a thread may end as we look
             for pid in path.read_text().split():
                 yield int(pid), Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def memory_of(pid, what="VmRSS"):
+    """Return the bytes that a process is resident with; VmHWM: the most so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{what}:\s*(\d+) kB", status)[1]) * 1024
 
 
 def process_exists(pid):

@@ -17,12 +17,11 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 from peers import InProcessGateway
 from proxy import DOWN, UP
-from support import clean_environment, wait_for, wait_in_shell
+from support import clean_environment, memory_of, wait_for, wait_in_shell
 from world import MOLTIS, JumpingClock, SmallDisk, World, living_in_group
 
 import moltis
@@ -64,7 +63,7 @@ def test_no_amount_of_output_costs_memory(world):
     """200 MB: as much as 4 GB cost, and in seconds."""
     size = 200_000_000
     processes = (world.node, world.gateway)
-    before = [highest_memory(process) for process in processes]
+    before = [memory_of(each.process.pid, "VmHWM") for each in processes]
     call = world.call(f"head -c {size} /dev/zero | tr '\\0' x")
     assert call.wait() == 0
     assert call.out.stat().st_size == size
@@ -72,15 +71,8 @@ def test_no_amount_of_output_costs_memory(world):
         pieces = iter(lambda: file.read(1_000_000), b"")
         assert all(piece == b"x" * len(piece) for piece in pieces)
     call.out.unlink()
-    for process, most in zip(processes, before):
-        assert highest_memory(process) - most < size / 8
-
-
-def highest_memory(process):
-    """Return the most bytes that a process was resident with so far."""
-    status = Path(f"/proc/{process.process.pid}/status").read_text()
-    line = next(row for row in status.splitlines() if row.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    for each, most in zip(processes, before):
+        assert memory_of(each.process.pid, "VmHWM") - most < size / 8
 
 
 def test_the_caller_hears_that_its_node_is_waited_for(world):

@@ -18,6 +18,7 @@ from support import (
     Program,
     ScriptedServer,
     clean_environment,
+    memory_of,
     run_moltis,
     trickling_server,
     wait_for,
@@ -663,11 +664,6 @@ def started(process):
     return wait_for(words, 30, "the restart")
 
 
-def memory(pid, what="VmRSS"):  # kB
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"{what}:\s*(\d+) kB", status).group(1))
-
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -685,12 +681,12 @@ def test_gateway_and_node_rest_on_bytecode(site, start):
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"\n"
-        most = memory(process.pid, "VmHWM")
+        most = memory_of(process.pid, "VmHWM")
         process.stdin.close()
     node = start("resting")
     site.wait_for_answers("resting")
-    assert memory(site.gateway.pid) < 0.45 * most  # 1 without it
-    assert memory(node.pid) < 0.35 * most
+    assert memory_of(site.gateway.pid) < 0.45 * most  # 1 without it
+    assert memory_of(node.pid) < 0.35 * most
 
 
 @linux

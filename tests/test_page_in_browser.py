@@ -1248,24 +1248,29 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
     revoke_unused(page)
 
 
-# Requests for a token wait in `held`, for the test to send them.  What arrives from
-# then on is in `answers`, once the page has taken it.
-HOLD_TOKENS = """(() => {
+# Requests of a method wait in `held`, for the test to send them, until `release()`.
+# What arrives from then on is in `answers`, once the page has taken it.
+HOLD = """{
   const {send} = WebSocket.prototype;
-  window.held = [];
-  window.answers = [];
+  let holds = true;
+  globalThis.held = [];
+  globalThis.answers = [];
+  globalThis.release = () => {
+    holds = false;
+    held.forEach(sendNow => sendNow());
+  };
   WebSocket.prototype.send = function(data) {
-    if (String(data).includes('"device.token.create"')) {
+    if (holds && String(data).includes('"%s"')) {
       this.addEventListener("message", ({data}) => answers.push(data));
       held.push(() => send.call(this, data));
     } else send.call(this, data);
   };
-})()"""
+}"""
 
 
 def test_a_token_whose_dialog_is_closed_before_it_is_made_is_revoked(site, make_page):
     page = make_page(site, "/nodes")
-    page.evaluate(HOLD_TOKENS)
+    page.evaluate(HOLD % "device.token.create")
     page.click("#new-token")
     page.fill("#token-name", "Unseen")
     submit = "document.querySelector('#token-form').requestSubmit()"
@@ -1288,7 +1293,7 @@ def test_a_refusal_of_a_token_is_not_shown_in_a_dialog_that_was_opened_since(
     site, make_page
 ):
     page = make_page(site, "/nodes")
-    page.evaluate(HOLD_TOKENS)
+    page.evaluate(HOLD % "device.token.create")
     page.click("#new-token")
     page.evaluate("document.querySelector('#token-name').value = 'x'.repeat(201)")
     page.evaluate("document.querySelector('#token-form').requestSubmit()")
@@ -1989,22 +1994,6 @@ def test_who_may_not_do_something_reads_which_scope_is_missing(site):
     assert "the key reads lacks the scope operator.write" in said
     assert "sessions.create" not in said
     site.call("keys.revoke", keyId=key["keyId"])
-
-
-# Requests of a method wait in `held` until `release()`.
-HOLD = """{
-  const {send} = WebSocket.prototype;
-  let holds = true;
-  globalThis.held = [];
-  globalThis.release = () => {
-    holds = false;
-    held.forEach(sendNow => sendNow());
-  };
-  WebSocket.prototype.send = function(data) {
-    if (holds && String(data).includes('"%s"')) held.push(() => send.call(this, data));
-    else send.call(this, data);
-  };
-}"""
 
 
 def test_whoever_goes_to_files_before_the_machines_are_known_gets_them(
