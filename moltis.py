@@ -6392,10 +6392,11 @@ class Command:
                 # would not be registered, and nothing would limit the wait.
                 rest = self._rest()
                 self._register_pipes(group, poll, reads=not rest)
-                appended = False
                 if terminal is not None and terminal.master in group.outputs:
                     self._resize(terminal)
-                for descriptor, _ in _poll(poll, self._pause(group, deadline, rest)):
+                events = _poll(poll, self._pause(group, deadline, rest))
+                ready = [descriptor for descriptor, _ in events]
+                for descriptor in ready:
                     if descriptor == wake:
                         with contextlib.suppress(BlockingIOError):  # of SelectPoll
                             os.read(wake, 4096)
@@ -6405,10 +6406,7 @@ class Command:
                         self._report_input()
                     elif descriptor == group.pidfd:
                         self._may_have_exited = True
-                    elif descriptor in group.outputs:
-                        appended = self._read(group, descriptor) or appended
-                if appended:
-                    self.log.ready()
+                self._read_outputs(group, ready)
                 self._report_input()
         self._report_input(ends=True)
 
@@ -6521,24 +6519,36 @@ class Command:
             for descriptor in group.outputs:
                 poll.register(descriptor, select.POLLIN)
 
-    def _read(self, group: ProcessGroup, descriptor: int) -> bool:
-        """Read from an output; return whether the log has more than before."""
+    def _read_outputs(self, group: ProcessGroup, ready: Sequence[int]) -> None:
+        outputs = [descriptor for descriptor in ready if descriptor in group.outputs]
+        appended = 0
+        for descriptor in outputs:
+            count = self._read(group, descriptor)
+            if count == READ_PAGES and len(outputs) > 1:
+                # The rest of a full pipe was written before what the other one has.
+                count += self._read(group, descriptor)
+            appended += count
+        if appended:
+            self.log.ready()
+
+    def _read(self, group: ProcessGroup, descriptor: int) -> int:
+        """Read from an output; return by how many bytes its log has grown."""
         room = self.log.room
         if not room:
-            return False
+            return 0
         try:
             data = os.read(descriptor, min(room, READ_PAGES))
             if group.terminal is not None and len(data) >= TERMINAL_CHUNK:
                 data += _read_available(descriptor, min(room, READ_PAGES) - len(data))
         except BlockingIOError:
-            return False
+            return 0
         except OSError as error:
             if error.errno != errno.EIO:  # the end of a terminal, on Linux
                 raise
             data = b""
         if not data:
             group.close_output(descriptor)
-            return False
+            return 0
         if group.terminal is not None:
             if group.terminal.needs_mark(data):
                 self._mark(group.terminal)
@@ -6550,7 +6560,7 @@ class Command:
             if now - self._small_read_at < LINE_PAUSE:
                 self._rest_until = now + LINE_PAUSE
             self._small_read_at = now
-        return True
+        return len(data)
 
     def _report_input(self, *, ends: bool = False) -> None:
         """Report consumed input: after INPUT_REPORT, or MAX_LOG_MESSAGE of it."""

@@ -954,6 +954,22 @@ def test_a_grandchild_that_never_stops_is_cut_off():
     assert reader.stderr == b"done\n"
 
 
+def test_a_full_pipe_comes_before_what_was_written_after_it(tmp_path, monkeypatch):
+    """One read is less than a pipe holds: a page came after the error's text."""
+    written = tmp_path / "written"
+    poll = moltis._poll
+
+    def late(*arguments):
+        wait_for(written.exists, what="both outputs")
+        return poll(*arguments)
+
+    monkeypatch.setattr(moltis, "_poll", late)
+    _, reader = run(f"head -c 65536 /dev/zero; echo oh >&2; touch {written}")
+    kinds = [kind for kind, data in moltis.log_frames(reader.received) if data]
+    assert reader.stdout == bytes(65536)
+    assert kinds.index(STDERR) == kinds.count(STDOUT)
+
+
 @pytest.mark.parametrize("limits", [[None], [2000, 30_000]], ids=["cancel", "timeout"])
 def test_a_paused_command_can_be_ended(limits):
     def attempt(limit):
