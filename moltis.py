@@ -12599,7 +12599,7 @@ class Machine:
             peer.input_consumed(job.id, consumed, resume=True)
         with self._places:
             waits, known = job.waits, job.place
-            job.place = None if waits else known
+            job.place = None if waits or known is None else 0
             job.place_due = 0.0
             if not waits and known is not None:
                 peer.place(job.id, 0)
