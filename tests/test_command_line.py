@@ -2200,6 +2200,7 @@ def test_a_message_goes_to_the_machine_and_directory_of_its_prompt(gateway, term
 
 def test_a_chat_whose_machine_was_removed_says_so(gateway, home, capsys):
     gateway.node("Attic").close()
+    wait_for(lambda: not gateway.is_connected("id-of-Attic"))
     assert said(capsys, "chat", "--session", "t", "--node", "attic", "echo hi")[0] == 1
     assert said(capsys, "node", "revoke", "Attic")[0] == 0
     status, out, err = said(capsys, "chat", "--session", "t", "echo hi")

@@ -634,18 +634,20 @@ def test_a_wait_ends_when_its_client_has_left(gateway):
             owner.call("job.cancel", {"id": running["id"]})
 
 
-def test_a_wait_ends_with_a_time_out_of_the_disk(gateway, monkeypatch):
+def test_a_wait_ends_with_a_time_out_of_the_disk(tmp_path, monkeypatch):
     """From Python 3.11 on it has the class of the error for a wait that goes on."""
     spec = {"command": "echo x"}
     asked = {"jobs": [{"node": "local"}], "work": "run", "spec": spec, "keep": True}
-    with gateway.operator() as owner:
-        [job] = owner.call("job.start", asked)["jobs"]
-        owner.call("job.wait", {"id": job["id"], "wait": 60})
 
     def read(*_arguments):
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
-    monkeypatch.setattr(moltis.Log, "read", read)
-    params = {"id": job["id"], "wait": 60}
-    answer = rpc(gateway, {"method": "job.read", "params": params})
+    # A gateway of its own: on the others' one, jobs of other tests may just end.
+    with InProcessGateway(tmp_path) as gateway:
+        with gateway.operator() as owner:
+            [job] = owner.call("job.start", asked)["jobs"]
+            owner.call("job.wait", {"id": job["id"], "wait": 60})
+        monkeypatch.setattr(moltis.Log, "read", read)
+        params = {"id": job["id"], "wait": 60}
+        answer = rpc(gateway, {"method": "job.read", "params": params})
     assert answer.json["ok"] is False
