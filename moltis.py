@@ -16945,6 +16945,7 @@ class Job:
         self.directory: str | None = None  # of its Ending
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        self.is_ending = False  # nor has that returned
         self.end_lock = threading.RLock()  # held during on_end(); taken before `lock`
         # Held while input is forwarded, and while a terminal's holder changes: all
         # input is sent in the order of its offsets.  Taken before `lock`.
@@ -16971,6 +16972,11 @@ class Job:
         """Milliseconds since its node went away; None: the node is connected."""
         since = self.away_since if self.record.is_open else None
         return None if since is None else round((time.monotonic() - since) * 1000)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, and on_end() has returned: followers may see it."""
+        return not self.record.is_open and not self.is_ending  # in this order
 
     @property
     def ending(self) -> Ending | None:
@@ -17121,7 +17127,7 @@ class Gathering(Follower):
 
     def wake(self, job: Job) -> None:
         with self._lock:
-            ended = not job.record.is_open  # all bytes are in the log before that
+            ended = job.is_over  # all bytes are in the log before that
             problem, self._problem = self._problem, self._gather() or self._problem
             exceeds = bool(self._problem) and not problem
             over, self._over = self._over, self._over or ended
@@ -17191,7 +17197,9 @@ class Wait(Follower):
         news = self._offset is not None and (
             job.log.end > self._offset or seen != self._seen
         )
-        if news or not job.record.is_open or self._deadline.expired:
+        if job.is_ending:
+            return  # another wake follows
+        if news or job.is_over or self._deadline.expired:
             with contextlib.suppress(InvalidStateError):
                 self.future.set_result(job)
 
@@ -17250,7 +17258,7 @@ class Jobs:
         self._by_node: dict[str, dict[str, Job]] = {}
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
-        self.on_end: Callable[[Job], None] | None = None  # called before followers
+        self.on_end: Callable[[Job], None] = lambda _: None  # called before followers
         # Called when a person opens, joins or leaves a terminal, and when it has ended:
         # with the job, an AuditEvent, and the Caller or None.
         self.on_people: Callable[[Job, str, Any], None] = lambda *_: None
@@ -17393,7 +17401,7 @@ class Jobs:
         self._call_on_end(job)  # before it is removed: get() would load it from its row
         with job.lock:
             offset = job.releasable()
-            over = not job.record.is_open and job.stored and offset >= job.end
+            over = job.is_over and job.stored and offset >= job.end
             # Followers of a lost job are notified if its node comes back with it.
             if over and (job.record.is_final or not job.followers):
                 self._remove(job)
@@ -17810,6 +17818,7 @@ class Jobs:
             started_at = min(max(ending.started_at, record.asked_at), latest)
             columns["started_at"] = started_at
         transfer = Transfer.of(ending.result) if record.work in FILE_WORKS else None
+        job.is_ending = job.ends_anew = True
         job.record = record.replace(
             **columns,
             ended_at=ended_at,
@@ -17819,7 +17828,6 @@ class Jobs:
         )
         job.result, job.directory = ending.result, ending.directory
         job.place = 0
-        job.ends_anew = True
         self._save(job)
 
     def _save(self, job: Job) -> None:
@@ -17889,15 +17897,20 @@ class Jobs:
 
     def _call_on_end(self, job: Job) -> None:
         """Call on_end() of a job that has ended; return once it was called."""
-        if self.on_end is None or (job.record.is_open and not job.ends_anew):
+        if job.record.is_open and not job.ends_anew:
             return
         with job.end_lock:  # of two threads the second waits for the first
             with job.lock:
                 ends, job.ends_anew = job.ends_anew, False
-            if ends:
+            if not ends:
+                return
+            try:
                 self.on_end(job)
                 if job.is_terminal:
                     self.on_people(job, AuditEvent.TERMINAL_CLOSED, None)
+            finally:
+                with job.lock:
+                    job.is_ending = job.ends_anew
 
     def _wake(self, job: Job) -> None:
         self._call_on_end(job)
@@ -18050,7 +18063,7 @@ class JobHolder(Follower):
 
         Raises RpcError UNAVAILABLE if a part of the log is missing.
         """
-        ended = not self.job.record.is_open  # all bytes are in the log before that
+        ended = self.job.is_over  # all bytes are in the log before that
         start, data = self.job.log.read(self.position)
         if start > self.position:
             name = self.job.record.node_name
@@ -21298,7 +21311,11 @@ class ClientFollower:
         output = self._output(job)
         if output is not None:
             return output
-        if state == self._state or (record.is_final and job.log.end < job.end):
+        if (
+            job.is_ending  # another wake follows
+            or state == self._state
+            or (record.is_final and job.log.end < job.end)
+        ):
             return None  # no news, or bytes that the node still has come first
         self._state = state
         # A lost job may still come back with its node.

@@ -1223,6 +1223,34 @@ def test_who_waits_for_a_job_that_just_ended_comes_after_its_chat(world, acknowl
     assert found == [job.id]
 
 
+def test_nobody_hears_of_an_end_before_its_chat_has(world):
+    """Not from a thread, either, that looked whether it had ended just before."""
+    job = world.start(kept=True)
+    keeps, goes_on = threading.Event(), threading.Event()
+
+    def keep(_job):
+        keeps.set()
+        goes_on.wait(60)
+
+    world.jobs.on_end = keep
+    waits = [world.jobs.ended(job, 60), world.jobs.news(job, 100, 60)]
+    client = moltis.ClientFollower(job, None, 0, lambda _client: None, holds=False)
+
+    def states():
+        said = [m for m in iter(client._next, None) if isinstance(m, str)]
+        return [json.loads(message)["payload"]["state"] for message in said]
+
+    ending = threading.Thread(target=world.node.write, args=(job.id, end(exitCode=0)))
+    ending.start()
+    assert keeps.wait(60)
+    for wait in [*world.jobs._waits.values()]:
+        wait.wake(job)
+    assert (states(), [wait.done() for wait in waits]) == ([], [False, False])
+    goes_on.set()
+    ending.join()
+    assert (states(), [wait.done() for wait in waits]) == (["done"], [True, True])
+
+
 def test_a_job_that_was_waited_for_is_no_garbage_cycle(world):
     """Each command would otherwise leave some forty objects to the collector."""
     job = world.start(kept=True)
