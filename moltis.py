@@ -16981,9 +16981,10 @@ class Job:
     @property
     def ending(self) -> Ending | None:
         """Its ending; None while it is open."""
-        if self.record.is_open:
+        record = self.record
+        if record.is_open:
             return None
-        columns = {name: getattr(self.record, name) for name in ENDING_COLUMNS}
+        columns = {name: getattr(record, name) for name in ENDING_COLUMNS}
         return Ending(**columns, result=self.result)
 
     @property
@@ -17077,9 +17078,12 @@ class Job:
         return f"its node stayed away for {LOST_AFTER:.0f} s"
 
 
-def job_view(job: Job | JobRecord) -> JsonObject:
-    """Return a job as operators see it: without the spec, which may hold secrets."""
-    record = job.record if isinstance(job, Job) else job
+def job_view(job: Job | JobRecord, record: JobRecord | None = None) -> JsonObject:
+    """Return a job as operators see it: without the spec, which may hold secrets.
+
+    `record`: its row, where the caller has read that.
+    """
+    record = record or (job.record if isinstance(job, Job) else job)
     view = record.to_json()
     view["end"] = view.pop("logEnd")
     for name in ("spec", "sentTo", "callerId"):
@@ -17818,6 +17822,7 @@ class Jobs:
             started_at = min(max(ending.started_at, record.asked_at), latest)
             columns["started_at"] = started_at
         transfer = Transfer.of(ending.result) if record.work in FILE_WORKS else None
+        job.result, job.directory = ending.result, ending.directory
         job.is_ending = job.ends_anew = True
         job.record = record.replace(
             **columns,
@@ -17826,7 +17831,6 @@ class Jobs:
             spec=None,
             result=transfer and transfer.to_json(),
         )
-        job.result, job.directory = ending.result, ending.directory
         job.place = 0
         self._save(job)
 
@@ -21205,11 +21209,14 @@ ENDING_FIELDS = (
 )
 
 
-def job_state(job: Job, people: Sequence[JsonObject]) -> JsonObject:
-    """Return the payload of the event `job.state`; `people` are those in a terminal."""
-    view = {**job_view(job), **({"people": people} if people else {})}
+def job_state(job: Job, record: JobRecord, people: Sequence[JsonObject]) -> JsonObject:
+    """Return the payload of the event `job.state`; `people` are those in a terminal.
+
+    `record` is the job's row at one moment: another thread may end it meanwhile.
+    """
+    view = {**job_view(job, record), **({"people": people} if people else {})}
     state = {name: view[name] for name in STATE_FIELDS if name in view}
-    if not job.record.is_open:
+    if not record.is_open:
         state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
     return state
 
@@ -21322,7 +21329,7 @@ class ClientFollower:
         self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
-        return encode_envelope(Event(JOB_STATE, job_state(job, people)))
+        return encode_envelope(Event(JOB_STATE, job_state(job, record, people)))
 
     def _output(self, job: Job) -> bytes | None:
         """Return a message with what follows in the log, None at its end."""

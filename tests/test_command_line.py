@@ -1147,6 +1147,8 @@ def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
         (job,) = gateway.call("job.list")
         with Program("node", "attach", job["id"], home=home) as attached:
             attached.wait_for_output("the output of this command is not stored")
+            followed = gateway.running.jobs.get(job["id"])
+            wait_for(lambda: len(followed.followers) == 2, what="both to follow it")
             foreground.stdin.write(b"x\n")
             foreground.stdin.close()
             assert attached.process.wait(60) == 7

@@ -1251,6 +1251,24 @@ def test_nobody_hears_of_an_end_before_its_chat_has(world):
     assert (states(), [wait.done() for wait in waits]) == (["done"], [True, True])
 
 
+def test_a_client_is_sent_the_state_of_one_moment(world, monkeypatch):
+    """`node exec` took "running" for how its command had ended, and was 1."""
+    job, view = world.start(kept=True), moltis.job_view
+
+    def ends_meanwhile(*arguments):
+        found = view(*arguments)
+        monkeypatch.undo()
+        world.node.write(job.id, end(exitCode=7))
+        return found
+
+    monkeypatch.setattr(moltis, "job_view", ends_meanwhile)
+    client = moltis.ClientFollower(job, None, 0, lambda _client: None, holds=False)
+    said = [m for m in iter(client._next, None) if isinstance(m, str)]
+    first, second = (json.loads(message)["payload"] for message in said)
+    assert (first["state"], "ending" in first) == ("running", False)
+    assert (second["state"], second["ending"]["exitCode"]) == ("done", 7)
+
+
 def test_a_job_that_was_waited_for_is_no_garbage_cycle(world):
     """Each command would otherwise leave some forty objects to the collector."""
     job = world.start(kept=True)
