@@ -1163,7 +1163,7 @@ def test_tar_reads_what_we_send(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def still_world(tmp_path_factory):
-    with World(tmp_path_factory.mktemp("cp")) as world:
+    with World(tmp_path_factory.mktemp("cp"), silent=False) as world:
         yield world
 
 
@@ -1441,7 +1441,7 @@ def test_the_owner_of_a_node_decides_which_files_are_shared(tmp_path, options, a
     here.mkdir()
     if "allow_files" in options:
         options = {**options, "allow_files": [str(here)]}
-    with World(tmp_path) as world:
+    with World(tmp_path, silent=False) as world:
         known = moltis.NodeSettings.load(world.node_data)
         world.node.end()
         known.replace(**options).save(world.node_data)
@@ -1458,7 +1458,7 @@ def test_the_owner_of_a_node_decides_which_files_are_shared(tmp_path, options, a
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     if not SmallDisk.can_be_made():
         pytest.skip("no file systems can be mounted here")
-    with World(tmp_path, small_disks=True) as world:
+    with World(tmp_path, small_disks=True, silent=False) as world:
         (tmp_path / "big").write_bytes(bytes(64 * 2**20))
         before = os.listdir(world.node_data)
         call = cp(world, tmp_path / "big", f"far:{world.node_data}/big")

@@ -34,7 +34,7 @@ PNG = bytes.fromhex(
 
 @pytest.fixture(scope="module")
 def shared_world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("files-page"))
+    world = World(tmp_path_factory.mktemp("files-page"), silent=False)
     yield world
     world.close()
 

@@ -223,8 +223,12 @@ class Call:
 class World:
     """A gateway and a node, with a proxy before each of the gateway's visitors."""
 
-    def __init__(self, directory, rng=None, *, small_disks=False, clocks=False):
+    def __init__(
+        self, directory, rng=None, *, small_disks=False, clocks=False, silent=True
+    ):
+        """`silent`: connections may fall silent, and who does for 1.6 s is given up."""
         rng = rng or random.Random(0)
+        self._silence = {} if silent else {"SILENCE": "patient"}
         self.directory = directory
         self.calls = []
         self.disks = {}  # by process
@@ -251,7 +255,7 @@ class World:
 
     def _process(self, name, arguments, data):
         clock = self.clocks[name].environment if name in self.clocks else {}
-        environ = {"MOLTIS_DATA_DIR": str(data), **clock}
+        environ = {"MOLTIS_DATA_DIR": str(data), **clock, **self._silence}
         return Process(name, self.directory, arguments, **environ)
 
     def _start(self):
@@ -265,6 +269,7 @@ class World:
             self.directory,
             MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{self.operator_proxy.port}",
             MOLTIS_API_KEY=file.api_key,
+            **self._silence,
         )
         moltis.NodeSettings(
             gateway_url=f"ws://127.0.0.1:{self.node_proxy.port}/ws",
