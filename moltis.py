@@ -3525,7 +3525,8 @@ def parse_certificate(der: bytes) -> Certificate:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
-PEM_CERTIFICATE = rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----"
+PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+PEM_CERTIFICATE = f"{PEM_BEGIN}(.*?){PEM_END}".encode("ascii")
 
 
 def first_certificate(pem: bytes) -> bytes:
@@ -3576,13 +3577,17 @@ class TlsTrust(Value):
         elif self.ca is None:
             context.load_default_certs()
         else:
-            try:
-                context.load_verify_locations(cadata=self.ca)
-            # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
-            except (OSError, TypeError, ValueError) as error:
-                raise BadConfiguration(
-                    f"the CA certificates cannot be used: {error}; they must be PEM"
-                ) from error
+            found = re.findall(f"{PEM_BEGIN}.*?{PEM_END}", self.ca, re.DOTALL)
+            if not found:
+                raise BadConfiguration("there is no CA certificate in PEM")
+            for number, pem in enumerate(found, 1):
+                try:
+                    context.load_verify_locations(cadata=pem)
+                # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
+                except (OSError, TypeError, ValueError) as error:
+                    raise BadConfiguration(
+                        f"CA certificate {number} is damaged"
+                    ) from error
         return context
 
     def check(self, certificate: bytes | None) -> None:
@@ -3614,12 +3619,11 @@ def read_ca(path: str) -> str:
     require_regular(Path(path))
     try:
         pem = Path(path).read_bytes()
-        first_certificate(pem)  # says what is wrong better than OpenSSL does
         whole = (match[0] for match in re.finditer(PEM_CERTIFICATE, pem, re.DOTALL))
         found = (b"\n".join(whole) + b"\n").decode("ascii", "replace")
         TlsTrust(ca=found).context()
         return found
-    except (OSError, ValueError, BadConfiguration) as error:
+    except (OSError, BadConfiguration) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadConfiguration(
             f"cannot use the CA file {path}: {reason}; it must be PEM"
