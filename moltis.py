@@ -24513,7 +24513,7 @@ class McpLines:
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
-MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes of a refused request; then it is cut off
+MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes after the last answer; then it is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
 MAX_COOKIES = 200  # with our name in one request; Chromium keeps 180 of a host
@@ -25826,10 +25826,11 @@ class PatientStream(io.RawIOBase):
         self._deadline = Deadline(REQUEST_TIMEOUT + length / MIN_BODY_RATE)
         self._room = length
 
-    def skip_body(self) -> None:
-        """Read and drop what a refused client still sends, MAX_SKIPPED_BODY at most.
+    def end_writing(self) -> None:
+        """Read and drop what the client still sends, MAX_SKIPPED_BODY at most.
 
-        Closing at once would reset the connection, and the answer would be lost.
+        To close with unread bytes, the rest of a body or the close_notify of TLS, would
+        reset the connection, and an answer on its way would be lost (RFC 9112 §9.6).
         """
         self.begin()
         self._room = MAX_SKIPPED_BODY
@@ -26050,8 +26051,6 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             body = bytearray()
             for size in sizes:
                 if not self.has_room(len(body), size):
-                    self.wfile.flush()
-                    self.stream.skip_body()
                     return
                 piece = self.rfile.read(size)
                 body += piece
@@ -26116,6 +26115,12 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
+            self.write_reply(reply)
+            if self.close_connection:
+                self.wfile.flush()
+                self.stream.end_writing()
+
+        def write_reply(self, reply: Reply) -> None:
             streams = reply.content_type == "text/event-stream"
             self.look.question = EVENT_COMMENT if streams else b""
             self.send_response(reply.status)
@@ -26274,7 +26279,7 @@ def _secured(
     sock.settimeout(REQUEST_TIMEOUT)
     if sock.recv(1, socket.MSG_PEEK) != b"\x16":  # a TLS record of a handshake
         sock.sendall(HTTP_ON_TLS_PORT)
-        sock.shutdown(socket.SHUT_WR)
+        PatientStream(sock).end_writing()
         raise ConnectionAbortedError("no TLS")
     secured = identity.context.wrap_socket(
         sock, server_side=True, do_handshake_on_connect=False
