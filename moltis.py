@@ -14362,8 +14362,8 @@ class Database:
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
         self._locked = {str(path.absolute()) + end for end in ("", "-wal", "-shm")}
-        LOCKED_FILES.update(self._locked)
         self._db = _open_database(path)
+        LOCKED_FILES.update(self._locked)
         self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
         import sqlite3
