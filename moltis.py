@@ -38132,7 +38132,7 @@ GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"  # SGR (ECMA-48)
 ID = "ID"  # the heading of a column whose beginning will do
 SHORT_ID = 8  # characters
 STATE_HEADINGS = ("STATE", "HOW IT WENT")
-MAX_PIPED_COLUMN = 24  # characters; what follows a longer cell is not aligned in pipes
+MAX_PIPED_COLUMN = 36  # characters, an id; what follows a longer cell is not aligned in pipes
 TIME_HEADINGS = ("WHEN", "ASKED", "CREATED", "LAST USED", "LAST SEEN")
 
 

@@ -904,9 +904,9 @@ def test_one_long_cell_does_not_pad_the_others_in_a_pipe(capsys):
     rows = [{"how": "x" * 200, "what": "y"}, {"how": "x", "what": "y"}]
     moltis.Output({}).table(rows, {"HOW": "how", "WHAT": "what"})
     assert capsys.readouterr().out.splitlines() == [
-        f"{'HOW':24}  WHAT",
+        f"{'HOW':36}  WHAT",
         f"{'x' * 200}  y",
-        f"{'x':24}  y",
+        f"{'x':36}  y",
     ]
 
 
