@@ -42302,6 +42302,11 @@ COMPLETION_SCRIPTS: Mapping[str, str] = {
     found=$("${COMP_WORDS[0]}" completion bash -- \
         "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) ||
         compopt +o default +o bashdefault 2>/dev/null
+    # What is special within the quotes that are open, in other people's names, too.
+    case ${COMP_WORDS[COMP_CWORD]} in
+        \"*) found=$(sed 's/[\\$`"]/\\&/g' <<< "$found") ;;
+        \'*) found=$(sed "s/'/'\\\\''/g" <<< "$found") ;;
+    esac
     while IFS= read -r line; do
         line=${line%%$'\t'*}
         case ${COMP_WORDS[COMP_CWORD]} in
@@ -42324,6 +42329,7 @@ _moltis() {
     no_files=$?
     lines=("${(@)lines:#}")
     if [[ ${lines[1]%%$'\t'*} = *[/:] ]]; then end=(-S ''); fi
+    lines=("${(@)lines//\\/\\\\}")
     lines=("${(@)lines//:/\\:}")
     lines=("${(@)lines/$'\t'/:}")
     if (( $#lines )); then

@@ -1953,6 +1953,29 @@ def test_a_shell_completes_subcommands_options_and_nodes(
             terminal.close()
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_a_shell_completes_a_name_to_one_word_whatever_is_in_it(
+    shell, quote, gateway, launcher, home
+):
+    """A node that names itself must not run a command on the operator's machine."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    words, script = SHELLS[shell]
+    with gateway.node("""Web's "a" $(touch got) `touch got` \\ $HOME"""):
+        terminal = ShellTerminal(
+            words,
+            **clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm"),
+        )
+        try:
+            terminal.type(f"cd {home}; {script}; echo rea''dy\n", "ready")
+            terminal.type(f"moltis node jobs {quote}W\t", "HOME")
+            terminal.type("\n", "no job runs")
+        finally:
+            terminal.close()
+    assert not (home / "got").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
