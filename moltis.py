@@ -6136,6 +6136,13 @@ def login_variables() -> dict[str, str]:
     return variables
 
 
+# Other programs (git-shell, elvish, a menu) end at an option that they do not know.  The
+# dash before argv[0], which all know, is nothing that SHELL could pass on.
+TAKE_LOGIN_OPTION = re.compile(
+    r"(r?(a|ba|c|da|fi|k|lk|mk|ok|pw|tc|xon|ya|z)?sh|nu)(?![a-z])"
+)
+
+
 def login_shell(env: Mapping[str, str]) -> list[str | bytes]:
     """Return the arguments that start the login shell.  Raises BadConfiguration."""
     shell = env["SHELL"]
@@ -6145,7 +6152,8 @@ def login_shell(env: Mapping[str, str]) -> list[str | bytes]:
             f"{account_name(os.getuid())}; change it with `chsh`, or start another by "
             "name: `moltis node shell NAME -- sh`"
         )
-    return [shell, "-l"]
+    takes_option = TAKE_LOGIN_OPTION.match(os.path.basename(shell))
+    return [shell, "-l"] if takes_option else [shell]
 
 
 def _is_utf8(locale: str) -> bool:

@@ -1347,6 +1347,21 @@ def test_a_login_shell_that_is_no_program_is_named_with_what_to_try(site, shell)
         other.expect("usable")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("bash", "-l"), ("ksh93", "-l"), ("shmenu", ""), ("elvish", "")]
+)
+def test_a_login_shell_gets_no_option_that_it_may_not_know(
+    site, tmp_path, name, options
+):
+    shell = tmp_path / name
+    shell.write_text('#!/bin/sh\necho "given: $*."\n')
+    shell.chmod(0o755)
+    login = pwd.struct_passwd((*pwd.getpwuid(os.getuid())[:6], str(shell)))
+    with mock.patch.object(pwd, "getpwuid", lambda _: login), site.shell() as started:
+        started.expect(f"given: {options}\\.")
+        assert started.end() == 0
+
+
 def test_it_is_said_which_of_two_opposite_options_counts(tmp_path):
     done = run_moltis(
         *("node", "add", "--host", "ws://127.0.0.1:1/ws", "--token", "mdt_" + "x" * 43),
