@@ -40161,6 +40161,7 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
 # -- terminals: moltis node shell, attach --------------------------------------
 
 NOTICE_SHOWN = 3.0  # s that a notice on the last line stays
+ONLY_WATCHES = "you can only watch: your key lacks operator.write"
 SENT_WITHIN = 3.0  # s; whoever leaves waits that long for what was typed before
 ESCAPE_HELP = """\
 ~.  end the terminal, or leave it if others are in it
@@ -40404,6 +40405,8 @@ class TerminalSession:
         if not typed:
             with contextlib.suppress(LeaveTerminal):
                 self._write(b"\a")
+        if not self._may_type:
+            self._act(ONLY_WATCHES)
 
     def _act(self, action: str) -> None:
         self._actions.put(action)
@@ -40446,6 +40449,9 @@ class TerminalSession:
             self._write(self._modes.restoring())
         while not self._actions.empty():
             action = self._actions.get()
+            if action == ONLY_WATCHES:
+                self._say(action)
+                continue
             if action != "?":
                 raise LeaveTerminal(action)
             people = ", ".join(map(person_words, self._people)) or "you"
@@ -40629,7 +40635,7 @@ def attach_terminal(feed: JobFeed, view: JsonObject, context: Context) -> int:
     if not is_open:
         return session.show_ended()
     if not may_type:
-        context.output.say("moltis: you can only watch: your key lacks operator.write")
+        context.output.say(f"moltis: {ONLY_WATCHES}")
     return session.run(joins=True)
 
 

@@ -1075,6 +1075,7 @@ def test_following_takes_a_key_that_reads_and_typing_one_that_writes(site):
             second.expect("secret")
             second.type("typed")
             second.spawned.expect_exact("\a")
+            second.shows("moltis: you can only watch")
             first.type("\r")
             assert b"typed" not in first.bytes
             second.type("\r~.")
