@@ -38140,6 +38140,7 @@ GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"  # SGR (ECMA-48)
 ID = "ID"  # the heading of a column whose beginning will do
 SHORT_ID = 8  # characters
 STATE_HEADINGS = ("STATE", "HOW IT WENT")
+MAX_COMPLAINT = 4000  # characters; a longer one is clipped
 MAX_PIPED_COLUMN = 36  # characters, an id; what follows a longer cell is not aligned in pipes
 TIME_HEADINGS = ("WHEN", "ASKED", "CREATED", "LAST USED", "LAST SEEN")
 
@@ -38226,7 +38227,8 @@ class Output:
 
     def complain(self, text: str) -> None:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
-        self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
+        shown = visible(clip(redact(text), MAX_COMPLAINT))
+        self._write(bold.format(f"moltis: {shown}") + "\n")
 
     def paint(self, color: str, text: str) -> str:
         """Return `text` for standard output, in colour on a terminal."""
@@ -38381,10 +38383,23 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
     return wanted.hostname in {*host_names(), *host_addresses()}
 
 
-def check_secret(text: str, name: str) -> None:
-    """Raises UsageError for what can be no key or token; SCRAM takes ASCII only."""
-    if not text.isascii():
-        raise UsageError(f"{name} has characters that none has; copy it once more")
+SECRETS: Mapping[str, tuple[str, str]] = {  # by prefix: what it is, what makes one
+    "mk_": ("operator key", "moltis key create"),
+    "mdt_": ("device token", "moltis node generate-token"),
+}
+
+
+def check_secret(text: str, wanted: str) -> None:
+    """Raises UsageError for what can be no secret with the prefix `wanted`."""
+    name, maker = SECRETS[wanted]
+    for prefix, (other, _) in SECRETS.items():
+        if prefix != wanted and text.startswith(prefix):
+            raise UsageError(
+                f"{prefix}… is the {other}; the {name} begins with {wanted}, and "
+                f"`{maker}` makes one"
+            )
+    if not text.isascii():  # SCRAM takes nothing else
+        raise UsageError(f"the {name} has characters that none has; copy it once more")
 
 
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
@@ -38396,7 +38411,7 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
     key = args.api_key or context.environ.get("MOLTIS_API_KEY")
-    check_secret(key or "", "the operator key")
+    check_secret(key or "", "mk_")
     if not given and file is None:
         raise Unreachable(
             f"no gateway is known: {context.directory / GatewayFile.FILE} does not "
@@ -38845,12 +38860,7 @@ def node_settings(
             f"{missing} is missing; `moltis node generate-token` on the gateway prints "
             "the whole command"
         )
-    if token.startswith("mk_"):
-        raise UsageError(
-            "--token takes a device token (mdt_…), and this is an operator key (mk_…); "
-            "`moltis node generate-token` makes a device token"
-        )
-    check_secret(token, "the device token")
+    check_secret(token, "mdt_")
     trust = chosen_trust(args, context)
     require_tls(trust, host)
     working_dir = args.working_dir and local_path(args.working_dir)

@@ -1742,7 +1742,7 @@ def test_a_scope_needs_no_operator_before_it(gateway, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--host", "x", "--token", "mk_" + "x" * 43), "this is an operator key"),
+        (("--host", "x", "--token", "mk_" + "x" * 43), "mk_… is the operator key"),
         (("--join", "http://x/join/c", "--token", TOKEN), "exclude each other"),
     ],
 )
@@ -2825,23 +2825,35 @@ def test_an_error_of_our_own_before_any_answer_is_not_the_gateways(
 
 
 @pytest.mark.parametrize(
-    ("variable", "words", "said"),
+    ("variable", "words", "name", "other"),
     [
-        ("MOLTIS_API_KEY", "node list", "the operator key"),
+        ("MOLTIS_API_KEY", "node list", "the operator key", "mdt_"),
         (
             "MOLTIS_DEVICE_TOKEN",
             "node add --foreground --host ws://h",
             "the device token",
+            "mk_",
         ),
     ],
 )
-def test_a_secret_that_is_not_ascii_is_refused_in_one_sentence(
-    gateway, home, variable, words, said
+def test_what_can_be_no_such_secret_is_refused_in_one_sentence(
+    gateway, home, variable, words, name, other
 ):
-    done = run_moltis(*words.split(), home=home, **{variable: os.fsdecode(b"x\xff")})
-    assert done.returncode == moltis.EXIT_USAGE
-    assert done.stderr.startswith(f"moltis: {said} has characters that none has")
-    assert done.stderr.count("\n") == 1
+    for given, said in (
+        (os.fsdecode(b"x\xff"), f"{name} has characters that none has"),
+        (other + "x" * 43, f"{other}… is the "),
+    ):
+        done = run_moltis(*words.split(), home=home, **{variable: given})
+        assert done.returncode == moltis.EXIT_USAGE
+        assert done.stderr.startswith(f"moltis: {said}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_value_however_long_does_not_hide_what_is_wrong_with_it(capsys):
+    status, _, err = said(capsys, "gateway", "--port", "x" * 100_000)
+    assert status == moltis.EXIT_USAGE
+    assert err.startswith("moltis: --port takes a number")
+    assert len(err) < 5000
 
 
 def test_an_audit_whose_pages_repeat_ends(gateway, home, monkeypatch):
