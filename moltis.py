@@ -37558,8 +37558,12 @@ class JobFeed(LastingClient):
         self.client.drop()
         if isinstance(self._input, TypedInput):
             self._input.pause()
+        attempts = self.reconnect()
         try:
-            for pause in self.reconnect():
+            while True:
+                pause = yield from self._beside(partial(next, attempts, None))
+                if pause is None:
+                    break
                 deadline = Deadline(pause)
                 while not deadline.expired:
                     self._next(min(1.0, deadline.remaining() or 0.0))
@@ -37568,9 +37572,32 @@ class JobFeed(LastingClient):
             yield from self._fail(list(self.open.values()), problem)
             yield GatewayChange(reachable=False, problem=problem)
         else:
-            self._lost = False
+            self._lost = self.client.ended  # news of that may have been dropped
             self._ask_for_all()
             yield GatewayChange(reachable=True)
+
+    def _beside(self, work: Callable[[], Found]) -> Generator[None, None, Found]:
+        """Return what `work` does; yield None meanwhile, at least every second.
+
+        To dial a gateway that does not answer takes longer than a person waits who
+        wants to leave.
+        """
+        done: Future[Found] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001  result() raises it
+                done.set_exception(error)
+            if self._closed:
+                self.close()
+            self.wake()
+
+        threading.Thread(target=run, name="moltis-dial", daemon=True).start()
+        while not done.done():
+            self._next(1.0)
+            yield None
+        return done.result()
 
     def _ask_for_all(self) -> None:
         """Start the jobs that the gateway does not know yet, and follow the others."""
