@@ -6136,8 +6136,8 @@ def login_variables() -> dict[str, str]:
     return variables
 
 
-# Other programs (git-shell, elvish, a menu) end at an option that they do not know.  The
-# dash before argv[0], which all know, is nothing that SHELL could pass on.
+# Other programs (git-shell, elvish, a menu) end at an option that they do not know.
+# The dash before argv[0], which all know, is nothing that SHELL could pass on.
 TAKE_LOGIN_OPTION = re.compile(
     r"(r?(a|ba|c|da|fi|k|lk|mk|ok|pw|tc|xon|ya|z)?sh|nu)(?![a-z])"
 )
@@ -38168,7 +38168,9 @@ ID = "ID"  # the heading of a column whose beginning will do
 SHORT_ID = 8  # characters
 STATE_HEADINGS = ("STATE", "HOW IT WENT")
 MAX_COMPLAINT = 4000  # characters; a longer one is clipped
-MAX_PIPED_COLUMN = 36  # characters, an id; what follows a longer cell is not aligned in pipes
+MAX_PIPED_COLUMN = (
+    36  # characters, an id; what follows a longer cell is not aligned in pipes
+)
 TIME_HEADINGS = ("WHEN", "ASKED", "CREATED", "LAST USED", "LAST SEEN")
 
 

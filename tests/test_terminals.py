@@ -1349,7 +1349,8 @@ def test_a_login_shell_that_is_no_program_is_named_with_what_to_try(site, shell)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("bash", "-l"), ("ksh93", "-l"), ("shmenu", ""), ("elvish", "")]
+    ("name", "options"),
+    [("bash", "-l"), ("ksh93", "-l"), ("shmenu", ""), ("elvish", "")],
 )
 def test_a_login_shell_gets_no_option_that_it_may_not_know(
     site, tmp_path, name, options
