@@ -3525,7 +3525,8 @@ def parse_certificate(der: bytes) -> Certificate:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
-PEM_CERTIFICATE = rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----"
+PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+PEM_CERTIFICATE = f"{PEM_BEGIN}(.*?){PEM_END}".encode("ascii")
 
 
 def first_certificate(pem: bytes) -> bytes:
@@ -3576,13 +3577,17 @@ class TlsTrust(Value):
         elif self.ca is None:
             context.load_default_certs()
         else:
-            try:
-                context.load_verify_locations(cadata=self.ca)
-            # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
-            except (OSError, TypeError, ValueError) as error:
-                raise BadConfiguration(
-                    f"the CA certificates cannot be used: {error}; they must be PEM"
-                ) from error
+            found = re.findall(f"{PEM_BEGIN}.*?{PEM_END}", self.ca, re.DOTALL)
+            if not found:
+                raise BadConfiguration("there is no CA certificate in PEM")
+            for number, pem in enumerate(found, 1):
+                try:
+                    context.load_verify_locations(cadata=pem)
+                # ssl.SSLError is an OSError; a TypeError: it is not ASCII.
+                except (OSError, TypeError, ValueError) as error:
+                    raise BadConfiguration(
+                        f"CA certificate {number} is damaged"
+                    ) from error
         return context
 
     def check(self, certificate: bytes | None) -> None:
@@ -3614,12 +3619,11 @@ def read_ca(path: str) -> str:
     require_regular(Path(path))
     try:
         pem = Path(path).read_bytes()
-        first_certificate(pem)  # says what is wrong better than OpenSSL does
         whole = (match[0] for match in re.finditer(PEM_CERTIFICATE, pem, re.DOTALL))
         found = (b"\n".join(whole) + b"\n").decode("ascii", "replace")
         TlsTrust(ca=found).context()
         return found
-    except (OSError, ValueError, BadConfiguration) as error:
+    except (OSError, BadConfiguration) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadConfiguration(
             f"cannot use the CA file {path}: {reason}; it must be PEM"
@@ -6132,6 +6136,13 @@ def login_variables() -> dict[str, str]:
     return variables
 
 
+# Other programs (git-shell, elvish, a menu) end at an option that they do not know.
+# The dash before argv[0], which all know, is nothing that SHELL could pass on.
+TAKE_LOGIN_OPTION = re.compile(
+    r"(r?(a|ba|c|da|fi|k|lk|mk|ok|pw|tc|xon|ya|z)?sh|nu)(?![a-z])"
+)
+
+
 def login_shell(env: Mapping[str, str]) -> list[str | bytes]:
     """Return the arguments that start the login shell.  Raises BadConfiguration."""
     shell = env["SHELL"]
@@ -6141,7 +6152,8 @@ def login_shell(env: Mapping[str, str]) -> list[str | bytes]:
             f"{account_name(os.getuid())}; change it with `chsh`, or start another by "
             "name: `moltis node shell NAME -- sh`"
         )
-    return [shell, "-l"]
+    takes_option = TAKE_LOGIN_OPTION.match(os.path.basename(shell))
+    return [shell, "-l"] if takes_option else [shell]
 
 
 def _is_utf8(locale: str) -> bool:
@@ -14358,8 +14370,8 @@ class Database:
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
         self._locked = {str(path.absolute()) + end for end in ("", "-wal", "-shm")}
-        LOCKED_FILES.update(self._locked)
         self._db = _open_database(path)
+        LOCKED_FILES.update(self._locked)
         self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
         import sqlite3
@@ -24533,7 +24545,7 @@ class McpLines:
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
-MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes of a refused request; then it is cut off
+MAX_SKIPPED_BODY = 8 * MAX_BODY  # bytes after the last answer; then it is cut off
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, and of a trailer
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
 MAX_COOKIES = 200  # with our name in one request; Chromium keeps 180 of a host
@@ -25846,10 +25858,11 @@ class PatientStream(io.RawIOBase):
         self._deadline = Deadline(REQUEST_TIMEOUT + length / MIN_BODY_RATE)
         self._room = length
 
-    def skip_body(self) -> None:
-        """Read and drop what a refused client still sends, MAX_SKIPPED_BODY at most.
+    def end_writing(self) -> None:
+        """Read and drop what the client still sends, MAX_SKIPPED_BODY at most.
 
-        Closing at once would reset the connection, and the answer would be lost.
+        To close with unread bytes, the rest of a body or the close_notify of TLS, would
+        reset the connection, and an answer on its way would be lost (RFC 9112 §9.6).
         """
         self.begin()
         self._room = MAX_SKIPPED_BODY
@@ -26070,8 +26083,6 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             body = bytearray()
             for size in sizes:
                 if not self.has_room(len(body), size):
-                    self.wfile.flush()
-                    self.stream.skip_body()
                     return
                 piece = self.rfile.read(size)
                 body += piece
@@ -26136,6 +26147,12 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.refuse(code, message or explain or self.responses[code][0])
 
         def send(self, reply: Reply) -> None:
+            self.write_reply(reply)
+            if self.close_connection:
+                self.wfile.flush()
+                self.stream.end_writing()
+
+        def write_reply(self, reply: Reply) -> None:
             streams = reply.content_type == "text/event-stream"
             self.look.question = EVENT_COMMENT if streams else b""
             self.send_response(reply.status)
@@ -26294,7 +26311,7 @@ def _secured(
     sock.settimeout(REQUEST_TIMEOUT)
     if sock.recv(1, socket.MSG_PEEK) != b"\x16":  # a TLS record of a handshake
         sock.sendall(HTTP_ON_TLS_PORT)
-        sock.shutdown(socket.SHUT_WR)
+        PatientStream(sock).end_writing()
         raise ConnectionAbortedError("no TLS")
     secured = identity.context.wrap_socket(
         sock, server_side=True, do_handshake_on_connect=False
@@ -37565,8 +37582,12 @@ class JobFeed(LastingClient):
         self.client.drop()
         if isinstance(self._input, TypedInput):
             self._input.pause()
+        attempts = self.reconnect()
         try:
-            for pause in self.reconnect():
+            while True:
+                pause = yield from self._beside(partial(next, attempts, None))
+                if pause is None:
+                    break
                 deadline = Deadline(pause)
                 while not deadline.expired:
                     self._next(min(1.0, deadline.remaining() or 0.0))
@@ -37575,9 +37596,32 @@ class JobFeed(LastingClient):
             yield from self._fail(list(self.open.values()), problem)
             yield GatewayChange(reachable=False, problem=problem)
         else:
-            self._lost = False
+            self._lost = self.client.ended  # news of that may have been dropped
             self._ask_for_all()
             yield GatewayChange(reachable=True)
+
+    def _beside(self, work: Callable[[], Found]) -> Generator[None, None, Found]:
+        """Return what `work` does; yield None meanwhile, at least every second.
+
+        To dial a gateway that does not answer takes longer than a person waits who
+        wants to leave.
+        """
+        done: Future[Found] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001  result() raises it
+                done.set_exception(error)
+            if self._closed:
+                self.close()
+            self.wake()
+
+        threading.Thread(target=run, name="moltis-dial", daemon=True).start()
+        while not done.done():
+            self._next(1.0)
+            yield None
+        return done.result()
 
     def _ask_for_all(self) -> None:
         """Start the jobs that the gateway does not know yet, and follow the others."""
@@ -38147,7 +38191,10 @@ GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"  # SGR (ECMA-48)
 ID = "ID"  # the heading of a column whose beginning will do
 SHORT_ID = 8  # characters
 STATE_HEADINGS = ("STATE", "HOW IT WENT")
-MAX_PIPED_COLUMN = 24  # characters; what follows a longer cell is not aligned in pipes
+MAX_COMPLAINT = 4000  # characters; a longer one is clipped
+MAX_PIPED_COLUMN = (
+    36  # characters, an id; what follows a longer cell is not aligned in pipes
+)
 TIME_HEADINGS = ("WHEN", "ASKED", "CREATED", "LAST USED", "LAST SEEN")
 
 
@@ -38233,7 +38280,8 @@ class Output:
 
     def complain(self, text: str) -> None:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
-        self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
+        shown = visible(clip(redact(text), MAX_COMPLAINT))
+        self._write(bold.format(f"moltis: {shown}") + "\n")
 
     def paint(self, color: str, text: str) -> str:
         """Return `text` for standard output, in colour on a terminal."""
@@ -38388,10 +38436,23 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
     return wanted.hostname in {*host_names(), *host_addresses()}
 
 
-def check_secret(text: str, name: str) -> None:
-    """Raises UsageError for what can be no key or token; SCRAM takes ASCII only."""
-    if not text.isascii():
-        raise UsageError(f"{name} has characters that none has; copy it once more")
+SECRETS: Mapping[str, tuple[str, str]] = {  # by prefix: what it is, what makes one
+    "mk_": ("operator key", "moltis key create"),
+    "mdt_": ("device token", "moltis node generate-token"),
+}
+
+
+def check_secret(text: str, wanted: str) -> None:
+    """Raises UsageError for what can be no secret with the prefix `wanted`."""
+    name, maker = SECRETS[wanted]
+    for prefix, (other, _) in SECRETS.items():
+        if prefix != wanted and text.startswith(prefix):
+            raise UsageError(
+                f"{prefix}… is the {other}; the {name} begins with {wanted}, and "
+                f"`{maker}` makes one"
+            )
+    if not text.isascii():  # SCRAM takes nothing else
+        raise UsageError(f"the {name} has characters that none has; copy it once more")
 
 
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
@@ -38403,7 +38464,7 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     file = GatewayFile.load(context.directory)
     given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
     key = args.api_key or context.environ.get("MOLTIS_API_KEY")
-    check_secret(key or "", "the operator key")
+    check_secret(key or "", "mk_")
     if not given and file is None:
         raise Unreachable(
             f"no gateway is known: {context.directory / GatewayFile.FILE} does not "
@@ -38852,12 +38913,7 @@ def node_settings(
             f"{missing} is missing; `moltis node generate-token` on the gateway prints "
             "the whole command"
         )
-    if token.startswith("mk_"):
-        raise UsageError(
-            "--token takes a device token (mdt_…), and this is an operator key (mk_…); "
-            "`moltis node generate-token` makes a device token"
-        )
-    check_secret(token, "the device token")
+    check_secret(token, "mdt_")
     trust = chosen_trust(args, context)
     require_tls(trust, host)
     working_dir = args.working_dir and local_path(args.working_dir)
@@ -40168,6 +40224,7 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
 # -- terminals: moltis node shell, attach --------------------------------------
 
 NOTICE_SHOWN = 3.0  # s that a notice on the last line stays
+ONLY_WATCHES = "you can only watch: your key lacks operator.write"
 SENT_WITHIN = 3.0  # s; whoever leaves waits that long for what was typed before
 ESCAPE_HELP = """\
 ~.  end the terminal, or leave it if others are in it
@@ -40411,6 +40468,8 @@ class TerminalSession:
         if not typed:
             with contextlib.suppress(LeaveTerminal):
                 self._write(b"\a")
+        if not self._may_type:
+            self._act(ONLY_WATCHES)
 
     def _act(self, action: str) -> None:
         self._actions.put(action)
@@ -40453,6 +40512,9 @@ class TerminalSession:
             self._write(self._modes.restoring())
         while not self._actions.empty():
             action = self._actions.get()
+            if action == ONLY_WATCHES:
+                self._say(action)
+                continue
             if action != "?":
                 raise LeaveTerminal(action)
             people = ", ".join(map(person_words, self._people)) or "you"
@@ -40636,7 +40698,7 @@ def attach_terminal(feed: JobFeed, view: JsonObject, context: Context) -> int:
     if not is_open:
         return session.show_ended()
     if not may_type:
-        context.output.say("moltis: you can only watch: your key lacks operator.write")
+        context.output.say(f"moltis: {ONLY_WATCHES}")
     return session.run(joins=True)
 
 
@@ -42317,6 +42379,11 @@ COMPLETION_SCRIPTS: Mapping[str, str] = {
     found=$("${COMP_WORDS[0]}" completion bash -- \
         "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) ||
         compopt +o default +o bashdefault 2>/dev/null
+    # What is special within the quotes that are open, in other people's names, too.
+    case ${COMP_WORDS[COMP_CWORD]} in
+        \"*) found=$(sed 's/[\\$`"]/\\&/g' <<< "$found") ;;
+        \'*) found=$(sed "s/'/'\\\\''/g" <<< "$found") ;;
+    esac
     while IFS= read -r line; do
         line=${line%%$'\t'*}
         case ${COMP_WORDS[COMP_CWORD]} in
@@ -42339,6 +42406,7 @@ _moltis() {
     no_files=$?
     lines=("${(@)lines:#}")
     if [[ ${lines[1]%%$'\t'*} = *[/:] ]]; then end=(-S ''); fi
+    lines=("${(@)lines//\\/\\\\}")
     lines=("${(@)lines//:/\\:}")
     lines=("${(@)lines/$'\t'/:}")
     if (( $#lines )); then

@@ -904,9 +904,9 @@ def test_one_long_cell_does_not_pad_the_others_in_a_pipe(capsys):
     rows = [{"how": "x" * 200, "what": "y"}, {"how": "x", "what": "y"}]
     moltis.Output({}).table(rows, {"HOW": "how", "WHAT": "what"})
     assert capsys.readouterr().out.splitlines() == [
-        f"{'HOW':24}  WHAT",
+        f"{'HOW':36}  WHAT",
         f"{'x' * 200}  y",
-        f"{'x':24}  y",
+        f"{'x':36}  y",
     ]
 
 
@@ -1744,7 +1744,7 @@ def test_a_scope_needs_no_operator_before_it(gateway, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--host", "x", "--token", "mk_" + "x" * 43), "this is an operator key"),
+        (("--host", "x", "--token", "mk_" + "x" * 43), "mk_… is the operator key"),
         (("--join", "http://x/join/c", "--token", TOKEN), "exclude each other"),
     ],
 )
@@ -1953,6 +1953,29 @@ def test_a_shell_completes_subcommands_options_and_nodes(
             terminal.type('\x15moltis node exec "Bu\t', '"Build Server"')
         finally:
             terminal.close()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_a_shell_completes_a_name_to_one_word_whatever_is_in_it(
+    shell, quote, gateway, launcher, home
+):
+    """A node that names itself must not run a command on the operator's machine."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    words, script = SHELLS[shell]
+    with gateway.node("""Web's "a" $(touch got) `touch got` \\ $HOME"""):
+        terminal = ShellTerminal(
+            words,
+            **clean_environment(home, PATH=f"{launcher}:/usr/bin:/bin", TERM="xterm"),
+        )
+        try:
+            terminal.type(f"cd {home}; {script}; echo rea''dy\n", "ready")
+            terminal.type(f"moltis node jobs {quote}W\t", "HOME")
+            terminal.type("\n", "no job runs")
+        finally:
+            terminal.close()
+    assert not (home / "got").exists()
 
 
 @pytest.mark.parametrize(
@@ -2805,23 +2828,35 @@ def test_an_error_of_our_own_before_any_answer_is_not_the_gateways(
 
 
 @pytest.mark.parametrize(
-    ("variable", "words", "said"),
+    ("variable", "words", "name", "other"),
     [
-        ("MOLTIS_API_KEY", "node list", "the operator key"),
+        ("MOLTIS_API_KEY", "node list", "the operator key", "mdt_"),
         (
             "MOLTIS_DEVICE_TOKEN",
             "node add --foreground --host ws://h",
             "the device token",
+            "mk_",
         ),
     ],
 )
-def test_a_secret_that_is_not_ascii_is_refused_in_one_sentence(
-    gateway, home, variable, words, said
+def test_what_can_be_no_such_secret_is_refused_in_one_sentence(
+    gateway, home, variable, words, name, other
 ):
-    done = run_moltis(*words.split(), home=home, **{variable: os.fsdecode(b"x\xff")})
-    assert done.returncode == moltis.EXIT_USAGE
-    assert done.stderr.startswith(f"moltis: {said} has characters that none has")
-    assert done.stderr.count("\n") == 1
+    for given, said in (
+        (os.fsdecode(b"x\xff"), f"{name} has characters that none has"),
+        (other + "x" * 43, f"{other}… is the "),
+    ):
+        done = run_moltis(*words.split(), home=home, **{variable: given})
+        assert done.returncode == moltis.EXIT_USAGE
+        assert done.stderr.startswith(f"moltis: {said}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_value_however_long_does_not_hide_what_is_wrong_with_it(capsys):
+    status, _, err = said(capsys, "gateway", "--port", "x" * 100_000)
+    assert status == moltis.EXIT_USAGE
+    assert err.startswith("moltis: --port takes a number")
+    assert len(err) < 5000
 
 
 def test_an_audit_whose_pages_repeat_ends(gateway, home, monkeypatch):

@@ -215,6 +215,27 @@ def test_news_may_be_closed_by_another_thread_than_the_one_that_read_it(gateway)
         news.close()
 
 
+def test_a_gateway_that_does_not_answer_keeps_nobody_from_leaving(gateway):
+    """A signal and `~.` are news like the ticks that come while it is dialled."""
+    dials, answers = [], threading.Event()
+
+    def dial(on_news):
+        dials.append(on_news)
+        assert len(dials) == 1 or answers.wait(60), "nothing else happens meanwhile"
+        return gateway.operator(on_news)
+
+    with started(gateway, {"local": "Local"}, run_request("sleep 120"), dial) as feed:
+        news = feed.news(tick=1)
+        changes = (n for n in news if isinstance(n, moltis.GatewayChange))
+        feed.client.drop()
+        assert not next(changes).reachable
+        while len(dials) < 2:
+            assert next(news) is None
+        assert next(news) is None
+        answers.set()
+        assert next(changes).reachable
+
+
 def test_a_watcher_that_does_not_read_keeps_little_in_memory(gateway):
     request = run_request("head -c 20000000 /dev/zero")
     job = moltis.new_id()

@@ -208,6 +208,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path):
     with pytest.raises(BadConfiguration, match=r"moltis\.db: file is not a database"):
         Store(path)
     assert path.read_bytes() == b"my diary, " * 1000
+    assert not moltis.LOCKED_FILES
 
 
 def test_a_damaged_database_is_an_error_that_says_so(path):

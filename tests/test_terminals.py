@@ -1075,6 +1075,7 @@ def test_following_takes_a_key_that_reads_and_typing_one_that_writes(site):
             second.expect("secret")
             second.type("typed")
             second.spawned.expect_exact("\a")
+            second.shows("moltis: you can only watch")
             first.type("\r")
             assert b"typed" not in first.bytes
             second.type("\r~.")
@@ -1345,6 +1346,22 @@ def test_a_login_shell_that_is_no_program_is_named_with_what_to_try(site, shell)
     assert said in NOTICE.sub(b"", started.bytes).decode()
     with site.shell("echo us''able") as other:
         other.expect("usable")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("bash", "-l"), ("ksh93", "-l"), ("shmenu", ""), ("elvish", "")],
+)
+def test_a_login_shell_gets_no_option_that_it_may_not_know(
+    site, tmp_path, name, options
+):
+    shell = tmp_path / name
+    shell.write_text('#!/bin/sh\necho "given: $*."\n')
+    shell.chmod(0o755)
+    login = pwd.struct_passwd((*pwd.getpwuid(os.getuid())[:6], str(shell)))
+    with mock.patch.object(pwd, "getpwuid", lambda _: login), site.shell() as started:
+        started.expect(f"given: {options}\\.")
+        assert started.end() == 0
 
 
 def test_it_is_said_which_of_two_opposite_options_counts(tmp_path):

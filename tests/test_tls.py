@@ -303,7 +303,8 @@ def test_a_ca_file_with_a_damaged_certificate_is_named(files, tmp_path, damage):
     trust = TlsTrust(ca=moltis.read_ca(str(path)))
     handshake(load_tls(files), trust.context(), "localhost")
     path.write_bytes(whole + whole.replace(b"MII", damage))
-    with pytest.raises(BadConfiguration, match=f"cannot use the CA file {path}"):
+    sentence = f"cannot use the CA file {path}: CA certificate 2 is damaged; it must be"
+    with pytest.raises(BadConfiguration, match=sentence):
         moltis.read_ca(str(path))
 
 
