@@ -30040,21 +30040,28 @@ const KEYPAD = {Enter: "M", "*": "j", "+": "k", ",": "l", "-": "m", "/": "o",
 const CONTROL_KEYS = {" ": 0, 2: 0, 3: 27, 4: 28, 5: 29, 6: 30, 7: 31, 8: 127, "/": 31,
   "-": 31, "?": 127};
 
-// Return the key of an event with Ctrl: on a keyboard of another script (Cyrillic,
-// Greek, …) the Latin letter in its place.
-const controlKeyOf = ({key, code}) =>
-  (/^[^\x00-\u024f]$/.test(key) && /^Key([A-Z])$/.exec(code)?.[1].toLowerCase()) || key;
+const PLACES = {BracketLeft: "[{", BracketRight: "]}", Backslash: "\\|", Comma: ",<",
+  Period: ".>", Slash: "/?"}; // and with Shift
+
+// Return the key of a shortcut: on a keyboard of another script (Cyrillic, Greek, …)
+// the Latin one in its place.
+function latinKeyOf({key, code, shiftKey}) {
+  if (!/^[^\x00-\u024f]$/.test(key)) return key;
+  const [, letter] = /^Key([A-Z])$/.exec(code) || [];
+  const pair = letter ? letter.toLowerCase() + letter : PLACES[code] || "";
+  return pair[Number(shiftKey)] || key;
+}
 
 // Return what a key sends, null for a key whose text the browser types.
 function keySequence(event, modes, isMac) {
   const {ctrlKey, altKey, shiftKey, metaKey} = event;
-  const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
+  const key = ctrlKey !== altKey ? latinKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
   // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes;
   // and Option types characters.
   if (isText && altKey && ctrlKey && !isMac)
-    return /^[a-z\d ]$/i.test(controlKeyOf(event)) ? null : key;
+    return /^[a-z\d ]$/i.test(latinKeyOf(event)) ? null : key;
   if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
@@ -32971,7 +32978,7 @@ function switchWrap() {
 
 // Answer a question by its key, unless a person types.
 function answerByKey(event) {
-  const decision = {a: "approve", d: "deny"}[event.key.toLowerCase()];
+  const decision = {a: "approve", d: "deny"}[latinKeyOf(event).toLowerCase()];
   const isTyped = event.target.closest("input, textarea, select, dialog");
   if (!decision || isTyped || event.ctrlKey || event.metaKey || event.altKey) return;
   const cards = [...armed].filter(card => card.root.isConnected);
@@ -33312,7 +33319,7 @@ function composerKey(event) {
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
   else if (event.ctrlKey && !event.metaKey && !event.shiftKey &&
-    controlKeyOf(event) === "c" && !selectedText()) {
+    latinKeyOf(event) === "c" && !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }
@@ -35447,10 +35454,11 @@ const openShortcuts = () => $("shortcuts").showModal();
 // The keys that work in every view.
 function anyKey(event) {
   if (event.defaultPrevented || isComposing(event) || event.altKey) return;
-  const {key, ctrlKey, metaKey, target} = event;
+  const {ctrlKey, metaKey, target} = event;
+  const key = latinKeyOf(event);
   const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
   const isHeld = isMac ? metaKey && !ctrlKey : ctrlKey && !metaKey;
-  if (isHeld && controlKeyOf(event).toLowerCase() === "k") openPalette();
+  if (isHeld && key.toLowerCase() === "k") openPalette();
   else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
     !document.querySelector("dialog[open]")) openShortcuts();
   else return;
@@ -35785,7 +35793,7 @@ class TerminalView {
 
   key(event) {
     const {ctrlKey, shiftKey} = event;
-    const key = controlKeyOf(event);
+    const key = latinKeyOf(event);
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
       currentTab().focus();
@@ -36433,7 +36441,8 @@ class Player {
   }
 
   key(event) {
-    const {key, target} = event;
+    const {target} = event;
+    const key = latinKeyOf(event);
     if (event.ctrlKey || event.altKey || event.metaKey || target.tagName === "SELECT")
       return;
     const speed = $("recording-speed");

@@ -999,7 +999,9 @@ def test_a_change_of_a_file_is_approved_with_its_whole_diff(
         take_screenshot(page, "diff-done")
 
 
-@pytest.mark.parametrize(("key", "result"), [("a", "Done"), ("d", "Denied")])
+@pytest.mark.parametrize(
+    ("key", "result"), [("a", "Done"), ("d", "Denied"), ("ф", "Done"), ("в", "Denied")]
+)
 def test_a_question_names_its_risks_and_is_answered_by_a_key(
     own_site, make_page, tmp_path, key, result
 ):
@@ -1805,10 +1807,12 @@ def test_a_question_mark_shows_the_keys_but_not_to_who_types(site, make_page):
     assert not page.evaluate("document.querySelector('#shortcuts').open")
     page.fill("#text", "")
     page.evaluate("document.activeElement.blur()")
-    page.press("?")
-    page.wait_for(shows("#shortcuts", "Ctrl+K"))
-    page.press("Enter")
-    page.wait_for("!document.querySelector('#shortcuts').open")
+    for key in ("?", "Shift+؟"):
+        page.press(key)
+        page.wait_for("document.querySelector('#shortcuts').open")
+        assert page.evaluate(shows("#shortcuts", "Ctrl+K"))
+        page.press("Enter")
+        page.wait_for("!document.querySelector('#shortcuts').open")
 
 
 # -- models, access ------------------------------------------------------------
@@ -4869,6 +4873,18 @@ def test_a_recording_is_replayed_in_the_page(site, make_page, tmp_path):
     }""")
     page.click("#recording-play")
     page.wait_for("labels.join() === 'Pause,Play'")
+
+
+def test_keys_of_a_player_work_on_keyboards_of_other_scripts(site, make_page):
+    job_id = make_recording(site, "echo one; sleep 1; echo two")
+    page = make_page(site, f"/terminal/{job_id}/recording")
+    page.wait_for(shows(PLAYED, "two"))
+    page.press("Shift+Б")
+    page.wait_for("document.querySelector('#recording-speed').value === '0.5'")
+    play = "document.querySelector('#recording-play').ariaLabel"
+    page.wait_for(f"{play} === 'Play'")
+    page.press("л")
+    page.wait_for(f"{play} === 'Pause'")
 
 
 def test_to_seek_in_a_long_recording_shows_what_to_play_it_does(site, make_page):
