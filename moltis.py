@@ -32511,50 +32511,55 @@ function drawSessions() {
   setText($("node-count"), state.nodes.length ? `${online}${of} online` : "");
 }
 
-// Open a chat with the machine and the model of the chat that one looks at, or looked
-// at last; a machine that was removed is left out.  Return it once it is shown.
-async function newChat() {
-  const key = state.route.page === "chat" ? state.route.key : lastKey();
+const joinedTexts = (...texts) => texts.filter(Boolean).join("\n");
+
+// Show an empty chat, with what was typed for it.
+function openChat(key, typed) {
+  go(chatPath(key));
+  const chat = currentChat();
+  if (typed) chat.draft = joinedTexts(chat.draft, typed);
+  leaveChat(chat);
+  focusText();
+  return chat;
+}
+
+// Whether the chat that is shown gives way to another one.
+const isLeaving = () => state.route === state.leaving;
+
+// Take an unused chat, or create one, with the machine and the model of a chat; a
+// machine that was removed is left out.
+async function emptyChat(key) {
+  // Before the lists arrive it is unknown which chats are unused.
+  if (!state.sessions.length || !state.nodes.length) await refresh("sessions", "nodes");
   const looked = state.sessions.find(known => known.key === key);
   const node_id = nodeById(looked?.node_id) ? looked.node_id : null;
   const choices = {node_id, ...(looked?.model && {model: looked.model})};
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const unused = state.sessions.find(known => isEmpty(known) && known.key !== key);
   if (unused) patchSession(unused.key, choices);
-  return unused ? openChat(unused.key) : createChat(choices);
+  return unused || attempt("sessions.create", choices);
 }
 
-// Show an empty chat, with what was typed for it.
-function openChat(key, typed = "") {
-  go(chatPath(key));
-  const chat = currentChat();
-  chat.draft ||= typed;
-  leaveChat(chat);
-  focusText();
-  return chat;
-}
-
-// Whether the chat that is shown gives way to one that the gateway is creating.
-const isLeaving = () => state.route === state.leaving;
-
-// Create a chat; what is typed until it is there belongs to it.
-async function createChat(choices) {
+// Go to an empty chat, like the one that one looks at, or looked at last; what is typed
+// until it is there belongs to it.  Return it once it is shown.
+async function newChat() {
   if (isLeaving()) return null;
+  const key = state.route.page === "chat" ? state.route.key : lastKey();
   state.leaving = state.route;
   shownChat = null; // whoever returns to it meanwhile gets its draft again
   const text = $("text");
   text.value = ""; // the draft of the chat that one leaves is kept
   text.focus();
-  const entry = await attempt("sessions.create", choices);
+  const entry = await emptyChat(key);
   const isLeft = isLeaving(); // else a person went elsewhere meanwhile
   state.leaving = null;
-  if (entry && !state.sessions.some(({key}) => key === entry.key))
+  if (entry && !state.sessions.some(known => known.key === entry.key))
     state.sessions.unshift(entry);
   if (!isLeft) return null;
   if (entry) return openChat(entry.key, text.value);
   if (state.route.page === "chat") {
     const chat = currentChat();
-    chat.draft = [chat.draft, text.value].filter(Boolean).join("\n");
+    chat.draft = joinedTexts(chat.draft, text.value);
     leaveChat(chat);
     touch("chat");
   }
@@ -32566,7 +32571,7 @@ async function goOn() {
   const chat = currentChat();
   const made = await newChat();
   if (!made) return; // it failed, or a person went elsewhere
-  made.draft = [chat.draft, made.draft].filter(Boolean).join("\n");
+  made.draft = joinedTexts(chat.draft, made.draft);
   chat.draft = "";
   showDraft(made);
 }

@@ -3095,6 +3095,25 @@ def test_what_is_typed_after_new_chat_is_typed_into_it(own_site, slow_chat):
     assert page.evaluate("location.href") == old
 
 
+def test_new_chat_takes_an_unused_one_before_the_list_of_chats_has_come(
+    own_site, make_page
+):
+    page = make_page(own_site)
+    run(page, "echo used")
+    unused = own_site.call("sessions.create")["key"]
+    hold = HOLD % "sessions.list"
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=hold)
+    page.reload()
+    page.wait_for(READY)
+    page.wait_for("held.length > 0")
+    page.click("#new-chat")
+    page.type("goes along")
+    page.evaluate("release()")
+    page.wait_for(f"location.pathname === '/chat/{unused}'")
+    page.wait_for(f"{value_of('#text')} === 'goes along'")
+    assert len(own_site.call("sessions.list")) == 2
+
+
 def test_drafts_stay_in_their_chats_while_another_one_is_created(slow_chat):
     text = value_of("#text")
     line, page = slow_chat
