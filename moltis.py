@@ -35657,6 +35657,8 @@ class TerminalView {
     this.grid = new Grid(this, this.schedule);
     this.session = new TerminalSession(id, this.grid.fitting());
     this.session.listeners.add(() => this.changed());
+    const numbers = [...state.terminals.values()].map(({number}) => number);
+    this.session.number = Math.max(0, ...numbers) + 1; // of its tab
     state.terminals.set(id, this.session);
     this.listen();
     this.observer = new ResizeObserver(() => this.fit());
@@ -36054,9 +36056,17 @@ const mayReopen = ({nodeId}) =>
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
 // What tells terminals of a machine apart comes first: tabs may be narrow.
-const terminalName = ({job, emulator}) =>
+const titleAndMachine = ({job, emulator}) =>
   dotted([...emulator.title].slice(0, 60).join(""), job && machineName(job)) ||
     "Terminal";
+
+// Return the name of a tab, with its number if another one has the same.
+function terminalName(session) {
+  const name = titleAndMachine(session);
+  const isShared = [...state.terminals.values()]
+    .some(other => other !== session && titleAndMachine(other) === name);
+  return isShared ? `${session.number}: ${name}` : name;
+}
 
 let lastView; // that was shown
 let lastTab = ""; // its id and name

@@ -4054,6 +4054,30 @@ def test_a_reload_keeps_the_tabs_of_terminals(site, make_page):
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_tabs_of_terminals_without_titles_are_told_apart(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    open_another(page)
+    open_another(page)
+    names = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.innerText)"
+    page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
+    page.wait_for("document.title === '3: Local · moltis'")
+    page.reload()
+    page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
+    page.click("#terminal-tabs li:nth-child(2) button")
+    page.wait_for(f"({names}).join() === '1: Local,3: Local' && {KEYS}")
+    enter(page, "printf '\\033]0;a title\\a'; exec cat")
+    page.wait_for(f"({names}).join() === 'Local,a title · Local'")
+
+
+def test_a_tab_of_a_terminal_that_there_is_not_stays_for_one_visit(site, make_page):
+    page = make_page(site, f"/terminal/{moltis.new_id()}")
+    page.wait_for(shows("#terminal-note", "There is no job"))
+    page.goto(f"{site.url}/nodes/Local")
+    open_terminal(page, site, "Local")
+    assert page.evaluate("document.querySelectorAll('#terminal-tabs li').length") == 1
+
+
 def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, browser):
     with browser.new_page(isolated=True) as page:
         page.goto(f"{own_site.url}/#key={own_site.key}")
