@@ -32302,9 +32302,15 @@ function focusText() {
   else touch("focus");
 }
 
+const KEPT_KEYS = "What you type is kept."; // while a terminal cannot be reached
+
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
-  setText($("banner-text"), "The gateway cannot be reached.");
+  const {page, id} = state.route;
+  const terminal = page === "terminal" && state.terminals.get(id);
+  const types = terminal && !terminal.isOver && may("write");
+  setText($("banner-text"),
+    `The gateway cannot be reached.${types ? ` ${KEPT_KEYS}` : ""}`);
   // Not read aloud each second.
   setText($("banner-next"),
     seconds ? `Trying again in ${seconds} s.` : "Trying again…");
@@ -36143,12 +36149,12 @@ function terminalNote(session) {
   const again = mayReopen(job) && ["New terminal", () => openTerminal(job)];
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
+  if (state.link !== "up") return []; // the banner says it
   if (isAway) {
-    const isUp = state.link === "up";
-    const name = isUp ? machineName(job) : "the gateway";
     // A time, not a duration: a duration would be read aloud each second.
-    const since = isUp ? ` (away since ${formatTime(job.awaySince)})` : "";
-    return [`Waiting for ${name} to come back${since}. What you type is kept.`];
+    const since = formatTime(job.awaySince);
+    return [`Waiting for ${machineName(job)} to come back (away since ${since}). ` +
+      KEPT_KEYS];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];
   if (isSlow) return ["What you typed has not arrived yet."];

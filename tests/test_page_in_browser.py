@@ -4089,7 +4089,7 @@ def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, br
         own_site.stop()
         page.wait_for("!document.querySelector('#banner').hidden")
         page.click("#running a")
-        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        page.wait_for(shows("#banner", "What you type is kept."))
         [tab] = page.evaluate(
             "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
         )
@@ -4732,7 +4732,11 @@ def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
         page.wait_for(READY)
         open_terminal(page, own_site, "Attic")
         own_site.stop()
-        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        page.wait_for(shows("#banner", "What you type is kept."))
+        page.evaluate(
+            "new Promise(done => setTimeout(done, 500))"
+        )  # notes come after 300
+        assert page.evaluate("document.querySelector('#terminal-note').hidden")
         enter(page, "echo kept $((6*7))")
         own_site.start()
         page.wait_for(shows(SCREEN, "kept 42\n"))
