@@ -35732,6 +35732,7 @@ class TerminalView {
       session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
+    if (session.problem) keepTabs();
     if (session.isSizedHere && !this.wasSizedHere) this.fit();
     this.wasSizedHere = session.isSizedHere;
     this.schedule();
@@ -36008,10 +36009,18 @@ function openTerminal({nodeId}) {
 const shownTerminal = () =>
   state.route.page === "terminal" ? terminalViews.get(state.route.id) : undefined;
 
+// On touch screens that would open the keyboard.
+function focusTerminal() {
+  if (!matchMedia("(pointer:coarse)").matches) shownTerminal()?.focus();
+}
+
 const TABS = "terminals"; // their name in `keptByTab`, for after a reload
 
-const keepTabs = () =>
-  keptByTab.set(TABS, JSON.stringify([...terminalViews.keys()]));
+// Those that cannot be shown would come back with each reload.
+function keepTabs() {
+  const shown = [...terminalViews.values()].filter(({session}) => !session.problem);
+  keptByTab.set(TABS, JSON.stringify(shown.map(({id}) => id)));
+}
 
 // Make the view of a terminal.
 async function makeTerminal(id) {
