@@ -36051,7 +36051,10 @@ function closeTerminal(id) {
   if (state.route.id === id) {
     const next = [...terminalViews.keys()].at(-1);
     go(next ? terminalPath(next) : `${ROOT}/terminal/`, true);
-  } else touch("terminal");
+  } else {
+    touch("terminal");
+    focusTerminal(); // the button that had the focus goes
+  }
 }
 
 async function endTerminal() {
@@ -36112,8 +36115,7 @@ function drawTerminal() {
   $("terminal-new").hidden = !mayReopen(view.session.job || {});
   if (view !== lastView) {
     view.fit();
-    // On touch screens that would open the keyboard.
-    if (!matchMedia("(pointer:coarse)").matches) view.focus();
+    focusTerminal();
   }
   const tab = `${id} ${terminalName(view.session)}`;
   if (tab !== lastTab) showTab();
@@ -36129,6 +36131,7 @@ function drawTab([id, name, isOver]) {
   const close = iconButton("close", `Close ${name}`, () => closeTerminal(id));
   return h("li", {"data-key": id, class: isOver ? "over" : null},
     h("a", {href: terminalPath(id), title: name,
+      onclick: () => isCurrent && focusTerminal(),
       "aria-current": isCurrent ? "page" : null}, name), close);
 }
 

@@ -4104,6 +4104,13 @@ def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
     enter(page, "exit")
     page.click("#terminal-tabs li:first-child a")
     page.wait_for(f"location.pathname === {first} && {KEYS}")
+    page.evaluate("document.activeElement.blur()")
+    page.click("#terminal-tabs li:first-child a")  # is shown already
+    page.wait_for(KEYS)
+    page.click("#terminal-tabs li:last-child button")
+    page.wait_for(
+        f"document.querySelectorAll('#terminal-tabs li').length === 1 && {KEYS}"
+    )
     enter(page, "echo $((6*7))")
     page.wait_for(shows(SCREEN, "42\n"))
     page.click("#to-nodes")
