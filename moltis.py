@@ -35485,7 +35485,8 @@ const PAUSE = 200; // ms without output
 const HOLD = 150; // ms that a program may hold the screen back (mode 2026)
 const MAX_NEWS = 20; // lines read out at once
 
-const heightOfRow = fontSize => Math.round(fontSize * 1.32); // px
+// Return how high most fonts are, in px: more would break the lines that programs draw.
+const heightOfRow = fontSize => Math.round(fontSize * 1.17);
 
 // Characters that have the width of others in a font for terminals.
 const EVEN = /^[\x20-\x7e\xa0-\u024f\u0370-\u03ff\u0400-\u04ff\u2500-\u259f]$/;

@@ -4528,6 +4528,40 @@ class Mouse:
                 self._page.call("Input.dispatchMouseEvent", **event)
 
 
+def test_lines_that_a_program_draws_join_from_row_to_row(keyboard):
+    """As in other terminals: a row is as high as the font."""
+    gap = keyboard.page.evaluate("""(row => {
+      const text = document.createElement("i"); // inline: as high as its font
+      text.append("\\u2502");
+      row.prepend(text);
+      const gap =
+        row.getBoundingClientRect().height - text.getBoundingClientRect().height;
+      text.remove();
+      return gap;
+    })(document.querySelector(".term:not([hidden]) .term-rows > div > div"))""")
+    assert gap < 1
+
+
+@pytest.mark.parametrize("height", [500, 507])
+def test_no_part_of_a_row_is_seen_above_a_screen_that_was_cleared(
+    site, make_page, height
+):
+    page = make_page(site, height=height)
+    open_terminal(page, site, "Local")
+    enter(page, "seq 300; printf '\\033[H\\033[2J'; echo cleared; exec cat")
+    page.wait_for(f"/^cleared/.test({SEEN_ROWS})")
+    page.press("Control+d")
+
+
+SEEN_ROWS = """(box => {
+  const {top, bottom} = box.getBoundingClientRect();
+  return [...box.querySelectorAll(".term-rows > div > div")].filter(row => {
+    const seen = row.getBoundingClientRect();
+    return seen.bottom > top + box.clientTop + 1 && seen.top < bottom;
+  }).map(row => row.innerText).join("\\n");
+})(document.querySelector(".term:not([hidden]) .term-box"))"""
+
+
 def test_what_a_program_synchronizes_is_drawn_when_it_is_whole(keyboard):
     """Or soon, in case its end never comes."""
     page = keyboard.page
