@@ -35344,6 +35344,7 @@ function paletteItems() {
     ...machines.map(node =>
       ["Machine", node.displayName, nodeDetail(node), () => go(nodePath(node))]),
     view("Activity", "/activity/"), view("Nodes", "/nodes"),
+    view("Terminals", "/terminal/"),
     view("Models", "/settings/models"), view("Access", "/settings/access"),
     action("write", "New chat", newChat),
     action("pairing", "Add a machine", openToken),

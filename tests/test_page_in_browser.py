@@ -4875,6 +4875,16 @@ def test_of_a_flood_frames_are_drawn_and_not_lines(site, make_page):
     enter(page, "exit")
 
 
+def test_the_palette_leads_to_the_list_of_terminals(site, make_page):
+    page = make_page(site)
+    page.press("Control+k")
+    page.wait_for("document.querySelector('#palette').open")
+    page.type("terminals")
+    page.wait_for(shows("#palette-list .active", "Terminals"))
+    page.press("Enter")
+    page.wait_for(shows("#terminal-home", "On a machine"))
+
+
 def test_the_palette_opens_a_terminal(site, make_page):
     page = make_page(site)
     page.wait_for(LISTED)
