@@ -27479,8 +27479,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-views, #recording-screen { flex: 1; min-height: 0; display: grid;
   background: var(--screen); }
 .term { position: relative; min-height: 0; min-width: 0; display: grid; }
-.term-box { overflow: auto; padding: 6px 0 6px 8px; scrollbar-gutter: stable;
-  overflow-anchor: none; color-scheme: dark; min-height: 0; }
+.term-box { overflow: auto; padding: 0 0 6px 8px; border-top: 6px solid transparent;
+  scrollbar-gutter: stable; overflow-anchor: none; color-scheme: dark;
+  min-height: 0; } /* a border: what scrolls out does not show in it */
 .term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
   cursor: text; outline: none; font-variant-ligatures: none; touch-action: pan-y; }
 .term-rows > div { white-space: pre; }
@@ -35566,18 +35567,21 @@ class Grid {
       this.usual = {width: this.cellWidth, height: this.cellHeight};
   }
 
+  get heightOfWindow() {
+    return this.box.clientHeight - 6; // px; without the padding
+  }
+
   // Return how large a terminal fits into the window.
   fitting() {
-    const {clientWidth, clientHeight} = this.box;
     const limit = n => Math.min(MAX_SIDE, Math.max(2, Math.floor(n)));
-    return {rows: limit((clientHeight - 12) / this.usual.height),
-      cols: limit((clientWidth - 16) / this.usual.width)};
+    return {rows: limit(this.heightOfWindow / this.usual.height),
+      cols: limit((this.box.clientWidth - 16) / this.usual.width)};
   }
 
   // Make a screen of this size fit into the window.
   scale({rows, cols}) {
     const share = Math.min(1, this.fitting().cols / cols);
-    const height = (this.box.clientHeight - 12) / rows; // px; of a row
+    const height = this.heightOfWindow / rows; // px; of a row
     let size = Math.floor(FONT_SIZE * share * 2) / 2;
     while (size > MIN_FONT_SIZE && heightOfRow(size) > height) size -= 0.5;
     this.setFont(Math.max(MIN_FONT_SIZE, size));
@@ -35596,6 +35600,8 @@ class Grid {
     this.cursor.style.width = `${this.cellWidth}px`;
     this.cursor.hidden = !modes.showsCursor || !hasCursor;
     this.lines.style.width = `${emulator.columns * this.cellWidth}px`;
+    // Above the screen, it would show a part of a row that scrolled out.
+    this.rows.style.paddingBottom = `${this.heightOfWindow % this.cellHeight}px`;
     this.tail.follow();
   }
 
