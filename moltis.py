@@ -35824,10 +35824,9 @@ class TerminalView {
     const isLetter = letter => ctrlKey && key.toLowerCase() === letter;
     const hasSelection = !getSelection().isCollapsed;
     if (isLetter("c") && (shiftKey || (hasSelection && event.target !== this.keys))) {
-      if (shiftKey) {
-        event.preventDefault();
-        document.execCommand("copy");
-      }
+      event.preventDefault();
+      document.execCommand("copy");
+      if (!shiftKey) this.focus(); // and the selection goes: the next one interrupts
       return;
     }
     // The browser pastes.
@@ -35850,6 +35849,7 @@ class TerminalView {
     event.preventDefault();
     event.stopPropagation();
     takeControl();
+    this.focus(); // a selection goes
     this.send(sequence);
   }
 

@@ -4624,6 +4624,20 @@ def test_text_is_selected_and_copied_as_in_any_page(keyboard, modes):
     keyboard.typed()
 
 
+@pytest.mark.parametrize("key", ["Control+c", "Enter"])
+def test_ctrl_c_interrupts_after_a_selection_was_copied_or_a_key_was_sent(
+    keyboard, key
+):
+    page = keyboard.page
+    keyboard.show("some text")
+    Mouse(page).drag((0, 0), (0, 4))
+    assert page.evaluate("String(getSelection())") == "some"
+    page.press(key)
+    page.press("Control+c")
+    sent = "\r" if key == "Enter" else ""
+    assert keyboard.typed() == f"{sent}\x03"
+
+
 def test_what_follows_a_reset_is_read_out(keyboard):
     read = f"{SCREEN} ~ *, .term [role=log]"
     keyboard.show("line\r\n" * 900 + "before the reset")
