@@ -28230,10 +28230,12 @@ let toastTimer; // hides the toast
 // Show something for 8 s.
 function showToast(...children) {
   const toast = $("toast");
+  const hide = () => (toast.hidden = true);
   fill(toast, children);
   toast.hidden = false;
+  listen(toast, "click", ({target}) => target.closest("a") && hide());
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => (toast.hidden = true), 8000);
+  toastTimer = setTimeout(hide, 8000);
 }
 
 const showError = error => showToast(capitalized(error.message || String(error)));

@@ -4017,6 +4017,9 @@ def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
         "getComputedStyle(document.querySelector(one)).color)"
     )
     assert link == text
+    page.click("#toast a")
+    page.wait_for(KEYS)
+    assert page.evaluate("document.querySelector('#toast').hidden")
     site.call("job.cancel", id=job_id)
 
 
