@@ -27071,7 +27071,8 @@ button, input, select, textarea { font: inherit; color: inherit; }
 button, summary, select { cursor: pointer; }
 button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-:is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
+:is(#transcript, .screen, .scroll, #terminal-tabs *):focus-visible {
+  outline-offset: -3px; }
 #page:focus, h2:focus { outline: none; }
 .unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
 .skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
