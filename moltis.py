@@ -31528,7 +31528,14 @@ function onJobs({jobs, more}) {
   if (state.route.page === "activity") loadActivity();
 }
 
-const stopJob = id => attempt("job.cancel", {id});
+// Stop a job, a terminal only if a person confirms it.
+async function stopJob(id) {
+  const {work, people} = state.jobs.get(id) || {};
+  const others = people?.length > 1 ? "Others are in it. " : "";
+  const text = `${others}The shell and what runs in it end.`;
+  if (work !== TERMINAL || (await confirmed("End this terminal?", text, "End it")))
+    await attempt("job.cancel", {id});
+}
 
 // == terminals ==
 
@@ -35360,6 +35367,8 @@ function paletteItems() {
     ...terminalNodes().map(node =>
       action("write", `Open a terminal on ${node.displayName}`,
         () => openTerminal(node))),
+    ...runningTerminals().map(([id, name, since]) =>
+      ["Terminal", name, since, () => go(terminalPath(id))]),
     ...state.running.map(({id, command, nodeName}) =>
       action("write", `Stop ${command}`, () => stopJob(id), nodeName)),
     action("read", "Sign out", signOut),
@@ -36070,11 +36079,8 @@ function closeTerminal(id) {
 
 async function endTerminal() {
   const view = shownTerminal();
-  const others = view?.session.job?.people?.length > 1 ? "Others are in it. " : "";
-  const text = `${others}The shell and what runs in it end.`;
-  if (view && (await confirmed("End this terminal?", text, "End it")))
-    stopJob(view.id);
-  view?.focus();
+  await stopJob(view.id);
+  view.focus();
 }
 
 // Whether the machine of a terminal opens another one.
@@ -36096,6 +36102,14 @@ function terminalName(session) {
     .some(other => other !== session && titleAndMachine(other) === name);
   return isShared ? `${session.number}: ${name}` : name;
 }
+
+// Return id, name and time of each terminal that runs, those in tabs with their titles.
+const runningTerminals = () => state.running.filter(({work}) => work === TERMINAL)
+  .map(job => {
+    const session = state.terminals.get(job.id);
+    const name = session ? terminalName(session) : machineName(job);
+    return [job.id, dotted(job.command, name), `since ${formatTime(job.askedAt)}`];
+  });
 
 let lastView; // that was shown
 let lastTab = ""; // its id and name
@@ -36147,13 +36161,11 @@ function drawTab([id, name, isOver]) {
 }
 
 function drawTerminalHome() {
-  const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, dotted(job.command, machineName(job)), job.askedAt]);
-  fillIfChanged($("terminal-open"), jobs,
-    all => all.map(([jobId, name, askedAt]) =>
-      h("li", {"data-key": jobId},
-        h("a", {class: "name", href: terminalPath(jobId)}, name),
-        h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));
+  const jobs = runningTerminals();
+  fillIfChanged($("terminal-open"), jobs, all => all.map(([jobId, name, since]) =>
+    h("li", {"data-key": jobId},
+      h("a", {class: "name", href: terminalPath(jobId)}, name),
+      h("span", {class: "detail"}, since))));
   $("terminal-open-head").hidden = !jobs.length;
   const nodes = terminalNodes();
   fillIfChanged($("terminal-nodes"), nodes.map(n => [n.nodeId, n.displayName]), () =>

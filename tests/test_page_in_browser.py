@@ -4902,6 +4902,29 @@ def test_the_palette_leads_to_the_list_of_terminals(site, make_page):
     page.wait_for(shows("#terminal-home", "On a machine"))
 
 
+def test_the_palette_goes_to_a_terminal_that_runs_before_it_offers_to_end_it(
+    site, make_page
+):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    path = json.dumps(page.evaluate("location.pathname"))
+    open_another(page)
+    page.click("#to-palette")
+    page.type("login shell 1")
+    page.wait_for(shows("#palette-list .active", "login shell · 1: Local"))
+    page.press("Enter")
+    page.wait_for(f"location.pathname === {path} && {KEYS}")
+    page.click("#to-palette")
+    page.type("stop login")
+    page.wait_for(shows("#palette-list .active", "Stop login shell"))
+    page.press("Enter")
+    page.wait_for("document.querySelector('#confirm').open")
+    assert "End this terminal?" in page.text("#confirm")
+    page.press("Enter")  # Cancel
+    page.wait_for("!document.querySelector('#confirm').open")
+    assert len(site.call("job.list", state="open")) == 2
+
+
 def test_the_palette_opens_a_terminal(site, make_page):
     page = make_page(site)
     page.wait_for(LISTED)
