@@ -27484,7 +27484,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   scrollbar-gutter: stable; overflow-anchor: none; color-scheme: dark;
   min-height: 0; } /* a border: what scrolls out does not show in it */
 .term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
-  cursor: text; outline: none; font-variant-ligatures: none; touch-action: pan-y; }
+  cursor: text; outline: none; font-variant-ligatures: none;
+  touch-action: pan-x pan-y; }
 .term-rows > div { white-space: pre; }
 .term-rows > div span { display: inline-block; vertical-align: top; }
 .term-rows .probe { position: absolute; visibility: hidden; }
