@@ -35774,6 +35774,7 @@ class TerminalView {
       }
     }
     this.heldSince = undefined;
+    this.rows.style.touchAction = this.takesWheel ? "pan-x" : "";
     this.grid.draw(emulator, !this.session.isOver);
     if (this.bells !== emulator.bells) {
       if (this.bells !== undefined) this.flash();
@@ -35949,10 +35950,14 @@ class TerminalView {
 
   // Shift selects text even where a program uses the mouse.
   pointer(event) {
-    const {type, button, buttons} = event;
+    const {type, button, buttons, pointerType} = event;
     const isDown = type === "pointerdown";
+    if (pointerType === "touch" && this.takesWheel) {
+      this.swipe(event);
+      return;
+    }
     if (isDown && button === 0) this.pressed = "select";
-    if (event.pointerType !== "mouse" || !this.session.emulator.modes.mouse) return;
+    if (pointerType !== "mouse" || !this.session.emulator.modes.mouse) return;
     if (event.shiftKey) {
       if (isDown) this.beginSelection(event);
       return;
@@ -35992,19 +35997,38 @@ class TerminalView {
     }
   }
 
+  // Whether the program has the screen or the mouse: there is nothing to scroll here.
+  get takesWheel() {
+    const {modes, isAlternate} = this.session.emulator;
+    return Boolean(modes.mouse) || isAlternate;
+  }
+
   wheel(event) {
-    const {emulator} = this.session;
-    if (event.shiftKey || !event.deltaY) return;
-    if (!emulator.modes.mouse && !emulator.isAlternate) return;
+    const {shiftKey, deltaY, deltaMode} = event;
+    if (shiftKey || !deltaY || !this.takesWheel) return;
     event.preventDefault();
-    const unit = event.deltaMode ? 1 : this.grid.cellHeight;
-    this.turned = (this.turned || 0) + event.deltaY / unit;
+    this.turn(event, deltaMode ? deltaY : deltaY / this.grid.cellHeight);
+  }
+
+  // A finger moves the text under it, as if it turned a wheel.
+  swipe(event) {
+    const {type, clientY, isPrimary} = event;
+    if (!isPrimary) return;
+    if (type === "pointermove")
+      this.turn(event, (this.touchedAt - clientY) / this.grid.cellHeight);
+    this.touchedAt = clientY;
+  }
+
+  // Have the program scroll by a number of rows.
+  turn(event, rows) {
+    const {modes} = this.session.emulator;
+    this.turned = (this.turned || 0) + rows;
     const steps = Math.trunc(this.turned);
     this.turned -= steps;
     const isUp = steps < 0;
-    const sequence = emulator.modes.mouse
+    const sequence = modes.mouse
       ? this.mouse(event, {button: isUp ? 64 : 65})
-      : `\x1b${emulator.modes.cursorKeys ? "O" : "["}${isUp ? "A" : "B"}`;
+      : `\x1b${modes.cursorKeys ? "O" : "["}${isUp ? "A" : "B"}`;
     if (steps && sequence) this.send(sequence.repeat(Math.min(9, Math.abs(steps))));
   }
 

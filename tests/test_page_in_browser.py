@@ -4701,6 +4701,50 @@ def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
     enter(page, "exit")
 
 
+def touch(page, *points):
+    """Move a finger from point to point."""
+    for n, (x, y) in enumerate(points):
+        kind = "touchMove" if n else "touchStart"
+        at = [{"x": x, "y": y}]
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=at)
+    page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+
+def make_phone(page):
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.set_viewport(390, 600, mobile=True)
+
+
+def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
+    """A phone has no wheel and no Page Down."""
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    make_phone(page)
+    enter(page, "seq 900 | less")
+    page.wait_for(f"{shows(SCREEN, '20')} && !{shows(SCREEN, 'seq')}")
+    first = f"Number(document.querySelector('{SCREEN}').innerText.split('\\n')[0])"
+    touch(page, *((200, y) for y in range(450, 150, -15)))
+    below = page.wait_for(f"{first} > 1 && {first}")
+    touch(page, *((200, y) for y in range(150, 300, 15)))
+    page.wait_for(f"{first} < {below}")
+    page.type("q")
+    enter(page, "exit")
+
+
+def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
+    desk = make_page(site, width=1900)
+    open_terminal(desk, site, "Local")
+    page = make_page(site, desk.evaluate("location.pathname"))
+    make_phone(page)
+    page.wait_for(shows(SCREEN, "$"))
+    desk.wait_for(shows("#terminal-note", "It has the size of owner:"))
+    desk.click("#terminal-act")
+    box = "document.querySelector('.term:not([hidden]) .term-box')"
+    page.wait_for(f"{box}.scrollWidth > {box}.clientWidth")
+    touch(page, *((x, 300) for x in range(350, 50, -15)))
+    page.wait_for(f"{box}.scrollLeft > 0")
+
+
 def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
     join(own_site, "W" * 200)
     page = make_page(own_site, "/terminal/")
