@@ -5040,10 +5040,15 @@ def test_a_recording_is_replayed_in_the_page(site, make_page, tmp_path):
     assert "three" not in page.text(PLAYED)
     page.press("<")
     assert page.evaluate("document.querySelector('#recording-speed').value") == "0.5"
+    page.evaluate(
+        "globalThis.frame = requestAnimationFrame; globalThis.held = [];"
+        "requestAnimationFrame = draw => held.push(draw)"  # else it may end meanwhile
+    )
     page.press(" ")
     assert page.evaluate(play) == "Pause"
     page.press("k")
     assert page.evaluate(play) == "Play"
+    page.evaluate("requestAnimationFrame = frame; held.forEach(draw => frame(draw))")
     page.press("End")
     page.wait_for(shows(PLAYED, "three"))
     # At the end, it starts from its beginning.
