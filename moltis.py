@@ -32402,7 +32402,7 @@ function drawRunning() {
   const jobs = longRunning();
   const items = [
     ...state.asks.map(ask => ({...ask, id: ask.jobId})),
-    ...jobs.map(job => ({...job, node: job.nodeName})),
+    ...jobs.map(job => ({...job, node: placeOf(job)})),
   ];
   // Nothing goes from under the pointer: the next one would be stopped by mistake.
   const most = isLow.matches ? MAX_RUNNING / 2 : MAX_RUNNING;
@@ -36128,13 +36128,16 @@ function terminalName(session) {
   return isShared ? `${session.number}: ${name}` : name;
 }
 
-// Return id, name and time of each terminal that runs, those in tabs with their titles.
+// Return the name of a terminal's tab, of other jobs that of the machine.
+function placeOf(job) {
+  const session = state.terminals.get(job.id);
+  return session ? terminalName(session) : machineName(job);
+}
+
+// Return id, name and time of each terminal that runs.
 const runningTerminals = () => state.running.filter(({work}) => work === TERMINAL)
-  .map(job => {
-    const session = state.terminals.get(job.id);
-    const name = session ? terminalName(session) : machineName(job);
-    return [job.id, dotted(job.command, name), `since ${formatTime(job.askedAt)}`];
-  });
+  .map(job => [job.id, dotted(job.command, placeOf(job)),
+    `since ${formatTime(job.askedAt)}`]);
 
 let lastView; // that was shown
 let lastTab = ""; // its id and name
@@ -36705,7 +36708,7 @@ function start() {
   watch("link", drawLink);
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
-  watch("route running asks sessions", drawRunning);
+  watch("route running asks sessions terminal", drawRunning);
   watch("route chat asks sessions models nodes link", drawChat, "chat");
   watch("route nodes devices running", drawNodes, "nodes");
   watch("route nodes devices running jobs", drawNode, "node");

@@ -4064,7 +4064,8 @@ def test_tabs_of_terminals_without_titles_are_told_apart(site, make_page):
     open_another(page)
     names = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.innerText)"
     page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
-    page.wait_for("document.title === '3: Local · moltis'")
+    page.wait_for("document.title.endsWith('3: Local · moltis')")
+    page.wait_for(shows("#running li:nth-child(2)", "2: Local"))
     page.reload()
     page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
     page.click("#terminal-tabs li:nth-child(2) button")
