@@ -27112,7 +27112,8 @@ button, input, select, textarea { font: inherit; color: inherit; }
 button, summary, select { cursor: pointer; }
 button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-:is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
+:is(#transcript, .screen, .scroll, #terminal-tabs *):focus-visible {
+  outline-offset: -3px; }
 #page:focus, h2:focus { outline: none; }
 .unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
 .skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
@@ -27520,10 +27521,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #terminal-views, #recording-screen { flex: 1; min-height: 0; display: grid;
   background: var(--screen); }
 .term { position: relative; min-height: 0; min-width: 0; display: grid; }
-.term-box { overflow: auto; padding: 6px 0 6px 8px; scrollbar-gutter: stable;
-  overflow-anchor: none; color-scheme: dark; min-height: 0; }
+.term-box { overflow: auto; padding: 0 0 6px 8px; border-top: 6px solid transparent;
+  scrollbar-gutter: stable; overflow-anchor: none; color-scheme: dark;
+  min-height: 0; } /* a border: what scrolls out does not show in it */
 .term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
-  cursor: text; outline: none; font-variant-ligatures: none; touch-action: pan-y; }
+  cursor: text; outline: none; font-variant-ligatures: none;
+  touch-action: pan-x pan-y; }
 .term-rows > div { white-space: pre; }
 .term-rows > div span { display: inline-block; vertical-align: top; }
 .term-rows .probe { position: absolute; visibility: hidden; }
@@ -28270,10 +28273,12 @@ let toastTimer; // hides the toast
 // Show something for 8 s.
 function showToast(...children) {
   const toast = $("toast");
+  const hide = () => (toast.hidden = true);
   fill(toast, children);
   toast.hidden = false;
+  listen(toast, "click", ({target}) => target.closest("a") && hide());
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => (toast.hidden = true), 8000);
+  toastTimer = setTimeout(hide, 8000);
 }
 
 const showError = error => showToast(capitalized(error.message || String(error)));
@@ -30081,21 +30086,28 @@ const KEYPAD = {Enter: "M", "*": "j", "+": "k", ",": "l", "-": "m", "/": "o",
 const CONTROL_KEYS = {" ": 0, 2: 0, 3: 27, 4: 28, 5: 29, 6: 30, 7: 31, 8: 127, "/": 31,
   "-": 31, "?": 127};
 
-// Return the key of an event with Ctrl: on a keyboard of another script (Cyrillic,
-// Greek, …) the Latin letter in its place.
-const controlKeyOf = ({key, code}) =>
-  (/^[^\x00-\u024f]$/.test(key) && /^Key([A-Z])$/.exec(code)?.[1].toLowerCase()) || key;
+const PLACES = {BracketLeft: "[{", BracketRight: "]}", Backslash: "\\|", Comma: ",<",
+  Period: ".>", Slash: "/?"}; // and with Shift
+
+// Return the key of a shortcut: on a keyboard of another script (Cyrillic, Greek, …)
+// the Latin one in its place.
+function latinKeyOf({key, code, shiftKey}) {
+  if (!/^[^\x00-\u024f]$/.test(key)) return key;
+  const [, letter] = /^Key([A-Z])$/.exec(code) || [];
+  const pair = letter ? letter.toLowerCase() + letter : PLACES[code] || "";
+  return pair[Number(shiftKey)] || key;
+}
 
 // Return what a key sends, null for a key whose text the browser types.
 function keySequence(event, modes, isMac) {
   const {ctrlKey, altKey, shiftKey, metaKey} = event;
-  const key = ctrlKey && !altKey ? controlKeyOf(event) : event.key;
+  const key = ctrlKey !== altKey ? latinKeyOf(event) : event.key;
   const isText = [...key].length === 1;
   if (metaKey || isComposing(event) || key === "Dead") return null;
   // AltGr is Ctrl and Alt on some systems, where not every browser types what it makes;
   // and Option types characters.
   if (isText && altKey && ctrlKey && !isMac)
-    return /^[a-z\d ]$/i.test(controlKeyOf(event)) ? null : key;
+    return /^[a-z\d ]$/i.test(latinKeyOf(event)) ? null : key;
   if (isText && altKey && (isMac || event.getModifierState("AltGraph"))) return null;
   const modifiers = 1 + shiftKey + 2 * altKey + 4 * ctrlKey;
   const meta = altKey ? "\x1b" : "";
@@ -31558,7 +31570,14 @@ function onJobs({jobs, more}) {
   if (state.route.page === "activity") loadActivity();
 }
 
-const stopJob = id => attempt("job.cancel", {id});
+// Stop a job, a terminal only if a person confirms it.
+async function stopJob(id) {
+  const {work, people} = state.jobs.get(id) || {};
+  const others = people?.length > 1 ? "Others are in it. " : "";
+  const text = `${others}The shell and what runs in it end.`;
+  if (work !== TERMINAL || (await confirmed("End this terminal?", text, "End it")))
+    await attempt("job.cancel", {id});
+}
 
 // == terminals ==
 
@@ -32336,9 +32355,15 @@ function focusText() {
   else touch("focus");
 }
 
+const KEPT_KEYS = "What you type is kept."; // while a terminal cannot be reached
+
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
-  setText($("banner-text"), "The gateway cannot be reached.");
+  const {page, id} = state.route;
+  const terminal = page === "terminal" && state.terminals.get(id);
+  const types = terminal && !terminal.isOver && may("write");
+  setText($("banner-text"),
+    `The gateway cannot be reached.${types ? ` ${KEPT_KEYS}` : ""}`);
   // Not read aloud each second.
   setText($("banner-next"),
     seconds ? `Trying again in ${seconds} s.` : "Trying again…");
@@ -32418,7 +32443,7 @@ function drawRunning() {
   const jobs = longRunning();
   const items = [
     ...state.asks.map(ask => ({...ask, id: ask.jobId})),
-    ...jobs.map(job => ({...job, node: job.nodeName})),
+    ...jobs.map(job => ({...job, node: placeOf(job)})),
   ];
   // Nothing goes from under the pointer: the next one would be stopped by mistake.
   const most = isLow.matches ? MAX_RUNNING / 2 : MAX_RUNNING;
@@ -32545,50 +32570,55 @@ function drawSessions() {
   setText($("node-count"), state.nodes.length ? `${online}${of} online` : "");
 }
 
-// Open a chat with the machine and the model of the chat that one looks at, or looked
-// at last; a machine that was removed is left out.  Return it once it is shown.
-async function newChat() {
-  const key = state.route.page === "chat" ? state.route.key : lastKey();
+const joinedTexts = (...texts) => texts.filter(Boolean).join("\n");
+
+// Show an empty chat, with what was typed for it.
+function openChat(key, typed) {
+  go(chatPath(key));
+  const chat = currentChat();
+  if (typed) chat.draft = joinedTexts(chat.draft, typed);
+  leaveChat(chat);
+  focusText();
+  return chat;
+}
+
+// Whether the chat that is shown gives way to another one.
+const isLeaving = () => state.route === state.leaving;
+
+// Take an unused chat, or create one, with the machine and the model of a chat; a
+// machine that was removed is left out.
+async function emptyChat(key) {
+  // Before the lists arrive it is unknown which chats are unused.
+  if (!state.sessions.length || !state.nodes.length) await refresh("sessions", "nodes");
   const looked = state.sessions.find(known => known.key === key);
   const node_id = nodeById(looked?.node_id) ? looked.node_id : null;
   const choices = {node_id, ...(looked?.model && {model: looked.model})};
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const unused = state.sessions.find(known => isEmpty(known) && known.key !== key);
   if (unused) patchSession(unused.key, choices);
-  return unused ? openChat(unused.key) : createChat(choices);
+  return unused || attempt("sessions.create", choices);
 }
 
-// Show an empty chat, with what was typed for it.
-function openChat(key, typed = "") {
-  go(chatPath(key));
-  const chat = currentChat();
-  chat.draft ||= typed;
-  leaveChat(chat);
-  focusText();
-  return chat;
-}
-
-// Whether the chat that is shown gives way to one that the gateway is creating.
-const isLeaving = () => state.route === state.leaving;
-
-// Create a chat; what is typed until it is there belongs to it.
-async function createChat(choices) {
+// Go to an empty chat, like the one that one looks at, or looked at last; what is typed
+// until it is there belongs to it.  Return it once it is shown.
+async function newChat() {
   if (isLeaving()) return null;
+  const key = state.route.page === "chat" ? state.route.key : lastKey();
   state.leaving = state.route;
   shownChat = null; // whoever returns to it meanwhile gets its draft again
   const text = $("text");
   text.value = ""; // the draft of the chat that one leaves is kept
   text.focus();
-  const entry = await attempt("sessions.create", choices);
+  const entry = await emptyChat(key);
   const isLeft = isLeaving(); // else a person went elsewhere meanwhile
   state.leaving = null;
-  if (entry && !state.sessions.some(({key}) => key === entry.key))
+  if (entry && !state.sessions.some(known => known.key === entry.key))
     state.sessions.unshift(entry);
   if (!isLeft) return null;
   if (entry) return openChat(entry.key, text.value);
   if (state.route.page === "chat") {
     const chat = currentChat();
-    chat.draft = [chat.draft, text.value].filter(Boolean).join("\n");
+    chat.draft = joinedTexts(chat.draft, text.value);
     leaveChat(chat);
     touch("chat");
   }
@@ -32600,7 +32630,7 @@ async function goOn() {
   const chat = currentChat();
   const made = await newChat();
   if (!made) return; // it failed, or a person went elsewhere
-  made.draft = [chat.draft, made.draft].filter(Boolean).join("\n");
+  made.draft = joinedTexts(chat.draft, made.draft);
   chat.draft = "";
   showDraft(made);
 }
@@ -33012,7 +33042,7 @@ function switchWrap() {
 
 // Answer a question by its key, unless a person types.
 function answerByKey(event) {
-  const decision = {a: "approve", d: "deny"}[event.key.toLowerCase()];
+  const decision = {a: "approve", d: "deny"}[latinKeyOf(event).toLowerCase()];
   const isTyped = event.target.closest("input, textarea, select, dialog");
   if (!decision || isTyped || event.ctrlKey || event.metaKey || event.altKey) return;
   const cards = [...armed].filter(card => card.root.isConnected);
@@ -33353,7 +33383,7 @@ function composerKey(event) {
   } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
   else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
   else if (event.ctrlKey && !event.metaKey && !event.shiftKey &&
-    controlKeyOf(event) === "c" && !selectedText()) {
+    latinKeyOf(event) === "c" && !selectedText()) {
     done = currentChat().busy; // as in a terminal
     if (done) stopRun();
   }
@@ -35367,6 +35397,7 @@ function paletteItems() {
     ...machines.map(node =>
       ["Machine", node.displayName, nodeDetail(node), () => go(nodePath(node))]),
     view("Activity", "/activity/"), view("Nodes", "/nodes"),
+    view("Terminals", "/terminal/"),
     view("Models", "/settings/models"), view("Access", "/settings/access"),
     action("write", "New chat", newChat),
     action("pairing", "Add a machine", openToken),
@@ -35378,6 +35409,8 @@ function paletteItems() {
     ...terminalNodes().map(node =>
       action("write", `Open a terminal on ${node.displayName}`,
         () => openTerminal(node))),
+    ...runningTerminals().map(([id, name, since]) =>
+      ["Terminal", name, since, () => go(terminalPath(id))]),
     ...state.running.map(({id, command, nodeName}) =>
       action("write", `Stop ${command}`, () => stopJob(id), nodeName)),
     action("read", "Sign out", signOut),
@@ -35488,10 +35521,11 @@ const openShortcuts = () => $("shortcuts").showModal();
 // The keys that work in every view.
 function anyKey(event) {
   if (event.defaultPrevented || isComposing(event) || event.altKey) return;
-  const {key, ctrlKey, metaKey, target} = event;
+  const {ctrlKey, metaKey, target} = event;
+  const key = latinKeyOf(event);
   const isTyped = target.closest?.("input, textarea, select, [contenteditable]");
   const isHeld = isMac ? metaKey && !ctrlKey : ctrlKey && !metaKey;
-  if (isHeld && controlKeyOf(event).toLowerCase() === "k") openPalette();
+  if (isHeld && key.toLowerCase() === "k") openPalette();
   else if (key === "?" && !ctrlKey && !metaKey && !isTyped && !$("app").hidden &&
     !document.querySelector("dialog[open]")) openShortcuts();
   else return;
@@ -35507,7 +35541,8 @@ const PAUSE = 200; // ms without output
 const HOLD = 150; // ms that a program may hold the screen back (mode 2026)
 const MAX_NEWS = 20; // lines read out at once
 
-const heightOfRow = fontSize => Math.round(fontSize * 1.32); // px
+// Return how high most fonts are, in px: more would break the lines that programs draw.
+const heightOfRow = fontSize => Math.round(fontSize * 1.17);
 
 // Characters that have the width of others in a font for terminals.
 const EVEN = /^[\x20-\x7e\xa0-\u024f\u0370-\u03ff\u0400-\u04ff\u2500-\u259f]$/;
@@ -35586,18 +35621,21 @@ class Grid {
       this.usual = {width: this.cellWidth, height: this.cellHeight};
   }
 
+  get heightOfWindow() {
+    return this.box.clientHeight - 6; // px; without the padding
+  }
+
   // Return how large a terminal fits into the window.
   fitting() {
-    const {clientWidth, clientHeight} = this.box;
     const limit = n => Math.min(MAX_SIDE, Math.max(2, Math.floor(n)));
-    return {rows: limit((clientHeight - 12) / this.usual.height),
-      cols: limit((clientWidth - 16) / this.usual.width)};
+    return {rows: limit(this.heightOfWindow / this.usual.height),
+      cols: limit((this.box.clientWidth - 16) / this.usual.width)};
   }
 
   // Make a screen of this size fit into the window.
   scale({rows, cols}) {
     const share = Math.min(1, this.fitting().cols / cols);
-    const height = (this.box.clientHeight - 12) / rows; // px; of a row
+    const height = this.heightOfWindow / rows; // px; of a row
     let size = Math.floor(FONT_SIZE * share * 2) / 2;
     while (size > MIN_FONT_SIZE && heightOfRow(size) > height) size -= 0.5;
     this.setFont(Math.max(MIN_FONT_SIZE, size));
@@ -35616,6 +35654,8 @@ class Grid {
     this.cursor.style.width = `${this.cellWidth}px`;
     this.cursor.hidden = !modes.showsCursor || !hasCursor;
     this.lines.style.width = `${emulator.columns * this.cellWidth}px`;
+    // Above the screen, it would show a part of a row that scrolled out.
+    this.rows.style.paddingBottom = `${this.heightOfWindow % this.cellHeight}px`;
     this.tail.follow();
   }
 
@@ -35685,6 +35725,8 @@ class TerminalView {
     this.grid = new Grid(this, this.schedule);
     this.session = new TerminalSession(id, this.grid.fitting());
     this.session.listeners.add(() => this.changed());
+    const numbers = [...state.terminals.values()].map(({number}) => number);
+    this.session.number = Math.max(0, ...numbers) + 1; // of its tab
     state.terminals.set(id, this.session);
     this.listen();
     this.observer = new ResizeObserver(() => this.fit());
@@ -35752,6 +35794,7 @@ class TerminalView {
       session.isAway, session.isSlow].join();
     if (said !== this.said) touch("terminal");
     this.said = said;
+    if (session.problem) keepTabs();
     if (session.isSizedHere && !this.wasSizedHere) this.fit();
     this.wasSizedHere = session.isSizedHere;
     this.schedule();
@@ -35772,6 +35815,7 @@ class TerminalView {
       }
     }
     this.heldSince = undefined;
+    this.rows.style.touchAction = this.takesWheel ? "pan-x" : "";
     this.grid.draw(emulator, !this.session.isOver);
     if (this.bells !== emulator.bells) {
       if (this.bells !== undefined) this.flash();
@@ -35826,7 +35870,7 @@ class TerminalView {
 
   key(event) {
     const {ctrlKey, shiftKey} = event;
-    const key = controlKeyOf(event);
+    const key = latinKeyOf(event);
     if (key === "F6" && ctrlKey) { // leaves the terminal
       event.preventDefault();
       currentTab().focus();
@@ -35835,10 +35879,9 @@ class TerminalView {
     const isLetter = letter => ctrlKey && key.toLowerCase() === letter;
     const hasSelection = !getSelection().isCollapsed;
     if (isLetter("c") && (shiftKey || (hasSelection && event.target !== this.keys))) {
-      if (shiftKey) {
-        event.preventDefault();
-        document.execCommand("copy");
-      }
+      event.preventDefault();
+      document.execCommand("copy");
+      if (!shiftKey) this.focus(); // and the selection goes: the next one interrupts
       return;
     }
     // The browser pastes.
@@ -35861,6 +35904,7 @@ class TerminalView {
     event.preventDefault();
     event.stopPropagation();
     takeControl();
+    this.focus(); // a selection goes
     this.send(sequence);
   }
 
@@ -35947,10 +35991,14 @@ class TerminalView {
 
   // Shift selects text even where a program uses the mouse.
   pointer(event) {
-    const {type, button, buttons} = event;
+    const {type, button, buttons, pointerType} = event;
     const isDown = type === "pointerdown";
+    if (pointerType === "touch" && this.takesWheel) {
+      this.swipe(event);
+      return;
+    }
     if (isDown && button === 0) this.pressed = "select";
-    if (event.pointerType !== "mouse" || !this.session.emulator.modes.mouse) return;
+    if (pointerType !== "mouse" || !this.session.emulator.modes.mouse) return;
     if (event.shiftKey) {
       if (isDown) this.beginSelection(event);
       return;
@@ -35990,19 +36038,38 @@ class TerminalView {
     }
   }
 
+  // Whether the program has the screen or the mouse: there is nothing to scroll here.
+  get takesWheel() {
+    const {modes, isAlternate} = this.session.emulator;
+    return Boolean(modes.mouse) || isAlternate;
+  }
+
   wheel(event) {
-    const {emulator} = this.session;
-    if (event.shiftKey || !event.deltaY) return;
-    if (!emulator.modes.mouse && !emulator.isAlternate) return;
+    const {shiftKey, deltaY, deltaMode} = event;
+    if (shiftKey || !deltaY || !this.takesWheel) return;
     event.preventDefault();
-    const unit = event.deltaMode ? 1 : this.grid.cellHeight;
-    this.turned = (this.turned || 0) + event.deltaY / unit;
+    this.turn(event, deltaMode ? deltaY : deltaY / this.grid.cellHeight);
+  }
+
+  // A finger moves the text under it, as if it turned a wheel.
+  swipe(event) {
+    const {type, clientY, isPrimary} = event;
+    if (!isPrimary) return;
+    if (type === "pointermove")
+      this.turn(event, (this.touchedAt - clientY) / this.grid.cellHeight);
+    this.touchedAt = clientY;
+  }
+
+  // Have the program scroll by a number of rows.
+  turn(event, rows) {
+    const {modes} = this.session.emulator;
+    this.turned = (this.turned || 0) + rows;
     const steps = Math.trunc(this.turned);
     this.turned -= steps;
     const isUp = steps < 0;
-    const sequence = emulator.modes.mouse
+    const sequence = modes.mouse
       ? this.mouse(event, {button: isUp ? 64 : 65})
-      : `\x1b${emulator.modes.cursorKeys ? "O" : "["}${isUp ? "A" : "B"}`;
+      : `\x1b${modes.cursorKeys ? "O" : "["}${isUp ? "A" : "B"}`;
     if (steps && sequence) this.send(sequence.repeat(Math.min(9, Math.abs(steps))));
   }
 
@@ -36028,10 +36095,18 @@ function openTerminal({nodeId}) {
 const shownTerminal = () =>
   state.route.page === "terminal" ? terminalViews.get(state.route.id) : undefined;
 
+// On touch screens that would open the keyboard.
+function focusTerminal() {
+  if (!matchMedia("(pointer:coarse)").matches) shownTerminal()?.focus();
+}
+
 const TABS = "terminals"; // their name in `keptByTab`, for after a reload
 
-const keepTabs = () =>
-  keptByTab.set(TABS, JSON.stringify([...terminalViews.keys()]));
+// Those that cannot be shown would come back with each reload.
+function keepTabs() {
+  const shown = [...terminalViews.values()].filter(({session}) => !session.problem);
+  keptByTab.set(TABS, JSON.stringify(shown.map(({id}) => id)));
+}
 
 // Make the view of a terminal.
 async function makeTerminal(id) {
@@ -36062,16 +36137,16 @@ function closeTerminal(id) {
   if (state.route.id === id) {
     const next = [...terminalViews.keys()].at(-1);
     go(next ? terminalPath(next) : `${ROOT}/terminal/`, true);
-  } else touch("terminal");
+  } else {
+    touch("terminal");
+    focusTerminal(); // the button that had the focus goes
+  }
 }
 
 async function endTerminal() {
   const view = shownTerminal();
-  const others = view?.session.job?.people?.length > 1 ? "Others are in it. " : "";
-  const text = `${others}The shell and what runs in it end.`;
-  if (view && (await confirmed("End this terminal?", text, "End it")))
-    stopJob(view.id);
-  view?.focus();
+  await stopJob(view.id);
+  view.focus();
 }
 
 // Whether the machine of a terminal opens another one.
@@ -36082,9 +36157,28 @@ const mayReopen = ({nodeId}) =>
 const machineName = ({nodeId, nodeName}) => nodeById(nodeId)?.displayName || nodeName;
 
 // What tells terminals of a machine apart comes first: tabs may be narrow.
-const terminalName = ({job, emulator}) =>
+const titleAndMachine = ({job, emulator}) =>
   dotted([...emulator.title].slice(0, 60).join(""), job && machineName(job)) ||
     "Terminal";
+
+// Return the name of a tab, with its number if another one has the same.
+function terminalName(session) {
+  const name = titleAndMachine(session);
+  const isShared = [...state.terminals.values()]
+    .some(other => other !== session && titleAndMachine(other) === name);
+  return isShared ? `${session.number}: ${name}` : name;
+}
+
+// Return the name of a terminal's tab, of other jobs that of the machine.
+function placeOf(job) {
+  const session = state.terminals.get(job.id);
+  return session ? terminalName(session) : machineName(job);
+}
+
+// Return id, name and time of each terminal that runs.
+const runningTerminals = () => state.running.filter(({work}) => work === TERMINAL)
+  .map(job => [job.id, dotted(job.command, placeOf(job)),
+    `since ${formatTime(job.askedAt)}`]);
 
 let lastView; // that was shown
 let lastTab = ""; // its id and name
@@ -36115,8 +36209,7 @@ function drawTerminal() {
   $("terminal-new").hidden = !mayReopen(view.session.job || {});
   if (view !== lastView) {
     view.fit();
-    // On touch screens that would open the keyboard.
-    if (!matchMedia("(pointer:coarse)").matches) view.focus();
+    focusTerminal();
   }
   const tab = `${id} ${terminalName(view.session)}`;
   if (tab !== lastTab) showTab();
@@ -36132,17 +36225,16 @@ function drawTab([id, name, isOver]) {
   const close = iconButton("close", `Close ${name}`, () => closeTerminal(id));
   return h("li", {"data-key": id, class: isOver ? "over" : null},
     h("a", {href: terminalPath(id), title: name,
+      onclick: () => isCurrent && focusTerminal(),
       "aria-current": isCurrent ? "page" : null}, name), close);
 }
 
 function drawTerminalHome() {
-  const jobs = state.running.filter(job => job.work === TERMINAL)
-    .map(job => [job.id, dotted(job.command, machineName(job)), job.askedAt]);
-  fillIfChanged($("terminal-open"), jobs,
-    all => all.map(([jobId, name, askedAt]) =>
-      h("li", {"data-key": jobId},
-        h("a", {class: "name", href: terminalPath(jobId)}, name),
-        h("span", {class: "detail"}, `since ${formatTime(askedAt)}`))));
+  const jobs = runningTerminals();
+  fillIfChanged($("terminal-open"), jobs, all => all.map(([jobId, name, since]) =>
+    h("li", {"data-key": jobId},
+      h("a", {class: "name", href: terminalPath(jobId)}, name),
+      h("span", {class: "detail"}, since))));
   $("terminal-open-head").hidden = !jobs.length;
   const nodes = terminalNodes();
   fillIfChanged($("terminal-nodes"), nodes.map(n => [n.nodeId, n.displayName]), () =>
@@ -36161,12 +36253,12 @@ function terminalNote(session) {
   const again = mayReopen(job) && ["New terminal", () => openTerminal(job)];
   if (isOver)
     return [`${capitalized(job.words)}. The last screen stays here.`, again];
+  if (state.link !== "up") return []; // the banner says it
   if (isAway) {
-    const isUp = state.link === "up";
-    const name = isUp ? machineName(job) : "the gateway";
     // A time, not a duration: a duration would be read aloud each second.
-    const since = isUp ? ` (away since ${formatTime(job.awaySince)})` : "";
-    return [`Waiting for ${name} to come back${since}. What you type is kept.`];
+    const since = formatTime(job.awaySince);
+    return [`Waiting for ${machineName(job)} to come back (away since ${since}). ` +
+      KEPT_KEYS];
   }
   if (!may("write")) return ["You can only watch: your key lacks operator.write."];
   if (isSlow) return ["What you typed has not arrived yet."];
@@ -36474,7 +36566,8 @@ class Player {
   }
 
   key(event) {
-    const {key, target} = event;
+    const {target} = event;
+    const key = latinKeyOf(event);
     if (event.ctrlKey || event.altKey || event.metaKey || target.tagName === "SELECT")
       return;
     const speed = $("recording-speed");
@@ -36656,7 +36749,7 @@ function start() {
   watch("link", drawLink);
   watch("route sessions", drawRoute);
   watch("route sessions nodes running asks", drawSessions);
-  watch("route running asks sessions", drawRunning);
+  watch("route running asks sessions terminal", drawRunning);
   watch("route chat asks sessions models nodes link", drawChat, "chat");
   watch("route nodes devices running", drawNodes, "nodes");
   watch("route nodes devices running jobs", drawNode, "node");

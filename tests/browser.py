@@ -60,6 +60,11 @@ KEYS = {
     "PageDown": ("PageDown", 34, ""),
     "F6": ("F6", 117, ""),
     " ": ("Space", 32, " "),
+    "ф": ("KeyA", 65, "ф"),  # Cyrillic
+    "в": ("KeyD", 68, "в"),
+    "л": ("KeyK", 75, "л"),
+    "Б": ("Comma", 188, "Б"),  # with Shift
+    "؟": ("Slash", 191, "؟"),  # Arabic, with Shift
 }
 MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
 

@@ -999,7 +999,9 @@ def test_a_change_of_a_file_is_approved_with_its_whole_diff(
         take_screenshot(page, "diff-done")
 
 
-@pytest.mark.parametrize(("key", "result"), [("a", "Done"), ("d", "Denied")])
+@pytest.mark.parametrize(
+    ("key", "result"), [("a", "Done"), ("d", "Denied"), ("ф", "Done"), ("в", "Denied")]
+)
 def test_a_question_names_its_risks_and_is_answered_by_a_key(
     own_site, make_page, tmp_path, key, result
 ):
@@ -1805,10 +1807,12 @@ def test_a_question_mark_shows_the_keys_but_not_to_who_types(site, make_page):
     assert not page.evaluate("document.querySelector('#shortcuts').open")
     page.fill("#text", "")
     page.evaluate("document.activeElement.blur()")
-    page.press("?")
-    page.wait_for(shows("#shortcuts", "Ctrl+K"))
-    page.press("Enter")
-    page.wait_for("!document.querySelector('#shortcuts').open")
+    for key in ("?", "Shift+؟"):
+        page.press(key)
+        page.wait_for("document.querySelector('#shortcuts').open")
+        assert page.evaluate(shows("#shortcuts", "Ctrl+K"))
+        page.press("Enter")
+        page.wait_for("!document.querySelector('#shortcuts').open")
 
 
 # -- models, access ------------------------------------------------------------
@@ -3091,6 +3095,25 @@ def test_what_is_typed_after_new_chat_is_typed_into_it(own_site, slow_chat):
     assert page.evaluate("location.href") == old
 
 
+def test_new_chat_takes_an_unused_one_before_the_list_of_chats_has_come(
+    own_site, make_page
+):
+    page = make_page(own_site)
+    run(page, "echo used")
+    unused = own_site.call("sessions.create")["key"]
+    hold = HOLD % "sessions.list"
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=hold)
+    page.reload()
+    page.wait_for(READY)
+    page.wait_for("held.length > 0")
+    page.click("#new-chat")
+    page.type("goes along")
+    page.evaluate("release()")
+    page.wait_for(f"location.pathname === '/chat/{unused}'")
+    page.wait_for(f"{value_of('#text')} === 'goes along'")
+    assert len(own_site.call("sessions.list")) == 2
+
+
 def test_drafts_stay_in_their_chats_while_another_one_is_created(slow_chat):
     text = value_of("#text")
     line, page = slow_chat
@@ -3994,6 +4017,9 @@ def test_a_closed_tab_leaves_a_link_that_can_be_read(site, make_page):
         "getComputedStyle(document.querySelector(one)).color)"
     )
     assert link == text
+    page.click("#toast a")
+    page.wait_for(KEYS)
+    assert page.evaluate("document.querySelector('#toast').hidden")
     site.call("job.cancel", id=job_id)
 
 
@@ -4031,6 +4057,31 @@ def test_a_reload_keeps_the_tabs_of_terminals(site, make_page):
     page.wait_for(shows("#terminal-note", "The last screen stays here."))
 
 
+def test_tabs_of_terminals_without_titles_are_told_apart(site, make_page):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    open_another(page)
+    open_another(page)
+    names = "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.innerText)"
+    page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
+    page.wait_for("document.title.endsWith('3: Local · moltis')")
+    page.wait_for(shows("#running", "2: Local"))
+    page.reload()
+    page.wait_for(f"({names}).join() === '1: Local,2: Local,3: Local'")
+    page.click("#terminal-tabs li:nth-child(2) button")
+    page.wait_for(f"({names}).join() === '1: Local,3: Local' && {KEYS}")
+    enter(page, "printf '\\033]0;a title\\a'; exec cat")
+    page.wait_for(f"({names}).join() === 'Local,a title · Local'")
+
+
+def test_a_tab_of_a_terminal_that_there_is_not_stays_for_one_visit(site, make_page):
+    page = make_page(site, f"/terminal/{moltis.new_id()}")
+    page.wait_for(shows("#terminal-note", "There is no job"))
+    page.goto(f"{site.url}/nodes/Local")
+    open_terminal(page, site, "Local")
+    assert page.evaluate("document.querySelectorAll('#terminal-tabs li').length") == 1
+
+
 def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, browser):
     with browser.new_page(isolated=True) as page:
         page.goto(f"{own_site.url}/#key={own_site.key}")
@@ -4042,7 +4093,7 @@ def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, br
         own_site.stop()
         page.wait_for("!document.querySelector('#banner').hidden")
         page.click("#running a")
-        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        page.wait_for(shows("#banner", "What you type is kept."))
         [tab] = page.evaluate(
             "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
         )
@@ -4057,6 +4108,13 @@ def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
     enter(page, "exit")
     page.click("#terminal-tabs li:first-child a")
     page.wait_for(f"location.pathname === {first} && {KEYS}")
+    page.evaluate("document.activeElement.blur()")
+    page.click("#terminal-tabs li:first-child a")  # is shown already
+    page.wait_for(KEYS)
+    page.click("#terminal-tabs li:last-child button")
+    page.wait_for(
+        f"document.querySelectorAll('#terminal-tabs li').length === 1 && {KEYS}"
+    )
     enter(page, "echo $((6*7))")
     page.wait_for(shows(SCREEN, "42\n"))
     page.click("#to-nodes")
@@ -4474,6 +4532,40 @@ class Mouse:
                 self._page.call("Input.dispatchMouseEvent", **event)
 
 
+def test_lines_that_a_program_draws_join_from_row_to_row(keyboard):
+    """As in other terminals: a row is as high as the font."""
+    gap = keyboard.page.evaluate("""(row => {
+      const text = document.createElement("i"); // inline: as high as its font
+      text.append("\\u2502");
+      row.prepend(text);
+      const gap =
+        row.getBoundingClientRect().height - text.getBoundingClientRect().height;
+      text.remove();
+      return gap;
+    })(document.querySelector(".term:not([hidden]) .term-rows > div > div"))""")
+    assert gap < 1
+
+
+@pytest.mark.parametrize("height", [500, 507])
+def test_no_part_of_a_row_is_seen_above_a_screen_that_was_cleared(
+    site, make_page, height
+):
+    page = make_page(site, height=height)
+    open_terminal(page, site, "Local")
+    enter(page, "seq 300; printf '\\033[H\\033[2J'; echo cleared; exec cat")
+    page.wait_for(f"/^cleared/.test({SEEN_ROWS})")
+    page.press("Control+d")
+
+
+SEEN_ROWS = """(box => {
+  const {top, bottom} = box.getBoundingClientRect();
+  return [...box.querySelectorAll(".term-rows > div > div")].filter(row => {
+    const seen = row.getBoundingClientRect();
+    return seen.bottom > top + box.clientTop + 1 && seen.top < bottom;
+  }).map(row => row.innerText).join("\\n");
+})(document.querySelector(".term:not([hidden]) .term-box"))"""
+
+
 def test_what_a_program_synchronizes_is_drawn_when_it_is_whole(keyboard):
     """Or soon, in case its end never comes."""
     page = keyboard.page
@@ -4536,6 +4628,20 @@ def test_text_is_selected_and_copied_as_in_any_page(keyboard, modes):
     keyboard.typed()
 
 
+@pytest.mark.parametrize("key", ["Control+c", "Enter"])
+def test_ctrl_c_interrupts_after_a_selection_was_copied_or_a_key_was_sent(
+    keyboard, key
+):
+    page = keyboard.page
+    keyboard.show("some text")
+    Mouse(page).drag((0, 0), (0, 4))
+    assert page.evaluate("String(getSelection())") == "some"
+    page.press(key)
+    page.press("Control+c")
+    sent = "\r" if key == "Enter" else ""
+    assert keyboard.typed() == f"{sent}\x03"
+
+
 def test_what_follows_a_reset_is_read_out(keyboard):
     read = f"{SCREEN} ~ *, .term [role=log]"
     keyboard.show("line\r\n" * 900 + "before the reset")
@@ -4594,6 +4700,50 @@ def test_a_terminal_on_a_phone_has_a_row_of_keys(site, make_page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     take_screenshot(page, "terminal-phone")
     enter(page, "exit")
+
+
+def touch(page, *points):
+    """Move a finger from point to point."""
+    for n, (x, y) in enumerate(points):
+        kind = "touchMove" if n else "touchStart"
+        at = [{"x": x, "y": y}]
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=at)
+    page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+
+def make_phone(page):
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.set_viewport(390, 600, mobile=True)
+
+
+def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
+    """A phone has no wheel and no Page Down."""
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    make_phone(page)
+    enter(page, "seq 900 | less")
+    page.wait_for(f"{shows(SCREEN, '20')} && !{shows(SCREEN, 'seq')}")
+    first = f"Number(document.querySelector('{SCREEN}').innerText.split('\\n')[0])"
+    touch(page, *((200, y) for y in range(450, 150, -15)))
+    below = page.wait_for(f"{first} > 1 && {first}")
+    touch(page, *((200, y) for y in range(150, 300, 15)))
+    page.wait_for(f"{first} < {below}")
+    page.type("q")
+    enter(page, "exit")
+
+
+def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
+    desk = make_page(site, width=1900)
+    open_terminal(desk, site, "Local")
+    page = make_page(site, desk.evaluate("location.pathname"))
+    make_phone(page)
+    note = "document.querySelector('#terminal-note').innerText"
+    desk.wait_for(f"/size of owner: \\d\\d ×/.test({note})")  # the phone's
+    desk.click("#terminal-act")
+    box = "document.querySelector('.term:not([hidden]) .term-box')"
+    page.wait_for(f"{box}.scrollWidth > {box}.clientWidth")
+    touch(page, *((x, 300) for x in range(350, 50, -15)))
+    page.wait_for(f"{box}.scrollLeft > 0")
 
 
 def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
@@ -4685,7 +4835,11 @@ def test_a_terminal_outlives_the_gateway_and_keeps_what_is_typed(
         page.wait_for(READY)
         open_terminal(page, own_site, "Attic")
         own_site.stop()
-        page.wait_for(shows("#terminal-note", "Waiting for the gateway to come back"))
+        page.wait_for(shows("#banner", "What you type is kept."))
+        page.evaluate(
+            "new Promise(done => setTimeout(done, 500))"
+        )  # notes come after 300
+        assert page.evaluate("document.querySelector('#terminal-note').hidden")
         enter(page, "echo kept $((6*7))")
         own_site.start()
         page.wait_for(shows(SCREEN, "kept 42\n"))
@@ -4783,6 +4937,39 @@ def test_of_a_flood_frames_are_drawn_and_not_lines(site, make_page):
     enter(page, "exit")
 
 
+def test_the_palette_leads_to_the_list_of_terminals(site, make_page):
+    page = make_page(site)
+    page.press("Control+k")
+    page.wait_for("document.querySelector('#palette').open")
+    page.type("terminals")
+    page.wait_for(shows("#palette-list .active", "Terminals"))
+    page.press("Enter")
+    page.wait_for(shows("#terminal-home", "On a machine"))
+
+
+def test_the_palette_goes_to_a_terminal_that_runs_before_it_offers_to_end_it(
+    site, make_page
+):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    path = json.dumps(page.evaluate("location.pathname"))
+    open_another(page)
+    page.click("#to-palette")
+    page.type("login shell 1")
+    page.wait_for(shows("#palette-list .active", "login shell · 1: Local"))
+    page.press("Enter")
+    page.wait_for(f"location.pathname === {path} && {KEYS}")
+    page.click("#to-palette")
+    page.type("stop login")
+    page.wait_for(shows("#palette-list .active", "Stop login shell"))
+    page.press("Enter")
+    page.wait_for("document.querySelector('#confirm').open")
+    assert "End this terminal?" in page.text("#confirm")
+    page.press("Enter")  # Cancel
+    page.wait_for("!document.querySelector('#confirm').open")
+    assert len(site.call("job.list", state="open")) == 2
+
+
 def test_the_palette_opens_a_terminal(site, make_page):
     page = make_page(site)
     page.wait_for(LISTED)
@@ -4854,10 +5041,15 @@ def test_a_recording_is_replayed_in_the_page(site, make_page, tmp_path):
     assert "three" not in page.text(PLAYED)
     page.press("<")
     assert page.evaluate("document.querySelector('#recording-speed').value") == "0.5"
+    page.evaluate(
+        "globalThis.frame = requestAnimationFrame; globalThis.held = [];"
+        "requestAnimationFrame = draw => held.push(draw)"  # else it may end meanwhile
+    )
     page.press(" ")
     assert page.evaluate(play) == "Pause"
     page.press("k")
     assert page.evaluate(play) == "Play"
+    page.evaluate("requestAnimationFrame = frame; held.forEach(draw => frame(draw))")
     page.press("End")
     page.wait_for(shows(PLAYED, "three"))
     # At the end, it starts from its beginning.
@@ -4869,6 +5061,18 @@ def test_a_recording_is_replayed_in_the_page(site, make_page, tmp_path):
     }""")
     page.click("#recording-play")
     page.wait_for("labels.join() === 'Pause,Play'")
+
+
+def test_keys_of_a_player_work_on_keyboards_of_other_scripts(site, make_page):
+    job_id = make_recording(site, "echo one; sleep 1; echo two")
+    page = make_page(site, f"/terminal/{job_id}/recording")
+    page.wait_for(shows(PLAYED, "two"))
+    page.press("Shift+Б")
+    page.wait_for("document.querySelector('#recording-speed').value === '0.5'")
+    play = "document.querySelector('#recording-play').ariaLabel"
+    page.wait_for(f"{play} === 'Play'")
+    page.press("л")
+    page.wait_for(f"{play} === 'Pause'")
 
 
 def test_to_seek_in_a_long_recording_shows_what_to_play_it_does(site, make_page):

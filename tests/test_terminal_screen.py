@@ -1027,6 +1027,17 @@ def test_ctrl_makes_controls_on_keyboards_of_other_scripts(press):
     assert press(*held) == ["\x03", "\x04", "\x03", "\x1a"]
     assert press(*events) == [None] * 4
     assert press({"key": "é", "code": "KeyW", "ctrlKey": True}) == [None]
+    brackets = {"х": "BracketLeft", "ъ": "BracketRight"}
+    events = [{"key": key, "code": code} for key, code in brackets.items()]
+    assert press(*({**event, "ctrlKey": True} for event in events)) == ["\x1b", "\x1d"]
+
+
+def test_alt_makes_meta_on_keyboards_of_other_scripts(press):
+    held = {"altKey": True}
+    assert press({"key": "и", "code": "KeyB", **held}) == ["\x1bb"]
+    shifted = {"key": "Б", "code": "Comma", "shiftKey": True, **held}
+    assert press(shifted) == ["\x1b<"]
+    assert press({"key": "∫", "code": "KeyB", **held}, is_mac=True) == [None]
 
 
 def test_a_character_wins_over_ctrl_and_alt(press):
