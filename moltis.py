@@ -4486,7 +4486,7 @@ def encode_job_data(
     return JOB_DATA_HEAD.pack(kind, _uuid_bytes(job_id), offset) + data
 
 
-def decode_job_data(message: bytes) -> tuple[int, str, int, memoryview]:
+def decode_job_data(message: bytes) -> tuple[int, str, int, bytes]:
     """Return kind, job id, offset and data of a binary message.
 
     Raises RpcError PROTOCOL_ERROR, PAYLOAD_TOO_LARGE.
@@ -4511,7 +4511,7 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, memoryview]:
             f"a binary message carries at most {MAX_LOG_MESSAGE} bytes, "
             f"not {len(message) - JOB_DATA_HEAD.size}",
         )
-    return kind, _uuid_text(job), offset, memoryview(message)[JOB_DATA_HEAD.size :]
+    return kind, _uuid_text(job), offset, message[JOB_DATA_HEAD.size :]
 
 
 def encode_log_frame(kind: int, data: bytes) -> bytes:
@@ -4531,9 +4531,9 @@ def scan_frames(data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int
         yield kind, start, at
 
 
-def log_frames(data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield kind and data of the whole frames in `data`."""
-    return ((kind, bytes(data[start:end])) for kind, start, end in scan_frames(data))
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
@@ -5437,7 +5437,7 @@ class InputWindow:
         """Whether the end of input was reached."""
         return self._ended and not self._data
 
-    def add(self, offset: int, data: bytes | memoryview) -> None:
+    def add(self, offset: int, data: bytes) -> None:
         """Take `data`, or the end of input if it is empty.  Raises RpcError."""
         if offset > self.arrived or (not data and offset != self.arrived):
             raise RpcError(
@@ -6247,7 +6247,7 @@ class Command:
             return self._input.arrived  # other senders' input may be unconsumed
         return self._input.consumed if self.spec.stdin else None
 
-    def input(self, offset: int, data: bytes | memoryview) -> None:
+    def input(self, offset: int, data: bytes) -> None:
         """Feed the command; no data is the end of input.
 
         Repeated bytes are skipped.  Raises RpcError for a gap, for more than
@@ -11755,7 +11755,7 @@ class Task(Protocol):
 
     def run(self) -> Ending: ...
 
-    def input(self, offset: int, data: bytes | memoryview) -> None:
+    def input(self, offset: int, data: bytes) -> None:
         """Raises RpcError."""
 
     def resize(self, size: TerminalSize) -> None:
@@ -11818,7 +11818,7 @@ class Errand:
         ending = Ending(state, reason=reason, result=result, started_at=started_at)
         return ending.replace(duration=duration)
 
-    def input(self, _offset: int, _data: bytes | memoryview) -> None:
+    def input(self, _offset: int, _data: bytes) -> None:
         """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
@@ -11913,7 +11913,7 @@ class InputErrand(Errand):
     def consumed(self) -> int | None:
         return self._input.consumed
 
-    def input(self, offset: int, data: bytes | memoryview) -> None:
+    def input(self, offset: int, data: bytes) -> None:
         """Raises RpcError."""
         with self._arrived:
             self._input.add(offset, data)
@@ -12371,7 +12371,7 @@ class Machine:
         elif job.task is not None:
             job.task.cancel(reason)
 
-    def input(self, job_id: str, offset: int, data: bytes | memoryview) -> None:
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
         """Feed a job; no data is the end of input.  Raises RpcError for a gap."""
         job = self._get(job_id)
         if job is not None and job.task is not None:
@@ -16085,7 +16085,7 @@ class NodeLink(Protocol):
 
     def cancel(self, job_id: str) -> None: ...
 
-    def input(self, job_id: str, offset: int, data: bytes | memoryview) -> None: ...
+    def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, job_id: str, size: TerminalSize) -> None:
         """Change a terminal's size, or have it redrawn at an equal one."""
@@ -17481,9 +17481,7 @@ class Jobs:
         self._wake(job)
         self.acknowledge(job)
 
-    def input(
-        self, job: Job, follower: Follower, offset: int, data: bytes | memoryview
-    ) -> None:
+    def input(self, job: Job, follower: Follower, offset: int, data: bytes) -> None:
         """Forward the holder's input; the node requests again what gets lost.
 
         Raises RpcError FORBIDDEN unless `follower` holds the job.
@@ -22705,7 +22703,7 @@ class NodePeer:
     def resize(self, job_id: str, size: TerminalSize) -> None:
         self._notify(JOB_RESIZE, {"id": job_id, **size.to_json()})
 
-    def input(self, job_id: str, offset: int, data: bytes | memoryview) -> None:
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
 
     def answers(self, timeout: float) -> bool:
@@ -22746,7 +22744,7 @@ class NodePeer:
     def _take_data(self, message: bytes) -> None:
         kind, job_id, offset, data = decode_job_data(message)
         if kind == LOG_DATA:
-            self._jobs.on_log(self, job_id, offset, bytes(data))
+            self._jobs.on_log(self, job_id, offset, data)
 
     def _take_event(self, name: str, payload: JsonObject) -> None:
         if name == JOB_PLACE:
@@ -22877,7 +22875,7 @@ class MoltisPeer(NodePeer):
 
     def resize(self, job_id: str, size: TerminalSize) -> None: ...
 
-    def input(self, job_id: str, offset: int, data: bytes | memoryview) -> None: ...
+    def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def answers(self, timeout: float) -> bool:
         with self._lock:
