@@ -40456,9 +40456,8 @@ class TerminalSession:
         is_old = news.job.received <= news.job.old_until
         shown = bytearray()
         for kind, data in news.frames:
-            mark = decode_mark(data) if kind == MARK else None
             if self._is_fresh and kind in (MARK, STDOUT):
-                self._begin_screen(mark)
+                self._begin_screen(decode_mark(data) if kind == MARK else None)
             if kind not in STREAMS:
                 continue
             self._clear_notice()
