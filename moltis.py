@@ -5774,6 +5774,16 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
+@functools.lru_cache(maxsize=64)
+def _mark_after_time(
+    rows: int, cols: int, modes: tuple[tuple[str, bool], ...]
+) -> bytes:
+    """Return what follows the time in a Mark's JSON."""
+    # Cached: whoever types waits for a mark before most echoes, and to encode it whole
+    # took 80 of the 180 µs from the echo to its message.
+    return to_json(Mark(0, rows, cols, dict(modes))).encode()[len(b'{"ms":0') :]
+
+
 class Terminal:
     """A pseudo-terminal: its descriptors, its size, the modes that its programs set."""
 
@@ -5833,8 +5843,9 @@ class Terminal:
         """Return a mark as JSON: the time, the size and the modes at this point."""
         self._mark_at, self._since_mark = time.monotonic(), 0
         ms = round((self._mark_at - self._opened) * 1000)
-        size = self.size
-        return to_json(Mark(ms, size.rows, size.cols, self._modes.changed)).encode()
+        modes = tuple(self._modes.changed.items())
+        rest = _mark_after_time(self.size.rows, self.size.cols, modes)
+        return b'{"ms":%d%b' % (ms, rest)
 
     def needs_mark(self, data: bytes) -> bool:
         """Return whether a mark is due before this output, not inside a sequence."""
