@@ -658,9 +658,8 @@ def unmasked(data):
         size, at = data[start + 1] & 0x7F, start + 2
         if size == 126:
             size, at = int.from_bytes(data[at : at + 2], "big"), at + 2
-        key, payload = data[at : at + 4], bytearray(data[at + 4 : at + 4 + size])
-        moltis.apply_mask(payload, 0, len(payload), key)
-        found += payload
+        key, payload = data[at : at + 4], data[at + 4 : at + 4 + size]
+        found += moltis.apply_mask(payload, key)
     return found
 
 
