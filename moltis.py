@@ -1182,15 +1182,14 @@ def run_program(
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    status = 124
+    status, deadline = 124, Deadline(timeout)
     cancel = cancel or Cancellation()
     pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
     try:
         with cancel.calling(kill):
-            whole, stdout, stderr = _read_to_end(pipes, Deadline(timeout))
+            whole, stdout, stderr = _read_to_end(pipes, deadline)
             if whole:
-                # A program closes its output a moment before it exits.
-                code = process.wait(1.0)
+                code = process.wait(deadline.remaining())
                 status = code if code >= 0 else 128 - code
             cancel.pause(0)
     except subprocess.TimeoutExpired:
@@ -5196,7 +5195,7 @@ def _locale_key(name: str) -> str:
 @functools.lru_cache(maxsize=None)
 def _installed_locales() -> frozenset[str]:
     """Return this system's locales; none where the C library takes any name (musl)."""
-    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=10.0)
     names = listed.text.split() if listed.status == 0 else []
     return frozenset(map(_locale_key, names))
 

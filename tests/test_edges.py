@@ -73,7 +73,7 @@ def is_served(gateway):
 def test_who_trickles_a_request_is_closed_after_the_time_for_all_of_it(
     gateway, monkeypatch
 ):
-    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 2.0)
+    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 5.0)
     with dial(gateway) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
 
@@ -92,7 +92,7 @@ def test_who_trickles_a_request_is_closed_after_the_time_for_all_of_it(
 def test_who_says_nothing_during_tls_is_closed_and_holds_nobody_up(
     tmp_path, certificate, monkeypatch
 ):
-    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 2.0)
+    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 5.0)
     tls = moltis.ServerTls(lambda: certificate)
     with contextlib.ExitStack() as stack:
         gateway = stack.enter_context(InProcessGateway(tmp_path / "tls", tls=tls))
@@ -105,7 +105,7 @@ def test_who_says_nothing_during_tls_is_closed_and_holds_nobody_up(
 
 
 def test_who_does_not_say_connect_is_closed(gateway, monkeypatch):
-    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 2.0)
+    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 5.0)
     with gateway.peer() as peer:
         with pytest.raises(moltis.ConnectionClosed, match="no connect within"):
             peer.receive()

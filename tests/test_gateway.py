@@ -731,7 +731,7 @@ def test_two_nodes_run_six_commands_side_by_side(gateway):
 
 
 def test_one_who_does_not_say_connect_is_hung_up_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 2.0)
+    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 5.0)
     with InProcessGateway(tmp_path) as gateway, gateway.peer() as peer:
         assert peer.close_code() == 1008
 

@@ -360,6 +360,10 @@ def test_a_program_returns_its_status_and_both_outputs():
     assert run("kill -9 $$").status == 128 + 9
 
 
+def test_a_program_that_closed_its_outputs_has_its_time():
+    assert run("exec >&- 2>&-; sleep 1.5; exit 3").status == 3
+
+
 def test_a_program_gets_no_input_and_only_its_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MOLTIS_API_KEY", "mk_secret")
     result = run("cat; env; pwd", cwd=str(tmp_path))
