@@ -4810,6 +4810,8 @@ def test_the_focus_can_leave_a_terminal_and_new_lines_are_read_out(site, make_pa
     assert page.evaluate(KEYS)
     page.press("Control+F6")
     page.wait_for("document.activeElement.getAttribute('aria-current') === 'page'")
+    ring = page.evaluate("getComputedStyle(document.activeElement).outlineOffset")
+    assert ring.startswith("-")  # inside: the bar of tabs would cut it
     page.click(SCREEN)
     enter(page, "exit")
 
