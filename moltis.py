@@ -38298,7 +38298,7 @@ ID = "ID"  # the heading of a column whose beginning will do
 SHORT_ID = 8  # characters
 STATE_HEADINGS = ("STATE", "HOW IT WENT")
 MAX_COMPLAINT = 4000  # characters; a longer one is clipped
-MAX_PIPED_COLUMN = 36  # characters, an id; in pipes, longer cells break the alignment
+MAX_PIPED_COLUMN = 36  # characters, an id; nothing aligns after longer ones in pipes
 TIME_HEADINGS = ("WHEN", "ASKED", "CREATED", "LAST USED", "LAST SEEN")
 
 
