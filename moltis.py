@@ -37683,9 +37683,9 @@ class JobFeed(LastingClient):
 
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
+        self.client.drop()  # sets ended_at
         away_ms = (time.monotonic() - self.client.ended_at) * 1000
         yield GatewayChange(reachable=False, away_ms=away_ms)
-        self.client.drop()
         if isinstance(self._input, TypedInput):
             self._input.pause()
         attempts = self.reconnect()
@@ -42675,11 +42675,11 @@ def cmd_completion(args: argparse.Namespace, context: Context) -> int:
     if not args.command:
         context.output.answer(COMPLETION_SCRIPTS[args.shell])
         return EXIT_OK
-    begin = ""  # of the word, which the shell does not replace
-    *before, part = rejoined(args.command) if args.shell == "bash" else args.command
+    begin = ""  # of the word, which the shell does not replace: bash, outside quotes
+    *before, typed = rejoined(args.command) if args.shell == "bash" else args.command
     # A word as it is typed, with backslashes and perhaps an open quote.
-    part = part.replace("\\", "").lstrip("'\"")
-    if args.shell == "bash":
+    part = typed.replace("\\", "").lstrip("'\"")
+    if args.shell == "bash" and not typed.startswith(("'", '"')):
         begin = part[: part.rfind(":") + 1]
     if "--" in before:  # a command for another machine
         return EXIT_OK

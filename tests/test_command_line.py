@@ -2028,6 +2028,8 @@ def test_a_shell_completes_paths_of_nodes(shell, gateway, launcher, home, tmp_pa
         ("fish", "node cp -r a Attic:{}/deep/", ["Attic:{}/deep/a b"]),
         ("bash", "node cp Attic : {}/d", ["{}/deep/", "{}/doc.txt"]),
         ("bash", "node cp Attic : {}/.h", ["{}/.hidden"]),
+        ("bash", 'node cp "Attic:{}/.h', ["Attic:{}/.hidden"]),
+        ("bash", "node cp 'Attic:{}/.h", ["Attic:{}/.hidden"]),
         ("fish", "node cp Attic:{}/none/", []),
         ("fish", "node cp nobody:{}/d", []),
         ("fish", "node cp Away:{}/d", []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -234,6 +235,17 @@ def test_a_gateway_that_does_not_answer_keeps_nobody_from_leaving(gateway):
         assert next(news) is None
         answers.set()
         assert next(changes).reachable
+
+
+def test_a_gateway_is_not_said_to_be_away_since_before_it_was_lost(gateway):
+    """The thread that reads a connection may end after it was found to be closed."""
+    dial = gateway.operator
+    with started(gateway, {"local": "Local"}, run_request("sleep 120"), dial) as feed:
+        began = time.monotonic()
+        feed._lost = True
+        change = next(feed.news())
+        assert not change.reachable
+        assert change.away_ms <= (time.monotonic() - began) * 1000
 
 
 def test_a_watcher_that_does_not_read_keeps_little_in_memory(gateway):
