@@ -38639,7 +38639,8 @@ def operator_client(
     """Raises Unreachable, Refused or UsageError."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
-    warn_about_plain_text(websocket_url(url), context.output)
+    if not args.signed_in:  # or this is another dial, perhaps inside a raw terminal
+        warn_about_plain_text(websocket_url(url), context.output)
     trust = operator_trust(args, context, url)
     if not key:
         connect(websocket_url(url), trust).abort()  # a wrong address is said first
@@ -43205,6 +43206,7 @@ def build_parsers(words: Sequence[str] = ()) -> dict[str, argparse.ArgumentParse
         **help_options("moltis gateway --demo-node"),
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
+    parser.set_defaults(signed_in=False)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
     first, named = " ".join(words[:1]), " ".join(words[:2])
     chosen = [
@@ -43356,7 +43358,7 @@ def run_subcommand(
     surplus = [word for word in surplus if word != "--"]
     if surplus:
         raise surplus_words(parser, surplus)
-    args.command, args.build_parser, args.signed_in = command, build_parser, False
+    args.command, args.build_parser = command, build_parser
     with making_sense(lambda: args.signed_in):
         status: int = args.run(args, context)
     return status

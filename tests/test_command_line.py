@@ -73,6 +73,27 @@ def address(home, host=None, key=None, **environ):
     return moltis.gateway_address(args, context(home, **environ))[:2]
 
 
+def test_a_connection_that_is_dialled_again_is_not_warned_of_again(
+    home, capsys, monkeypatch
+):
+    """The sentence would come into the screen of a raw terminal, at each attempt."""
+    dials = iter([None, moltis.Unreachable("away"), None])
+
+    def dial(*_arguments):
+        problem = next(dials)
+        if problem is not None:
+            raise problem
+
+    monkeypatch.setattr(moltis, "OperatorClient", dial)
+    address = ["--host", "ws://gateway.example", "--api-key", "mk_x"]
+    args = moltis.build_parser().parse_args(["node", "shell", "attic", *address])
+    moltis.operator_client(args, context(home))
+    with pytest.raises(moltis.Unreachable):
+        moltis.operator_client(args, context(home))
+    moltis.operator_client(args, context(home))
+    assert capsys.readouterr().err.count("is not encrypted") == 1
+
+
 def test_flags_beat_the_environment_which_beats_gateway_json(home):
     file = moltis.GatewayFile("http://file", "mk_file", 1)
     file.save(home / ".moltis")
