@@ -6143,8 +6143,8 @@ def login_variables() -> dict[str, str]:
     return variables
 
 
-# Other programs (git-shell, elvish, a menu) end at an option that they do not know.
-# The dash before argv[0], which all know, is nothing that SHELL could pass on.
+# By name: others (git-shell, elvish, a menu) exit at an option that they do not know.
+# All would know a dash before argv[0], but SHELL, which starts them, cannot pass it on.
 TAKE_LOGIN_OPTION = re.compile(
     r"(r?(a|ba|c|da|fi|k|lk|mk|ok|pw|tc|xon|ya|z)?sh|nu)(?![a-z])"
 )
@@ -16964,7 +16964,7 @@ class Job:
         self.directory: str | None = None  # of its Ending
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
-        self.is_ending = False  # nor has that returned
+        self.is_ending = False  # it has ended, and on_end() has not returned yet
         self.end_lock = threading.RLock()  # held during on_end(); taken before `lock`
         # Held while input is forwarded, and while a terminal's holder changes: all
         # input is sent in the order of its offsets.  Taken before `lock`.
@@ -17100,7 +17100,7 @@ class Job:
 def job_view(job: Job | JobRecord, record: JobRecord | None = None) -> JsonObject:
     """Return a job as operators see it: without the spec, which may hold secrets.
 
-    `record`: its row, where the caller has read that.
+    `record`: its row, if the caller has read it already.
     """
     record = record or (job.record if isinstance(job, Job) else job)
     view = record.to_json()
@@ -25870,9 +25870,9 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_writing(self) -> None:
-        """Read and drop what the client still sends, MAX_SKIPPED_BODY at most.
+        """End our half; read and drop the client's, MAX_SKIPPED_BODY bytes at most.
 
-        To close with unread bytes, the rest of a body or the close_notify of TLS, would
+        Closing with unread bytes, the rest of a body or the close_notify of TLS, would
         reset the connection, and an answer on its way would be lost (RFC 9112 §9.6).
         """
         self.begin()
@@ -37707,10 +37707,10 @@ class JobFeed(LastingClient):
             yield GatewayChange(reachable=True)
 
     def _beside(self, work: Callable[[], Found]) -> Generator[None, None, Found]:
-        """Return what `work` does; yield None meanwhile, at least every second.
+        """Return the result of `work`; yield None meanwhile, at least every second.
 
-        To dial a gateway that does not answer takes longer than a person waits who
-        wants to leave.
+        A dial that gets no answer takes ten seconds, and signals and keys take effect
+        between two items.  Raises what `work` raises.
         """
         done: Future[Found] = Future()
 
@@ -37719,7 +37719,7 @@ class JobFeed(LastingClient):
                 done.set_result(work())
             except BaseException as error:  # noqa: BLE001  result() raises it
                 done.set_exception(error)
-            if self._closed:
+            if self._closed:  # meanwhile: nothing else closes what was just dialled
                 self.close()
             self.wake()
 
