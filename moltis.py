@@ -17915,7 +17915,7 @@ class Jobs:
         """Notify the node, unless it is away; came() does so again."""
         link = job.sent_over
         if link is not None:
-            try:
+            try:  # each typed key comes here: suppress() would cost it a microsecond
                 notify(link)
             except ConnectionClosed:
                 pass
@@ -21508,7 +21508,7 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            try:
+            try:  # as each key does: without suppress(), see Jobs._notify()
                 self._jobs.input(follower.job, follower, offset, data)
             except RpcError:
                 pass  # another connection holds the job now
@@ -37034,7 +37034,7 @@ class OperatorClient:
 
     def send(self, message: bytes) -> None:
         """Send a binary message, if the connection is still there."""
-        try:
+        try:  # as each key does: without suppress(), see Jobs._notify()
             self._ws.send(message)
         except ConnectionClosed:
             pass
