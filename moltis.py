@@ -27537,7 +27537,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 0; } /* a border: what scrolls out does not show in it */
 .term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
   cursor: text; outline: none; font-variant-ligatures: none;
-  touch-action: pan-x pan-y; }
+  touch-action: manipulation; }
 .term-rows > div { white-space: pre; }
 .term-rows > div span { display: inline-block; vertical-align: top; }
 .term-rows .probe { position: absolute; visibility: hidden; }
@@ -35826,7 +35826,7 @@ class TerminalView {
       }
     }
     this.heldSince = undefined;
-    this.rows.style.touchAction = this.takesWheel ? "pan-x" : "";
+    this.rows.style.touchAction = this.takesWheel ? "pan-x pinch-zoom" : "";
     this.grid.draw(emulator, !this.session.isOver);
     if (this.bells !== emulator.bells) {
       if (this.bells !== undefined) this.flash();

@@ -4746,6 +4746,23 @@ def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
     page.wait_for(f"{box}.scrollLeft > 0")
 
 
+@pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
+def test_two_fingers_enlarge_a_terminal(site, make_page, screen):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    make_phone(page)
+    enter(page, f"printf '{screen}re''ady'; exec cat")
+    page.wait_for(shows(SCREEN, "ready"))
+    for n in range(12):
+        points = [{"x": x, "y": 250, "id": x} for x in (180, 210)]
+        points[0]["x"] -= 8 * n
+        points[1]["x"] += 8 * n
+        kind = "touchMove" if n else "touchStart"
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    page.wait_for("visualViewport.scale > 1")
+
+
 def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
     join(own_site, "W" * 200)
     page = make_page(own_site, "/terminal/")
