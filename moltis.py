@@ -36212,12 +36212,17 @@ function drawTerminal() {
     [session.id, terminalName(session), session.isOver]);
   fillIfChanged($("terminal-tabs"), [id, ...tabs], () => tabs.map(drawTab));
   drawTerminalNote(view?.session);
-  if (!view) return;
-  $("terminal-end").hidden = view.session.isOver || !may("write");
+  if (!view) {
+    $("terminal-bar").hidden = true; // the gateway is away
+    return;
+  }
+  const {job} = view.session;
+  // Until the job is known, stopJob() would not ask.
+  $("terminal-end").hidden = !job || view.session.isOver || !may("write");
   $("terminal-recording").hidden = !view.session.isOver ||
-    view.session.job?.work !== TERMINAL;
+    job?.work !== TERMINAL;
   $("terminal-recording").href = recordingPath(id);
-  $("terminal-new").hidden = !mayReopen(view.session.job || {});
+  $("terminal-new").hidden = !mayReopen(job || {});
   if (view !== lastView) {
     view.fit();
     focusTerminal();

@@ -4098,6 +4098,26 @@ def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, br
             "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
         )
         assert tab == path
+        page.evaluate(
+            f"history.pushState(null, '', '/terminal/{moltis.new_id()}');"
+            "dispatchEvent(new PopStateEvent('popstate'))"
+        )
+        # It is not shown before the gateway is back: there is nothing to end.
+        page.wait_for("document.querySelector('#terminal-bar').hidden")
+
+
+def test_a_terminal_can_be_ended_once_it_is_known(site, make_page):
+    """Whoever ends it sooner is not asked."""
+    end = "document.querySelector('#terminal-end').checkVisibility()"
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    hold = HOLD.replace('"%s"', '"job.')
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=hold)
+    page.reload()
+    page.wait_for(shows("#terminal-note", "Opening"))
+    assert not page.evaluate(end)
+    page.evaluate("release()")
+    page.wait_for(end)
 
 
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
