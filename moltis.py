@@ -35826,7 +35826,7 @@ class TerminalView {
       }
     }
     this.heldSince = undefined;
-    this.rows.style.touchAction = this.takesWheel ? "pan-x pinch-zoom" : "";
+    this.rows.style.touchAction = this.takesSwipes ? "pan-x pinch-zoom" : "";
     this.grid.draw(emulator, !this.session.isOver);
     if (this.bells !== emulator.bells) {
       if (this.bells !== undefined) this.flash();
@@ -36004,7 +36004,7 @@ class TerminalView {
   pointer(event) {
     const {type, button, buttons, pointerType} = event;
     const isDown = type === "pointerdown";
-    if (pointerType === "touch" && this.takesWheel) {
+    if (pointerType === "touch" && this.takesSwipes) {
       this.swipe(event);
       return;
     }
@@ -36060,6 +36060,12 @@ class TerminalView {
     if (shiftKey || !deltaY || !this.takesWheel) return;
     event.preventDefault();
     this.turn(event, deltaMode ? deltaY : deltaY / this.grid.cellHeight);
+  }
+
+  // Whether a finger turns the wheel; it moves a screen that is higher than the window.
+  get takesSwipes() {
+    const {cellHeight, heightOfWindow} = this.grid;
+    return this.takesWheel && this.session.size.rows * cellHeight <= heightOfWindow;
   }
 
   // A finger moves the text under it, as if it turned a wheel.

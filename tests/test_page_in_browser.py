@@ -4743,6 +4743,7 @@ def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
     make_phone(page)
     enter(page, "seq 900 | less")
     page.wait_for(f"{shows(SCREEN, '20')} && !{shows(SCREEN, 'seq')}")
+    page.wait_for(f"document.querySelector('{SCREEN}').style.touchAction")  # it fits
     first = f"Number(document.querySelector('{SCREEN}').innerText.split('\\n')[0])"
     touch(page, *((200, y) for y in range(450, 150, -15)))
     below = page.wait_for(f"{first} > 1 && {first}")
@@ -4752,8 +4753,11 @@ def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
     enter(page, "exit")
 
 
-def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
-    desk = make_page(site, width=1900)
+@pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
+def test_a_finger_moves_a_screen_that_is_larger_than_the_window(
+    site, make_page, screen
+):
+    desk = make_page(site, width=1900, height=1000)
     open_terminal(desk, site, "Local")
     page = make_page(site, desk.evaluate("location.pathname"))
     make_phone(page)
@@ -4762,8 +4766,14 @@ def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
     desk.click("#terminal-act")
     box = "document.querySelector('.term:not([hidden]) .term-box')"
     page.wait_for(f"{box}.scrollWidth > {box}.clientWidth")
+    desk.click(SCREEN)
+    enter(desk, f"seq 90; printf '{screen}re''ady'; exec cat")
+    page.wait_for(shows(SCREEN, "ready"))
     touch(page, *((x, 300) for x in range(350, 50, -15)))
     page.wait_for(f"{box}.scrollLeft > 0")
+    end = page.wait_for(f"{box}.scrollTop")
+    touch(page, *((200, y) for y in range(250, 450, 15)))
+    page.wait_for(f"{box}.scrollTop < {end}")
 
 
 @pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
