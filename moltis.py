@@ -27537,7 +27537,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 0; } /* a border: what scrolls out does not show in it */
 .term-rows { position: relative; min-height: 100%; color: var(--screen-ink);
   cursor: text; outline: none; font-variant-ligatures: none;
-  touch-action: pan-x pan-y; }
+  touch-action: manipulation; }
 .term-rows > div { white-space: pre; }
 .term-rows > div span { display: inline-block; vertical-align: top; }
 .term-rows .probe { position: absolute; visibility: hidden; }
@@ -35826,7 +35826,7 @@ class TerminalView {
       }
     }
     this.heldSince = undefined;
-    this.rows.style.touchAction = this.takesWheel ? "pan-x" : "";
+    this.rows.style.touchAction = this.takesSwipes ? "pan-x pinch-zoom" : "";
     this.grid.draw(emulator, !this.session.isOver);
     if (this.bells !== emulator.bells) {
       if (this.bells !== undefined) this.flash();
@@ -36004,7 +36004,7 @@ class TerminalView {
   pointer(event) {
     const {type, button, buttons, pointerType} = event;
     const isDown = type === "pointerdown";
-    if (pointerType === "touch" && this.takesWheel) {
+    if (pointerType === "touch" && this.takesSwipes) {
       this.swipe(event);
       return;
     }
@@ -36060,6 +36060,12 @@ class TerminalView {
     if (shiftKey || !deltaY || !this.takesWheel) return;
     event.preventDefault();
     this.turn(event, deltaMode ? deltaY : deltaY / this.grid.cellHeight);
+  }
+
+  // Whether a finger turns the wheel; it moves a screen that is higher than the window.
+  get takesSwipes() {
+    const {cellHeight, heightOfWindow} = this.grid;
+    return this.takesWheel && this.session.size.rows * cellHeight <= heightOfWindow;
   }
 
   // A finger moves the text under it, as if it turned a wheel.
@@ -36212,12 +36218,17 @@ function drawTerminal() {
     [session.id, terminalName(session), session.isOver]);
   fillIfChanged($("terminal-tabs"), [id, ...tabs], () => tabs.map(drawTab));
   drawTerminalNote(view?.session);
-  if (!view) return;
-  $("terminal-end").hidden = view.session.isOver || !may("write");
+  if (!view) {
+    $("terminal-bar").hidden = true; // the gateway is away
+    return;
+  }
+  const {job} = view.session;
+  // Until the job is known, stopJob() would not ask.
+  $("terminal-end").hidden = !job || view.session.isOver || !may("write");
   $("terminal-recording").hidden = !view.session.isOver ||
-    view.session.job?.work !== TERMINAL;
+    job?.work !== TERMINAL;
   $("terminal-recording").href = recordingPath(id);
-  $("terminal-new").hidden = !mayReopen(view.session.job || {});
+  $("terminal-new").hidden = !mayReopen(job || {});
   if (view !== lastView) {
     view.fit();
     focusTerminal();

@@ -4098,6 +4098,26 @@ def test_kept_tabs_of_terminals_are_shown_while_the_gateway_is_away(own_site, br
             "[...document.querySelectorAll('#terminal-tabs a')].map(a => a.pathname)"
         )
         assert tab == path
+        page.evaluate(
+            f"history.pushState(null, '', '/terminal/{moltis.new_id()}');"
+            "dispatchEvent(new PopStateEvent('popstate'))"
+        )
+        # It is not shown before the gateway is back: there is nothing to end.
+        page.wait_for("document.querySelector('#terminal-bar').hidden")
+
+
+def test_a_terminal_can_be_ended_once_it_is_known(site, make_page):
+    """Whoever ends it sooner is not asked."""
+    end = "document.querySelector('#terminal-end').checkVisibility()"
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    hold = HOLD.replace('"%s"', '"job.')
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=hold)
+    page.reload()
+    page.wait_for(shows("#terminal-note", "Opening"))
+    assert not page.evaluate(end)
+    page.evaluate("release()")
+    page.wait_for(end)
 
 
 def test_a_terminal_that_comes_into_view_has_the_focus(site, make_page):
@@ -4723,6 +4743,7 @@ def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
     make_phone(page)
     enter(page, "seq 900 | less")
     page.wait_for(f"{shows(SCREEN, '20')} && !{shows(SCREEN, 'seq')}")
+    page.wait_for(f"document.querySelector('{SCREEN}').style.touchAction")  # it fits
     first = f"Number(document.querySelector('{SCREEN}').innerText.split('\\n')[0])"
     touch(page, *((200, y) for y in range(450, 150, -15)))
     below = page.wait_for(f"{first} > 1 && {first}")
@@ -4732,8 +4753,11 @@ def test_a_finger_scrolls_a_program_that_has_the_screen(site, make_page):
     enter(page, "exit")
 
 
-def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
-    desk = make_page(site, width=1900)
+@pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
+def test_a_finger_moves_a_screen_that_is_larger_than_the_window(
+    site, make_page, screen
+):
+    desk = make_page(site, width=1900, height=1000)
     open_terminal(desk, site, "Local")
     page = make_page(site, desk.evaluate("location.pathname"))
     make_phone(page)
@@ -4742,8 +4766,31 @@ def test_a_finger_moves_a_screen_that_is_wider_than_the_window(site, make_page):
     desk.click("#terminal-act")
     box = "document.querySelector('.term:not([hidden]) .term-box')"
     page.wait_for(f"{box}.scrollWidth > {box}.clientWidth")
+    desk.click(SCREEN)
+    enter(desk, f"seq 90; printf '{screen}re''ady'; exec cat")
+    page.wait_for(shows(SCREEN, "ready"))
     touch(page, *((x, 300) for x in range(350, 50, -15)))
     page.wait_for(f"{box}.scrollLeft > 0")
+    end = page.wait_for(f"{box}.scrollTop")
+    touch(page, *((200, y) for y in range(250, 450, 15)))
+    page.wait_for(f"{box}.scrollTop < {end}")
+
+
+@pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
+def test_two_fingers_enlarge_a_terminal(site, make_page, screen):
+    page = make_page(site)
+    open_terminal(page, site, "Local")
+    make_phone(page)
+    enter(page, f"printf '{screen}re''ady'; exec cat")
+    page.wait_for(shows(SCREEN, "ready"))
+    for n in range(12):
+        points = [{"x": x, "y": 250, "id": x} for x in (180, 210)]
+        points[0]["x"] -= 8 * n
+        points[1]["x"] += 8 * n
+        kind = "touchMove" if n else "touchStart"
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    page.wait_for("visualViewport.scale > 1")
 
 
 def test_a_long_name_leaves_the_button_of_its_machine_in_view(own_site, make_page):
