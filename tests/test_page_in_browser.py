@@ -4786,17 +4786,17 @@ def test_a_finger_moves_a_screen_that_is_larger_than_the_window(
     desk.click(SCREEN)
     enter(desk, f"seq 90; printf '{screen}re''ady'; exec cat")
     page.wait_for(shows(SCREEN, "ready"))
-    touch(page, *((x, 300) for x in range(350, 50, -15)))
-    page.wait_for(f"{box}.scrollLeft > 0")
+    left = f"{box}.scrollLeft"
     rest = f"({box}.scrollHeight - {box}.clientHeight - {box}.scrollTop)"
 
-    def moves():
-        page.evaluate(f"{box}.scrollTop = {box}.scrollHeight")
+    def moved():  # not by a slow touch, which selects
+        page.evaluate(f"{box}.scrollTo(0, {box}.scrollHeight)")
+        touch(page, *((x, 300) for x in range(350, 50, -15)))
         touch(page, *((200, y) for y in range(250, 450, 15)))
         page.evaluate("new Promise(done => requestAnimationFrame(done))")
-        return page.evaluate(f"{rest} > 10")
+        return page.evaluate(f"{left} > 0 && {rest} > 10")
 
-    wait_for(moves, what="a screen that moves")  # a slow touch selects
+    wait_for(moved, what="a screen that moves")
 
 
 @pytest.mark.parametrize("screen", ["", "\\033[?1049h"])
