@@ -3525,6 +3525,11 @@ PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 PEM_CERTIFICATE = f"{PEM_BEGIN}(.*?){PEM_END}".encode("ascii")
 
 
+def pem_certificates(pem: str) -> list[str]:
+    """Return the certificates in a text, without what is between them."""
+    return re.findall(f"{PEM_BEGIN}.*?{PEM_END}", pem, re.DOTALL)
+
+
 def first_certificate(pem: bytes) -> bytes:
     """Return the first certificate of a PEM file, in DER.  Raises ValueError."""
     found = re.search(PEM_CERTIFICATE, pem, re.DOTALL)
@@ -3573,7 +3578,7 @@ class TlsTrust(Value):
         elif self.ca is None:
             context.load_default_certs()
         else:
-            found = re.findall(f"{PEM_BEGIN}.*?{PEM_END}", self.ca, re.DOTALL)
+            found = pem_certificates(self.ca)
             if not found:
                 raise BadConfiguration("there is no CA certificate in PEM")
             for number, pem in enumerate(found, 1):
@@ -3614,9 +3619,8 @@ def read_ca(path: str) -> str:
     """
     require_regular(Path(path))
     try:
-        pem = Path(path).read_bytes()
-        whole = (match[0] for match in re.finditer(PEM_CERTIFICATE, pem, re.DOTALL))
-        found = (b"\n".join(whole) + b"\n").decode("ascii", "replace")
+        pem = Path(path).read_bytes().decode("ascii", "replace")
+        found = "\n".join(pem_certificates(pem)) + "\n"
         TlsTrust(ca=found).context()
         return found
     except (OSError, BadConfiguration) as error:
@@ -28283,14 +28287,13 @@ let toastTimer; // hides the toast
 
 // Show something for 8 s.
 function showToast(...children) {
-  const toast = $("toast");
-  const hide = () => (toast.hidden = true);
-  fill(toast, children);
-  toast.hidden = false;
-  listen(toast, "click", ({target}) => target.closest("a") && hide());
+  fill($("toast"), children);
+  $("toast").hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(hide, 8000);
+  toastTimer = setTimeout(hideToast, 8000);
 }
+
+const hideToast = () => ($("toast").hidden = true);
 
 const showError = error => showToast(capitalized(error.message || String(error)));
 
@@ -32358,10 +32361,12 @@ function drawLink() {
   if (state.link === "down") drawBanner();
 }
 
-// Put the focus into the composer, once its view is drawn; on touch screens that would
-// open the keyboard.
+// Whether to focus what one types into would open the keyboard of a touch screen.
+const focusOpensKeyboard = () => matchMedia("(pointer:coarse)").matches;
+
+// Put the focus into the composer, once its view is drawn.
 function focusText() {
-  if (matchMedia("(pointer:coarse)").matches) return;
+  if (focusOpensKeyboard()) return;
   if ($("text").offsetParent) $("text").focus();
   else touch("focus");
 }
@@ -36112,9 +36117,8 @@ function openTerminal({nodeId}) {
 const shownTerminal = () =>
   state.route.page === "terminal" ? terminalViews.get(state.route.id) : undefined;
 
-// On touch screens that would open the keyboard.
 function focusTerminal() {
-  if (!matchMedia("(pointer:coarse)").matches) shownTerminal()?.focus();
+  if (!focusOpensKeyboard()) shownTerminal()?.focus();
 }
 
 const TABS = "terminals"; // their name in `keptByTab`, for after a reload
@@ -36836,6 +36840,8 @@ function start() {
   on($("palette-text"), "input", searchPalette);
   on($("palette-text"), "keydown", paletteKey);
   onPick($("palette-list"), choosePalette);
+  // A link in it leads to what it would cover.
+  on($("toast"), "click", ({target}) => target.closest("a") && hideToast());
   on($("palette"), "click", ({target}) =>
     target === $("palette") && $("palette").close()); // the backdrop
   for (const each of document.querySelectorAll("dialog .closes"))
